@@ -1,0 +1,42 @@
+#include "engine_info.h"
+
+#include "ggml-backend.h"
+#include "llama.h"
+
+namespace imatrix {
+
+std::vector<std::string> backend_names() {
+    ggml_backend_load_all();
+    std::vector<std::string> names;
+    for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
+        names.emplace_back(ggml_backend_reg_name(ggml_backend_reg_get(i)));
+    }
+    return names;
+}
+
+std::vector<Device> devices() {
+    ggml_backend_load_all();
+    std::vector<Device> found;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        const ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        Device                   device;
+        size_t                   memory_free = 0;
+        size_t                   memory_all  = 0;
+        ggml_backend_dev_memory(dev, &memory_free, &memory_all);
+        device.backend     = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
+        device.name        = ggml_backend_dev_name(dev);
+        device.description = ggml_backend_dev_description(dev);
+        device.gpu         = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU ||
+                     ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
+        device.memory_free = memory_free;
+        device.memory_all  = memory_all;
+        found.push_back(std::move(device));
+    }
+    return found;
+}
+
+std::string engine_version() { return llama_version(); }
+std::string engine_commit() { return IMATRIX_ENGINE_COMMIT; }
+std::string system_info() { return llama_print_system_info(); }
+
+} // namespace imatrix

@@ -1,0 +1,25 @@
+// What was built in, and which devices this machine has for it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace imatrix {
+
+struct Device {
+    std::string backend;     // "CPU", "CUDA", "Metal", "Vulkan", "RPC", ...
+    std::string name;        // "CPU", "CUDA0"
+    std::string description; // the processor's or card's own name
+    bool        gpu         = false;
+    uint64_t    memory_free = 0; // bytes
+    uint64_t    memory_all  = 0; // bytes
+};
+
+std::vector<std::string> backend_names(); // registered backends, with or without a device
+std::vector<Device>      devices();
+std::string              engine_version(); // "0.5.0"
+std::string              engine_commit();  // of the pinned source, "unknown" for another one
+std::string              system_info();    // instruction sets and build options, the engine's words
+
+} // namespace imatrix

@@ -1,0 +1,65 @@
+#include "engine_log.h"
+
+#include "ggml.h"
+#include "llama.h"
+
+#include <atomic>
+#include <mutex>
+
+namespace imatrix {
+namespace {
+
+std::atomic<LogSink> g_sink{nullptr};
+std::atomic<int>     g_level{GGML_LOG_LEVEL_WARN};
+std::mutex           g_mutex; // guards what follows
+std::string          g_line;  // text without its newline yet
+int                  g_line_level = GGML_LOG_LEVEL_INFO;
+std::string          g_last_error;
+
+// The engine logs pieces of lines (level CONT continues the last one), from any thread.
+void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
+    std::string line;
+    int         line_level;
+    {
+        const std::lock_guard<std::mutex> lock(g_mutex);
+        if (level != GGML_LOG_LEVEL_CONT) {
+            g_line_level = level;
+        }
+        g_line += text;
+        const size_t end = g_line.find_last_not_of("\r\n");
+        if (!g_line.empty() && g_line.back() != '\n') {
+            return;
+        }
+        g_line.resize(end == std::string::npos ? 0 : end + 1);
+        line.swap(g_line);
+        line_level = g_line_level;
+        if (line_level == GGML_LOG_LEVEL_ERROR && !line.empty()) {
+            g_last_error = line;
+        }
+    }
+    const LogSink sink = g_sink.load();
+    // the level is looked at here, so that a line nobody wants never takes the GIL
+    if (sink != nullptr && !line.empty() && line_level >= g_level.load()) {
+        sink(line_level, line.c_str());
+    }
+}
+
+} // namespace
+
+void set_log_sink(LogSink sink, int level) {
+    g_level = level;
+    g_sink  = sink;
+    llama_log_set(on_log, nullptr);
+}
+
+std::string last_error() {
+    const std::lock_guard<std::mutex> lock(g_mutex);
+    return g_last_error;
+}
+
+void clear_last_error() {
+    const std::lock_guard<std::mutex> lock(g_mutex);
+    g_last_error.clear();
+}
+
+} // namespace imatrix

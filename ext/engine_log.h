@@ -1,0 +1,19 @@
+// The engine's log: one callback for the whole process, whole lines, filtered by level.
+#pragma once
+
+#include <string>
+
+namespace imatrix {
+
+// GGML_LOG_LEVEL_*: debug 1, info 2, warn 3, error 4 (ggml.h)
+using LogSink = void (*)(int level, const char * line);
+
+// Sends lines of at least `level` to `sink`; NULL drops all. Errors are remembered
+// whatever the level. Safe to call at any time from any thread.
+void set_log_sink(LogSink sink, int level);
+
+// The last error line since clear_last_error(), to enrich an exception; "" if none.
+std::string last_error();
+void        clear_last_error();
+
+} // namespace imatrix

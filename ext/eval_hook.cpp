@@ -1,0 +1,343 @@
+#include "eval_hook.h"
+
+#include "row_kernels.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+namespace imatrix {
+namespace {
+
+// float32 partial sums run over at most this many rows, then go to float64. The relative
+// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact.
+constexpr size_t kRowsPerPartial = 512;
+
+bool is_matmul(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
+}
+
+// plain_name() without a copy: where the weight's own name starts and how long it is
+std::pair<const char *, size_t> name_span(const char * name) {
+    const char * hash = std::strchr(name, '#');
+    if (hash == nullptr) {
+        return {name, std::strlen(name)};
+    }
+    const char * start = hash + 1;
+    const char * end   = std::strchr(start, '#');
+    return {start, end == nullptr ? std::strlen(start) : static_cast<size_t>(end - start)};
+}
+
+bool is_wanted(const char * name, bool output_weight) {
+    const auto [start, length] = name_span(name);
+    if (length > 4 && std::memcmp(start, "blk.", 4) == 0) {
+        return true;
+    }
+    return output_weight && length == 13 && std::memcmp(start, "output.weight", 13) == 0;
+}
+
+Shape shape_of(const ggml_tensor * node) {
+    const ggml_tensor * weight = node->src[0];
+    Shape               shape;
+    shape.n_in  = node->src[1]->ne[0];
+    shape.n_mat = weight->ne[2] * weight->ne[3];
+    shape.n_counts = node->op == GGML_OP_MUL_MAT_ID ? shape.n_mat : 1;
+    return shape;
+}
+
+// Rows that a node feeds its weight: per matrix for a dense weight, in all for experts.
+int64_t rows_of(const ggml_tensor * node) {
+    if (node->op == GGML_OP_MUL_MAT_ID) {
+        return ggml_nelements(node->src[2]);
+    }
+    return ggml_nrows(node->src[1]) / (node->src[0]->ne[2] * node->src[0]->ne[3]);
+}
+
+} // namespace
+
+std::string plain_name(const char * name) {
+    const auto [start, length] = name_span(name);
+    return std::string(start, length);
+}
+
+std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight) {
+    std::vector<PlannedWeight> plan;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
+            !is_wanted(node->src[0]->name, output_weight)) {
+            continue;
+        }
+        const std::string name  = plain_name(node->src[0]->name);
+        const auto        known = std::find_if(plan.begin(), plan.end(),
+                                               [&](const PlannedWeight & w) { return w.name == name; });
+        if (known != plan.end()) {
+            known->rows += rows_of(node);
+        } else {
+            plan.push_back({name, rows_of(node)});
+        }
+    }
+    return plan;
+}
+
+bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept {
+    auto & hook = *static_cast<EvalHook *>(user_data);
+    // After an error the chunk is lost anyway: let the rest of the graph run unobserved.
+    // (Returning false from the second call would end this split's nodes early, but the
+    // decode would still report success; ggml-backend.cpp, compute_splits.)
+    if (!hook.enabled_ || hook.error_.kind != Failure::none) {
+        return !ask;
+    }
+    try {
+        if (ask) {
+            return hook.ask(node);
+        }
+        hook.collect(node);
+    } catch (const std::bad_alloc &) {
+        hook.error_ = {Failure::out_of_memory, {}, -1, -1};
+    }
+    return !ask;
+}
+
+void EvalHook::begin_chunk() {
+    error_ = {};
+}
+
+void EvalHook::begin_decode(bool output_weight) {
+    output_weight_ = output_weight;
+    ++graph_;
+    activations_.clear();
+}
+
+void EvalHook::fail(Failure kind, const std::string & weight, int64_t mat, int64_t channel) {
+    if (error_.kind == Failure::none) {
+        error_ = {kind, weight, mat, channel};
+    }
+}
+
+// Called for every node before it runs. True makes the scheduler compute up to and
+// including this node, wait, and come back with collect().
+bool EvalHook::ask(ggml_tensor * node) {
+    if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
+        !is_wanted(node->src[0]->name, output_weight_)) {
+        return false;
+    }
+    const int64_t rows = rows_of(node);
+    if (rows == 0) {
+        return false; // a last layer cropped to no output rows
+    }
+    const size_t weight = sums_.weight(plain_name(node->src[0]->name));
+    seen_in_.resize(sums_.weights().size(), 0);
+    if (seen_in_[weight] == graph_) {
+        // One decode runs one graph per ubatch, and the same tensor addresses come again:
+        // what is known about activations ends here.
+        ++graph_;
+        activations_.clear();
+    }
+    seen_in_[weight] = graph_;
+
+    if (!grouping_) {
+        return true;
+    }
+    const Shape shape = shape_of(node);
+    for (auto known = activations_.rbegin(); known != activations_.rend(); ++known) {
+        if (known->rows != node->src[1] || known->ids != node->src[2] || known->shape != shape) {
+            continue;
+        }
+        // fetched already: this weight is fed too, there is nothing to compute
+        if (!take_slot(weight, shape, known->slot)) {
+            return false;
+        }
+        if (sums_.weights()[weight].slot != known->slot) {
+            fail(Failure::regroup, sums_.weights()[weight].name);
+            return false;
+        }
+        sums_.weights()[weight].pending_rows += rows;
+        return false;
+    }
+    return true;
+}
+
+// Gives a weight its slot on first use: `shared`, or one of its own. A slot that has
+// data from before this graph is never shared with a newcomer.
+bool EvalHook::take_slot(size_t weight, const Shape & shape, size_t shared) {
+    size_t & slot = sums_.weights()[weight].slot;
+    if (slot == Sums::npos) {
+        const bool fresh = shared != Sums::npos && slot_made_in_[shared] == graph_;
+        if (fresh) {
+            slot = shared;
+        } else {
+            const size_t made = sums_.add_slot(shape);
+            slot              = made;
+        }
+        slot_made_in_.resize(sums_.slots().size(), graph_);
+        slot_fed_in_.resize(sums_.slots().size(), 0);
+        return true;
+    }
+    if (sums_.slots()[slot].shape != shape) {
+        fail(Failure::shape_changed, sums_.weights()[weight].name);
+        return false;
+    }
+    return true;
+}
+
+const char * EvalHook::host_bytes(const ggml_tensor * tensor, std::vector<char> & staging) {
+    const ggml_backend_buffer_t buffer =
+        tensor->view_src != nullptr ? tensor->view_src->buffer : tensor->buffer;
+    if (buffer == nullptr || ggml_backend_buffer_is_host(buffer)) {
+        return static_cast<const char *>(tensor->data);
+    }
+    // ggml_nbytes spans a strided view from its first to its last byte
+    const size_t size = ggml_nbytes(tensor);
+    staging.resize(size);
+    ggml_backend_tensor_get(tensor, staging.data(), 0, size);
+    counters_.fetched_bytes += static_cast<int64_t>(size);
+    return staging.data();
+}
+
+// Squares rows_ into the pending sums of matrix `mat`.
+void EvalHook::add_rows(size_t weight, int64_t mat) {
+    const size_t slot = sums_.weights()[weight].slot;
+    const size_t n    = static_cast<size_t>(sums_.slots()[slot].shape.n_in);
+    partial_.resize(n);
+    for (size_t first = 0; first < rows_.size(); first += kRowsPerPartial) {
+        const size_t count = std::min(kRowsPerPartial, rows_.size() - first);
+        std::fill(partial_.begin(), partial_.end(), 0.0f);
+        best_row_kernel().run(rows_.data() + first, count, n, partial_.data());
+        // a sum of squares is finite only if every one of them is
+        for (size_t j = 0; j < n; ++j) {
+            if (!std::isfinite(partial_[j])) {
+                const bool several = sums_.slots()[slot].shape.n_mat > 1;
+                fail(Failure::non_finite, sums_.weights()[weight].name, several ? mat : -1,
+                     static_cast<int64_t>(j));
+                return;
+            }
+        }
+        sums_.add(slot, mat, partial_.data());
+    }
+    counters_.squared_elements += static_cast<int64_t>(rows_.size() * n);
+}
+
+void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
+    const ggml_tensor * w    = node->src[0];
+    const ggml_tensor * x    = node->src[1];
+    const char *        data = host_bytes(x, staging_rows_);
+    // Matrix (i2, i3) of the weight multiplies the rows whose own i2, i3 are the same
+    // modulo the weight's: ggml's broadcast rule for MUL_MAT.
+    for (int64_t w3 = 0; w3 < w->ne[3]; ++w3) {
+        for (int64_t w2 = 0; w2 < w->ne[2]; ++w2) {
+            rows_.clear();
+            for (int64_t i3 = w3; i3 < x->ne[3]; i3 += w->ne[3]) {
+                for (int64_t i2 = w2; i2 < x->ne[2]; i2 += w->ne[2]) {
+                    for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) {
+                        rows_.push_back(reinterpret_cast<const float *>(
+                            data + i1 * static_cast<int64_t>(x->nb[1]) +
+                            i2 * static_cast<int64_t>(x->nb[2]) +
+                            i3 * static_cast<int64_t>(x->nb[3])));
+                    }
+                }
+            }
+            add_rows(weight, w3 * w->ne[2] + w2);
+            if (error_.kind != Failure::none) {
+                return;
+            }
+        }
+    }
+    sums_.count(sums_.weights()[weight].slot, 0, rows_of(node));
+}
+
+void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
+    const ggml_tensor * x        = node->src[1]; // [n_in, n_used or 1, n_tokens]
+    const ggml_tensor * ids      = node->src[2]; // [n_used, n_tokens], not contiguous
+    const int64_t       n_expert = node->src[0]->ne[2];
+    const size_t        slot     = sums_.weights()[weight].slot;
+    if (x->ne[3] != 1 || x->ne[2] != ids->ne[1]) {
+        fail(Failure::bad_layout, sums_.weights()[weight].name);
+        return;
+    }
+    const char * data     = host_bytes(x, staging_rows_);
+    const char * id_bytes = host_bytes(ids, staging_ids_);
+
+    rows_by_expert_.resize(std::max(rows_by_expert_.size(), static_cast<size_t>(n_expert)));
+    for (int64_t e = 0; e < n_expert; ++e) {
+        rows_by_expert_[static_cast<size_t>(e)].clear();
+    }
+    for (int64_t token = 0; token < ids->ne[1]; ++token) {
+        for (int64_t used = 0; used < ids->ne[0]; ++used) {
+            int32_t expert;
+            std::memcpy(&expert,
+                        id_bytes + token * static_cast<int64_t>(ids->nb[1]) +
+                            used * static_cast<int64_t>(ids->nb[0]),
+                        sizeof expert);
+            if (expert < 0 || expert >= n_expert) {
+                fail(Failure::bad_expert, sums_.weights()[weight].name, expert);
+                return;
+            }
+            // gate and up get one row for all experts of a token, down gets one for each
+            const int64_t i1 = used % x->ne[1];
+            rows_by_expert_[static_cast<size_t>(expert)].push_back(
+                reinterpret_cast<const float *>(data + i1 * static_cast<int64_t>(x->nb[1]) +
+                                                token * static_cast<int64_t>(x->nb[2])));
+        }
+    }
+    for (int64_t e = 0; e < n_expert; ++e) {
+        auto & rows = rows_by_expert_[static_cast<size_t>(e)];
+        if (rows.empty()) {
+            continue;
+        }
+        rows_.swap(rows);
+        const int64_t n_rows = static_cast<int64_t>(rows_.size());
+        add_rows(weight, e);
+        rows_.swap(rows);
+        if (error_.kind != Failure::none) {
+            return;
+        }
+        sums_.count(slot, e, n_rows);
+    }
+}
+
+// Called after a node that ask() wanted has run and its backend was synchronized.
+void EvalHook::collect(ggml_tensor * node) {
+    ++counters_.stops;
+    const size_t weight = sums_.weight(plain_name(node->src[0]->name));
+    const Shape  shape  = shape_of(node);
+    if (node->src[1]->nb[0] != sizeof(float)) {
+        fail(Failure::bad_layout, sums_.weights()[weight].name);
+        return;
+    }
+    if (!take_slot(weight, shape, Sums::npos)) {
+        return;
+    }
+    const size_t slot = sums_.weights()[weight].slot;
+    if (grouping_) {
+        if (slot_fed_in_[slot] == graph_) {
+            // another weight of the group brought its own activation: not the same any more
+            fail(Failure::regroup, sums_.weights()[weight].name);
+            return;
+        }
+        slot_fed_in_[slot] = graph_;
+        activations_.push_back({node->src[1], node->src[2], shape, slot});
+    }
+    if (node->op == GGML_OP_MUL_MAT_ID) {
+        collect_experts(weight, node);
+    } else {
+        collect_dense(weight, node);
+    }
+    sums_.weights()[weight].pending_rows += rows_of(node);
+}
+
+bool EvalHook::groups_agree() const {
+    for (const Sums::Weight & weight : sums_.weights()) {
+        if (weight.slot != Sums::npos &&
+            weight.pending_rows != sums_.slots()[weight.slot].pending_rows) {
+            return false;
+        }
+    }
+    return true;
+}
+
+} // namespace imatrix

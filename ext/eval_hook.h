@@ -1,0 +1,110 @@
+// The ggml eval callback: sees every matrix multiplication of a graph as it runs and adds
+// the squares of the rows that reach a wanted weight to the sums.
+#pragma once
+
+#include "sums.h"
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+struct ggml_tensor;
+struct ggml_cgraph;
+
+namespace imatrix {
+
+enum class Failure {
+    none,
+    non_finite,      // a NaN or Inf reached a weight
+    bad_expert,      // an expert id outside the weight
+    bad_layout,      // rows that are not contiguous, or a shape this store cannot hold
+    shape_changed,   // the same weight with another shape than before
+    regroup,         // weights that shared an activation no longer do: redo without sharing
+    out_of_memory,
+};
+
+// The first thing that went wrong since begin_chunk().
+struct HookError {
+    Failure     kind = Failure::none;
+    std::string weight;
+    int64_t     mat     = -1; // matrix or expert id, -1 where it has no meaning
+    int64_t     channel = -1; // input channel, likewise
+};
+
+// What the hook did, for tests and benchmarks.
+struct HookCounters {
+    int64_t stops            = 0; // nodes that the scheduler had to stop after
+    int64_t fetched_bytes    = 0; // bytes copied from buffers that the host cannot read
+    int64_t squared_elements = 0;
+};
+
+// How many rows a graph feeds each wanted weight, read off the graph without running it.
+struct PlannedWeight {
+    std::string name;
+    int64_t     rows = 0; // rows, or (row, expert) pairs
+};
+std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight);
+
+// "CUDA0#blk.0.attn_k.weight#0" -> "blk.0.attn_k.weight"; other names stay.
+// The scheduler decorates copies of tensors this way (ggml-backend.cpp).
+std::string plain_name(const char * name);
+
+class EvalHook {
+public:
+    explicit EvalHook(Sums & sums) : sums_(sums) {}
+
+    // Matches ggml_backend_sched_eval_callback; user_data is the EvalHook.
+    static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
+
+    void begin_chunk();                    // forgets the last chunk's error
+    void begin_decode(bool output_weight); // before every llama_process: a new graph comes
+    void set_enabled(bool enabled) { enabled_ = enabled; }
+    bool enabled() const { return enabled_; }
+    bool grouping() const { return grouping_; }
+    void stop_grouping() { grouping_ = false; }
+
+    // With sharing, weights of one slot must all have seen the rows that went into it.
+    bool groups_agree() const;
+
+    const HookError &    error() const { return error_; }
+    const HookCounters & counters() const { return counters_; }
+
+private:
+    struct Activation { // one that was fetched in this graph already
+        const ggml_tensor * rows;
+        const ggml_tensor * ids;
+        Shape               shape;
+        size_t              slot;
+    };
+
+    bool ask(ggml_tensor * node);
+    void collect(ggml_tensor * node);
+    void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
+    bool wanted(const char * name) const;
+    bool take_slot(size_t weight, const Shape & shape, size_t shared);
+    const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
+    void add_rows(size_t weight, int64_t mat);
+    void collect_dense(size_t weight, const ggml_tensor * node);
+    void collect_experts(size_t weight, const ggml_tensor * node);
+
+    Sums &       sums_;
+    HookError    error_;
+    HookCounters counters_;
+    bool         enabled_       = true;
+    bool         grouping_      = true;
+    bool         output_weight_ = false;
+
+    uint64_t                graph_ = 0;    // which graph execution this is
+    std::vector<uint64_t>   seen_in_;      // per weight: the graph it was last seen in
+    std::vector<uint64_t>   slot_made_in_; // per slot: the graph it was made in
+    std::vector<uint64_t>   slot_fed_in_;  // per slot: the graph it was last fed in
+    std::vector<Activation> activations_;  // of this graph
+    std::vector<char>       staging_rows_;
+    std::vector<char>       staging_ids_;
+    std::vector<const float *>              rows_;
+    std::vector<std::vector<const float *>> rows_by_expert_;
+    std::vector<float>                      partial_;
+};
+
+} // namespace imatrix

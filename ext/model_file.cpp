@@ -1,0 +1,90 @@
+#include "model_file.h"
+
+#include "engine_log.h"
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+
+namespace imatrix {
+namespace {
+
+struct GgufFree {
+    void operator()(gguf_context * gguf) const { gguf_free(gguf); }
+};
+struct GgmlFree {
+    void operator()(ggml_context * ctx) const { ggml_free(ctx); }
+};
+
+std::string text_value(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0 || gguf_get_kv_type(gguf, id) != GGUF_TYPE_STRING) {
+        return {};
+    }
+    return gguf_get_val_str(gguf, id);
+}
+
+int64_t integer_value(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        return 0;
+    }
+    switch (gguf_get_kv_type(gguf, id)) {
+        case GGUF_TYPE_UINT8:  return gguf_get_val_u8(gguf, id);
+        case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
+        case GGUF_TYPE_INT32:  return gguf_get_val_i32(gguf, id);
+        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
+        case GGUF_TYPE_INT64:  return gguf_get_val_i64(gguf, id);
+        case GGUF_TYPE_UINT64: return static_cast<int64_t>(gguf_get_val_u64(gguf, id));
+        default:               return 0;
+    }
+}
+
+} // namespace
+
+Status read_model_file(const std::string & path, ModelFile & out) {
+    clear_last_error();
+    ggml_context *         shapes = nullptr;
+    const gguf_init_params params{/*.no_alloc =*/true, /*.ctx =*/&shapes};
+    const std::unique_ptr<gguf_context, GgufFree> gguf(gguf_init_from_file(path.c_str(), params));
+    const std::unique_ptr<ggml_context, GgmlFree> owned(shapes);
+    if (gguf == nullptr) {
+        const std::string why = last_error();
+        return Status::failed(Code::bad_model, "not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
+    }
+
+    std::error_code error;
+    const uint64_t  size = std::filesystem::file_size(std::filesystem::u8path(path), error);
+    if (error) {
+        return Status::failed(Code::bad_model, error.message());
+    }
+    const size_t data = gguf_get_data_offset(gguf.get());
+    for (int64_t i = 0; i < gguf_get_n_tensors(gguf.get()); ++i) {
+        const char *        name   = gguf_get_tensor_name(gguf.get(), i);
+        const ggml_tensor * tensor = ggml_get_tensor(shapes, name);
+        const uint64_t      end = data + gguf_get_tensor_offset(gguf.get(), i) + ggml_nbytes(tensor);
+        if (end > size) {
+            return Status::failed(Code::bad_model,
+                                  "truncated: tensor " + std::string(name) + " ends at byte " +
+                                      std::to_string(end) + ", the file has " + std::to_string(size));
+        }
+        FileTensor entry;
+        entry.name   = name;
+        entry.n_dims = ggml_n_dims(tensor);
+        for (int d = 0; d < 4; ++d) {
+            entry.ne[d] = tensor->ne[d];
+        }
+        out.tensors.push_back(std::move(entry));
+    }
+    out.architecture = text_value(gguf.get(), "general.architecture");
+    out.tokenizer    = text_value(gguf.get(), "tokenizer.ggml.model");
+    out.split_count  = integer_value(gguf.get(), "split.count");
+    out.block_count  = integer_value(gguf.get(), out.architecture + ".block_count");
+    out.n_nextn      = integer_value(gguf.get(), out.architecture + ".nextn_predict_layers");
+    return {};
+}
+
+} // namespace imatrix

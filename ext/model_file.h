@@ -1,0 +1,31 @@
+// A look at a model file's header, without loading it: metadata and tensor names.
+#pragma once
+
+#include "status.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace imatrix {
+
+struct FileTensor {
+    std::string name;
+    int         n_dims = 0;
+    int64_t     ne[4]  = {1, 1, 1, 1};
+};
+
+struct ModelFile {
+    std::string             architecture;
+    std::string             tokenizer;       // tokenizer.ggml.model, "" if there is none
+    int64_t                 block_count = 0; // trunk and head blocks together
+    int64_t                 n_nextn     = 0; // how many of them are head blocks
+    int64_t                 split_count = 0; // parts of a multi-part model, 0 or 1: one file
+    std::vector<FileTensor> tensors;         // of this part
+};
+
+// Reads the header of a GGUF file with the engine's own reader and checks that the file is
+// long enough for its tensors. bad_model says what is wrong with it.
+Status read_model_file(const std::string & path, ModelFile & out);
+
+} // namespace imatrix

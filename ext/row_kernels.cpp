@@ -1,0 +1,156 @@
+#include "row_kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define IMATRIX_X86 1
+#include <immintrin.h>
+#endif
+#if defined(__aarch64__)
+#define IMATRIX_NEON 1
+#include <arm_neon.h>
+#endif
+
+namespace imatrix {
+namespace {
+
+// Every kernel reads eight rows a pass over acc: the rows are what costs memory
+// bandwidth, acc (a few thousand floats) stays in the first cache level.
+constexpr size_t kUnroll = 8;
+
+void plain_row(const float * __restrict x, size_t n, float * __restrict acc) {
+    for (size_t j = 0; j < n; ++j) {
+        acc[j] += x[j] * x[j];
+    }
+}
+
+void add_squares_plain(const float * const * rows, size_t n_rows, size_t n, float * acc) {
+    for (size_t r = 0; r < n_rows; ++r) {
+        plain_row(rows[r], n, acc);
+    }
+}
+
+#ifdef IMATRIX_X86
+__attribute__((target("avx512f"))) void add_squares_avx512(const float * const * rows,
+                                                            size_t n_rows, size_t n, float * acc) {
+    size_t r = 0;
+    for (; r + kUnroll <= n_rows; r += kUnroll) {
+        const float * const * x = rows + r;
+        size_t                j = 0;
+        for (; j + 16 <= n; j += 16) {
+            // two chains, so that the additions do not wait for each other
+            __m512 a = _mm512_loadu_ps(acc + j);
+            __m512 b = _mm512_setzero_ps();
+            for (size_t k = 0; k < kUnroll; k += 2) {
+                const __m512 u = _mm512_loadu_ps(x[k] + j);
+                const __m512 v = _mm512_loadu_ps(x[k + 1] + j);
+                a              = _mm512_fmadd_ps(u, u, a);
+                b              = _mm512_fmadd_ps(v, v, b);
+            }
+            _mm512_storeu_ps(acc + j, _mm512_add_ps(a, b));
+        }
+        for (size_t k = 0; k < kUnroll; ++k) {
+            plain_row(x[k] + j, n - j, acc + j);
+        }
+    }
+    for (; r < n_rows; ++r) {
+        size_t j = 0;
+        for (; j + 16 <= n; j += 16) {
+            const __m512 u = _mm512_loadu_ps(rows[r] + j);
+            _mm512_storeu_ps(acc + j, _mm512_fmadd_ps(u, u, _mm512_loadu_ps(acc + j)));
+        }
+        plain_row(rows[r] + j, n - j, acc + j);
+    }
+}
+
+__attribute__((target("avx2,fma"))) void add_squares_avx2(const float * const * rows,
+                                                           size_t n_rows, size_t n, float * acc) {
+    size_t r = 0;
+    for (; r + kUnroll <= n_rows; r += kUnroll) {
+        const float * const * x = rows + r;
+        size_t                j = 0;
+        for (; j + 8 <= n; j += 8) {
+            __m256 a = _mm256_loadu_ps(acc + j);
+            __m256 b = _mm256_setzero_ps();
+            for (size_t k = 0; k < kUnroll; k += 2) {
+                const __m256 u = _mm256_loadu_ps(x[k] + j);
+                const __m256 v = _mm256_loadu_ps(x[k + 1] + j);
+                a              = _mm256_fmadd_ps(u, u, a);
+                b              = _mm256_fmadd_ps(v, v, b);
+            }
+            _mm256_storeu_ps(acc + j, _mm256_add_ps(a, b));
+        }
+        for (size_t k = 0; k < kUnroll; ++k) {
+            plain_row(x[k] + j, n - j, acc + j);
+        }
+    }
+    for (; r < n_rows; ++r) {
+        size_t j = 0;
+        for (; j + 8 <= n; j += 8) {
+            const __m256 u = _mm256_loadu_ps(rows[r] + j);
+            _mm256_storeu_ps(acc + j, _mm256_fmadd_ps(u, u, _mm256_loadu_ps(acc + j)));
+        }
+        plain_row(rows[r] + j, n - j, acc + j);
+    }
+}
+#endif
+
+#ifdef IMATRIX_NEON
+void add_squares_neon(const float * const * rows, size_t n_rows, size_t n, float * acc) {
+    size_t r = 0;
+    for (; r + kUnroll <= n_rows; r += kUnroll) {
+        const float * const * x = rows + r;
+        size_t                j = 0;
+        for (; j + 4 <= n; j += 4) {
+            float32x4_t a = vld1q_f32(acc + j);
+            float32x4_t b = vdupq_n_f32(0.0f);
+            for (size_t k = 0; k < kUnroll; k += 2) {
+                const float32x4_t u = vld1q_f32(x[k] + j);
+                const float32x4_t v = vld1q_f32(x[k + 1] + j);
+                a                   = vfmaq_f32(a, u, u);
+                b                   = vfmaq_f32(b, v, v);
+            }
+            vst1q_f32(acc + j, vaddq_f32(a, b));
+        }
+        for (size_t k = 0; k < kUnroll; ++k) {
+            plain_row(x[k] + j, n - j, acc + j);
+        }
+    }
+    for (; r < n_rows; ++r) {
+        size_t j = 0;
+        for (; j + 4 <= n; j += 4) {
+            const float32x4_t u = vld1q_f32(rows[r] + j);
+            vst1q_f32(acc + j, vfmaq_f32(vld1q_f32(acc + j), u, u));
+        }
+        plain_row(rows[r] + j, n - j, acc + j);
+    }
+}
+#endif
+
+} // namespace
+
+size_t row_kernels(NamedRowKernel out[4]) {
+    size_t count = 0;
+#ifdef IMATRIX_X86
+    if (__builtin_cpu_supports("avx512f")) {
+        out[count++] = {"avx512", add_squares_avx512};
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        out[count++] = {"avx2", add_squares_avx2};
+    }
+#endif
+#ifdef IMATRIX_NEON
+    out[count++] = {"neon", add_squares_neon};
+#endif
+    out[count++] = {"plain", add_squares_plain};
+    return count;
+}
+
+const NamedRowKernel & best_row_kernel() {
+    static const NamedRowKernel best = [] {
+        NamedRowKernel all[4];
+        row_kernels(all);
+        return all[0];
+    }();
+    return best;
+}
+
+} // namespace imatrix

@@ -1,0 +1,26 @@
+// x² into sums: the one loop that every collected activation goes through.
+#pragma once
+
+#include <cstddef>
+
+namespace imatrix {
+
+// acc[j] += rows[0][j]² + rows[1][j]² + ... for j < n, in float32.
+// `rows` are pointers to n contiguous floats each, in any order, aligned to 4 bytes.
+// float32 holds a partial sum over a few hundred rows well (see kRowsPerPartial in
+// eval_hook.cpp); longer sums belong in float64.
+using RowKernel = void (*)(const float * const * rows, size_t n_rows, size_t n, float * acc);
+
+struct NamedRowKernel {
+    const char * name; // "avx512", "avx2", "neon", "plain"
+    RowKernel    run;
+};
+
+// The kernels that this processor can run, best first; "plain" is always the last.
+// Returns how many there are (at most 4) and writes them to `out`.
+size_t row_kernels(NamedRowKernel out[4]);
+
+// The best of them, chosen once.
+const NamedRowKernel & best_row_kernel();
+
+} // namespace imatrix

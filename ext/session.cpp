@@ -1,0 +1,554 @@
+#include "session.h"
+
+#include "engine_log.h"
+#include "row_kernels.h"
+
+#include "ggml-backend.h"
+#include "ggml.h"
+#include "llama-ext.h"
+#include "llama.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace imatrix {
+namespace {
+
+std::atomic<int64_t> g_live_sessions{0};
+
+// Tokens in the graphs that are only looked at. Prime, so that a layer cropped to its
+// output rows cannot look like one that keeps them all.
+constexpr int32_t kProbeTokens = 61;
+
+void init_backend_once() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        ggml_backend_load_all();
+        llama_backend_init();
+    });
+}
+
+// The engine says why in its log only; its last error line goes into ours.
+Status engine_error(Code code, const std::string & what) {
+    const std::string why = last_error();
+    const bool        memory =
+        why.find("allocate") != std::string::npos || why.find("out of memory") != std::string::npos;
+    return Status::failed(memory ? Code::out_of_memory : code,
+                          why.empty() ? what : what + ": " + why);
+}
+
+bool is_zero(const float * row, int32_t n) {
+    return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
+}
+
+} // namespace
+
+// --- Model -----------------------------------------------------------------
+
+void Model::Free::operator()(llama_model * model) const {
+    llama_model_free(model);
+}
+
+Status Model::load(const ModelParams & params) {
+    init_backend_once();
+    clear_last_error();
+    llama_model_params engine = llama_model_default_params();
+    engine.n_gpu_layers       = params.n_gpu_layers;
+    engine.load_mode     = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
+    engine.check_tensors = params.check_tensors;
+    // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
+    engine.load_mtp = params.mtp;
+    model_.reset(llama_model_load_from_file(params.path.c_str(), engine));
+    if (model_ == nullptr) {
+        return engine_error(Code::bad_model, "the engine could not load the model");
+    }
+    return {};
+}
+
+int32_t Model::n_nextn() const { return llama_model_n_layer_nextn(model_.get()); }
+int32_t Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
+int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
+bool    Model::has_decoder() const { return llama_model_has_decoder(model_.get()); }
+
+int32_t Model::n_vocab() const {
+    return llama_vocab_n_tokens(llama_model_get_vocab(model_.get()));
+}
+bool Model::has_tokenizer() const {
+    return llama_vocab_type(llama_model_get_vocab(model_.get())) != LLAMA_VOCAB_TYPE_NONE;
+}
+bool Model::add_bos() const {
+    return has_tokenizer() && llama_vocab_get_add_bos(llama_model_get_vocab(model_.get()));
+}
+int32_t Model::bos() const { return llama_vocab_bos(llama_model_get_vocab(model_.get())); }
+
+std::string Model::description() const {
+    char text[128];
+    llama_model_desc(model_.get(), text, sizeof text);
+    return text;
+}
+
+Status Model::tokenize(const std::string & text, bool add_special, bool parse_special,
+                       std::vector<int32_t> & out) const {
+    const llama_vocab * vocab = llama_model_get_vocab(model_.get());
+    if (!has_tokenizer()) {
+        return Status::failed(Code::bad_model, "the model has no tokenizer");
+    }
+    if (text.size() > static_cast<size_t>(INT32_MAX) - 16) {
+        return Status::failed(Code::bad_argument,
+                              "a text of 2 GiB or more cannot be tokenized in one piece: give it "
+                              "as several strings");
+    }
+    const int32_t length = static_cast<int32_t>(text.size());
+    out.resize(text.size() / 2 + 16);
+    int32_t n = llama_tokenize(vocab, text.data(), length, out.data(),
+                               static_cast<int32_t>(out.size()), add_special, parse_special);
+    if (n == INT32_MIN) {
+        return Status::failed(Code::bad_argument, "the text has more than 2^31 tokens");
+    }
+    if (n < 0) { // the room that it needs
+        out.resize(static_cast<size_t>(-n));
+        n = llama_tokenize(vocab, text.data(), length, out.data(),
+                           static_cast<int32_t>(out.size()), add_special, parse_special);
+    }
+    if (n < 0) {
+        return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
+    }
+    out.resize(static_cast<size_t>(n));
+    return {};
+}
+
+// --- Session: contexts -----------------------------------------------------
+
+void Session::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
+void Session::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
+
+Session::~Session() {
+    if (trunk_ != nullptr) {
+        --g_live_sessions;
+    }
+}
+
+int64_t Session::live() { return g_live_sessions; }
+
+const char * Session::kernel() const { return best_row_kernel().name; }
+
+void Session::set_hook_enabled(bool enabled) { hook_.set_enabled(enabled); }
+
+Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
+    clear_last_error();
+    llama_context_params engine = llama_context_default_params();
+    engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx * params_.n_seq);
+    engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
+    engine.n_ubatch             = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
+    engine.n_seq_max            = static_cast<uint32_t>(params_.n_seq);
+    // room for the logits of this many rows is reserved in every graph
+    engine.n_outputs_max   = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
+    engine.n_threads       = params_.n_threads;
+    engine.n_threads_batch = params_.n_threads;
+    engine.cb_eval         = EvalHook::callback;
+    engine.cb_eval_user_data   = &hook_;
+    engine.abort_callback      = [](void * data) -> bool {
+        return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
+    };
+    engine.abort_callback_data = &cancelled_;
+    engine.no_perf             = true;
+    if (head) {
+        engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
+        engine.ctx_other = trunk_.get();
+    }
+    out.reset(llama_init_from_model(model_.get(), engine));
+    if (out == nullptr) {
+        return engine_error(Code::engine_failed, head ? "the engine made no MTP context"
+                                                      : "the engine made no context");
+    }
+    if (!head) {
+        // The trunk's rows for every token. Several architectures then also run their last
+        // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
+        // glm4-moe.cpp), which spares the LM head.
+        llama_set_embeddings_nextn(out.get(), params_.mtp || !all_outputs, /*masked=*/false);
+    }
+    return {};
+}
+
+// Builds the graph twice without running it, with one output and with all: what differs
+// between the two is what only output rows reach.
+Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
+    plan                    = {};
+    const bool    output    = params_.process_output && !head;
+    const int32_t n_tokens  = std::min({kProbeTokens, params_.n_ubatch, params_.n_batch, params_.n_ctx});
+    const auto    rows_with = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
+        ggml_cgraph * graph = llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), 1,
+                                                  static_cast<uint32_t>(n_outputs));
+        if (graph == nullptr) {
+            return false;
+        }
+        weights = planned_weights(graph, output);
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            const ggml_tensor * node = ggml_graph_node(graph, i);
+            // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
+            if (std::strcmp(node->name, "h_nextn") == 0) {
+                weights.push_back({"h_nextn", node->ne[1]});
+            }
+        }
+        return true;
+    };
+    std::vector<PlannedWeight> one;
+    if (!rows_with(1, one) || !rows_with(n_tokens, plan.weights)) {
+        return engine_error(Code::engine_failed, "the engine could not reserve a graph");
+    }
+    // one token cannot tell the two graphs apart: ask for outputs then
+    plan.needs_outputs = n_tokens < 2;
+    for (const PlannedWeight & all : plan.weights) {
+        const auto same = std::find_if(one.begin(), one.end(), [&](const PlannedWeight & w) {
+            return w.name == all.name && w.rows == all.rows;
+        });
+        const bool rows_of_head = all.name == "h_nextn";
+        if (same == one.end() && (!rows_of_head || params_.mtp)) {
+            plan.needs_outputs = true;
+        }
+    }
+    plan.weights.erase(std::remove_if(plan.weights.begin(), plan.weights.end(),
+                                      [](const PlannedWeight & w) { return w.name == "h_nextn"; }),
+                       plan.weights.end());
+    for (PlannedWeight & weight : plan.weights) {
+        weight.rows = weight.rows % n_tokens == 0 ? weight.rows / n_tokens : 0;
+    }
+    return {};
+}
+
+Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan) {
+    Status status = make_context(head, all_outputs, ctx);
+    if (!status.ok()) {
+        return status;
+    }
+    status = probe(ctx.get(), head, plan);
+    if (status.ok() && plan.needs_outputs && !all_outputs) {
+        ctx.reset();
+        status = make_context(head, true, ctx);
+    }
+    return status;
+}
+
+Status Session::open(const SessionParams & params) {
+    init_backend_once();
+    if (trunk_ == nullptr) {
+        ++g_live_sessions;
+    }
+    head_batch_.reset();
+    trunk_batch_.reset();
+    head_.reset();
+    trunk_.reset();
+    params_ = params;
+
+    Status status;
+    try {
+        status = open_context(false, params.process_output || params.perplexity, trunk_, trunk_plan_);
+        trunk_plan_.needs_outputs |= params.process_output;
+        head_plan_ = {};
+        if (status.ok() && params.mtp) {
+            status = open_context(true, false, head_, head_plan_);
+        }
+        if (status.ok() && params.mtp) {
+            const std::string block = "blk." + std::to_string(model_.n_trunk()) + ".";
+            const bool        runs  = std::any_of(
+                head_plan_.weights.begin(), head_plan_.weights.end(),
+                [&](const PlannedWeight & w) { return w.name.compare(0, block.size(), block) == 0; });
+            if (!runs) {
+                status = Status::failed(Code::engine_failed,
+                                        "the engine's MTP graph multiplies no weight of " + block + "*");
+            }
+            n_embd_h_ = llama_model_n_embd_out(model_.get());
+        }
+        if (status.ok()) {
+            trunk_batch_.reset(llama_batch_ext_init(trunk_.get()));
+            if (head_ != nullptr) {
+                head_batch_.reset(llama_batch_ext_init(head_.get()));
+            }
+        }
+    } catch (const std::bad_alloc &) {
+        status = Status::failed(Code::out_of_memory, "out of memory while making the contexts");
+    } catch (const std::exception & error) {
+        status = Status::failed(Code::engine_failed, error.what());
+    }
+    if (!status.ok()) {
+        head_.reset();
+        trunk_.reset();
+        --g_live_sessions;
+    }
+    return status;
+}
+
+// --- Session: one chunk ----------------------------------------------------
+
+Status Session::after_decode(int32_t rc, const char * which) {
+    const HookError & error = hook_.error();
+    Status            status;
+    status.weight  = error.weight;
+    status.mat     = error.mat;
+    status.channel = error.channel;
+    switch (error.kind) {
+        case Failure::none: break;
+        case Failure::regroup: break; // step() redoes the chunk
+        case Failure::non_finite:
+            status.code    = Code::non_finite;
+            status.message = "a NaN or infinite activation reached " + error.weight;
+            return status;
+        case Failure::bad_expert:
+            status.code    = Code::engine_failed;
+            status.message = error.weight + ": expert id " + std::to_string(error.mat) + " is out of range";
+            return status;
+        case Failure::bad_layout:
+            status.code    = Code::engine_failed;
+            status.message = error.weight + ": activations in a layout that cannot be summed";
+            return status;
+        case Failure::shape_changed:
+            status.code    = Code::engine_failed;
+            status.message = error.weight + ": its shape differs from that of earlier chunks";
+            return status;
+        case Failure::out_of_memory:
+            return Status::failed(Code::out_of_memory, "out of memory for the sums");
+    }
+    if (cancelled_) {
+        return Status::failed(Code::cancelled, "cancelled");
+    }
+    if (rc != 0) { // llama.h, llama_decode
+        const std::string what = std::string("the engine could not decode the ") + which + " (status " +
+                                 std::to_string(rc) + ")";
+        return engine_error(rc == 1 || rc == -2 ? Code::out_of_memory : Code::engine_failed, what);
+    }
+    return {};
+}
+
+// Feeds positions [first, first + n_batch/n_seq) of every chunk to the trunk.
+Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                             int32_t first, std::vector<double> * nll) {
+    const int32_t        each = std::max(1, params_.n_batch / n_chunks);
+    const bool           all  = trunk_plan_.needs_outputs;
+    std::vector<int32_t> scored_position; // where in `tokens`
+    std::vector<int32_t> scored_index;    // where in the batch
+    std::vector<int32_t> scored_chunk;
+
+    llama_batch_ext_clear(trunk_batch_.get());
+    const int32_t * chunk = tokens;
+    for (int32_t i = 0; i < n_chunks; chunk += lengths[i++]) {
+        for (llama_pos p = first; p < std::min(first + each, lengths[i]); ++p) {
+            const int32_t index = llama_batch_ext_add_token(trunk_batch_.get(), i, chunk[p]);
+            if (index < 0) {
+                return Status::failed(Code::bad_argument,
+                                      "token id " + std::to_string(chunk[p]) +
+                                          " is not in the vocabulary (" +
+                                          std::to_string(model_.n_vocab()) + " tokens)");
+            }
+            llama_batch_ext_set_pos(trunk_batch_.get(), index, &p);
+            // as llama-imatrix scores: the second half, without the last token
+            const bool scored = nll != nullptr && p >= lengths[i] / 2 && p + 1 < lengths[i];
+            llama_batch_ext_set_output_logits(trunk_batch_.get(), index, all || scored);
+            if (scored) {
+                scored_position.push_back(static_cast<int32_t>(chunk - tokens) + p);
+                scored_index.push_back(index);
+                scored_chunk.push_back(i);
+            }
+        }
+    }
+    hook_.begin_decode(params_.process_output);
+    const int32_t rc     = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
+    Status        status = after_decode(rc, "trunk");
+    if (!status.ok() || scored_index.empty()) {
+        return status;
+    }
+    std::vector<double> values;
+    score(tokens, scored_position, scored_index, values);
+    for (size_t k = 0; k < values.size(); ++k) {
+        nll[scored_chunk[k]].push_back(values[k]);
+    }
+    return status;
+}
+
+// -log softmax(logits)[next token] for some rows of the trunk's last batch, by several
+// threads; each value is computed by one thread alone, so their number changes nothing.
+void Session::score(const int32_t * tokens, const std::vector<int32_t> & positions,
+                    const std::vector<int32_t> & batch_index, std::vector<double> & nll) const {
+    const int32_t              n_vocab = model_.n_vocab();
+    std::vector<const float *> logits(batch_index.size());
+    for (size_t k = 0; k < batch_index.size(); ++k) {
+        logits[k] = llama_get_logits_ith(trunk_.get(), batch_index[k]);
+    }
+    nll.assign(logits.size(), 0.0);
+    const size_t n_threads = static_cast<size_t>(std::max(1, params_.n_threads));
+    const auto   work      = [&](size_t thread) {
+        for (size_t k = thread; k < logits.size(); k += n_threads) {
+            const float * row = logits[k];
+            float         top = row[0];
+            for (int32_t v = 1; v < n_vocab; ++v) {
+                top = std::max(top, row[v]);
+            }
+            double sum = 0.0;
+            for (int32_t v = 0; v < n_vocab; ++v) {
+                sum += std::exp(row[v] - top);
+            }
+            nll[k] = std::log(sum) - static_cast<double>(row[tokens[positions[k] + 1]] - top);
+        }
+    };
+    std::vector<std::thread> others;
+    for (size_t t = 1; t < std::min(n_threads, logits.size()); ++t) {
+        others.emplace_back(work, t);
+    }
+    work(0);
+    for (std::thread & other : others) {
+        other.join();
+    }
+}
+
+// Feeds the same positions to the head (one sequence). Slot p gets token x_p and, as its
+// state, the trunk's row of slot p-1: zeros before the first token, the last row of the
+// batch before where the chunk goes on. This is what the engine's own driver does
+// (common/speculative.cpp, common_speculative_impl_draft_mtp::process). The state goes in by
+// llama_batch_ext_set_embd_token; llama_batch_ext_set_embd_state, which llama.h names for
+// this, does nothing in this version (llama-batch.cpp).
+Status Session::decode_head(const int32_t * tokens, int32_t first, int32_t n_tokens) {
+    const float * h = llama_get_embeddings_nextn(trunk_.get());
+    const size_t  n = static_cast<size_t>(n_embd_h_);
+    if (h == nullptr || is_zero(h + (n_tokens - 1) * n, n_embd_h_)) {
+        return Status::failed(Code::engine_failed,
+                              "the trunk of this architecture gives no rows for the head");
+    }
+    llama_batch_ext_clear(head_batch_.get());
+    for (int32_t k = 0; k < n_tokens; ++k) {
+        const llama_pos p     = first + k;
+        const int32_t   index = llama_batch_ext_add_token(head_batch_.get(), 0, tokens[p]);
+        const float *   state = k == 0 ? pending_h_.data() : h + static_cast<size_t>(k - 1) * n;
+        if (index < 0 || !llama_batch_ext_set_pos(head_batch_.get(), index, &p) ||
+            !llama_batch_ext_set_embd_token(head_batch_.get(), index, {state, 1, n})) {
+            return Status::failed(Code::engine_failed, "the engine refused a row for the head");
+        }
+        llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
+    }
+    const int32_t n_heads = model_.n_nextn();
+    Status        status;
+    for (int32_t head = 0; head < n_heads && status.ok(); ++head) {
+        if (n_heads > 1) {
+            // every head keeps keys and values of its own layer for the same positions
+            llama_memory_seq_rm(llama_get_memory(head_.get()), 0, first, -1);
+            llama_set_nextn_layer_offset(head_.get(), head);
+        }
+        hook_.begin_decode(false);
+        const int32_t rc = llama_process(head_.get(), LLAMA_PROCESS_TYPE_DECODE, head_batch_.get());
+        status           = after_decode(rc, "head");
+    }
+    if (n_heads > 1) {
+        llama_set_nextn_layer_offset(head_.get(), 0);
+    }
+    std::copy_n(h + static_cast<size_t>(n_tokens - 1) * n, n, pending_h_.begin());
+    return status;
+}
+
+// Every weight that the graphs multiply must have seen every row of the chunk.
+Status Session::check_rows(int64_t n_tokens) const {
+    for (const GraphPlan * plan : {&trunk_plan_, &head_plan_}) {
+        for (const PlannedWeight & planned : plan->weights) {
+            const size_t  index = sums_.find(planned.name);
+            const int64_t seen  = index == Sums::npos ? 0 : sums_.weights()[index].pending_rows;
+            const int64_t want  = planned.rows * n_tokens;
+            if (seen == want && seen > 0) {
+                continue;
+            }
+            if (planned.rows == 0 && seen > 0) {
+                continue; // rows that do not follow the tokens, e.g. of a compressed sequence
+            }
+            Status status;
+            status.code    = Code::rows_missing;
+            status.weight  = planned.name;
+            status.message = planned.name + " saw " + std::to_string(seen) + " rows in a chunk of " +
+                             std::to_string(n_tokens) + " tokens, expected " +
+                             (planned.rows > 0 ? std::to_string(want) : std::string("some"));
+            return status;
+        }
+    }
+    return {};
+}
+
+Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                        ChunkScore * scores) {
+    hook_.begin_chunk();
+    clear_last_error();
+    llama_memory_clear(llama_get_memory(trunk_.get()), true);
+    if (head_ != nullptr) {
+        llama_memory_clear(llama_get_memory(head_.get()), true);
+        pending_h_.assign(static_cast<size_t>(n_embd_h_), 0.0f);
+    }
+    nll_.assign(static_cast<size_t>(n_chunks), {});
+
+    const int32_t longest = *std::max_element(lengths, lengths + n_chunks);
+    const int32_t each    = std::max(1, params_.n_batch / n_chunks);
+    int64_t       total   = 0;
+    for (int32_t i = 0; i < n_chunks; ++i) {
+        total += lengths[i];
+    }
+    for (int32_t first = 0; first < longest; first += each) {
+        Status status = decode_trunk(tokens, lengths, n_chunks, first,
+                                     params_.perplexity ? nll_.data() : nullptr);
+        if (status.ok() && head_ != nullptr) {
+            status = decode_head(tokens, first, std::min(each, longest - first));
+        }
+        if (!status.ok()) {
+            return status;
+        }
+    }
+    // the last graph may still be running where nothing stopped it
+    llama_synchronize(trunk_.get());
+    for (int32_t i = 0; i < n_chunks && scores != nullptr; ++i) {
+        scores[i] = {};
+        for (const double v : nll_[static_cast<size_t>(i)]) {
+            scores[i].nll += v;
+            scores[i].nll_sq += v * v;
+            ++scores[i].n_scored;
+        }
+    }
+    if (hook_.error().kind == Failure::regroup) {
+        return {};
+    }
+    return hook_.enabled() ? check_rows(total) : Status{};
+}
+
+Status Session::step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                     ChunkScore * scores) {
+    if (trunk_ == nullptr) {
+        return Status::failed(Code::bad_argument, "the session is not open");
+    }
+    if (n_chunks < 1 || n_chunks > params_.n_seq) {
+        return Status::failed(Code::bad_argument, "1 to n_seq chunks a step");
+    }
+    for (int32_t i = 0; i < n_chunks; ++i) {
+        if (lengths[i] < 1 || lengths[i] > params_.n_ctx) {
+            return Status::failed(Code::bad_argument, "1 to n_ctx tokens a chunk");
+        }
+    }
+    Status status;
+    try {
+        status = collect(tokens, lengths, n_chunks, scores);
+        const bool diverged = hook_.error().kind == Failure::regroup || !hook_.groups_agree();
+        if (status.ok() && diverged) {
+            // Weights that shared an activation in an earlier graph do not share it any more:
+            // from here on each is fetched and summed on its own.
+            sums_.ungroup();
+            hook_.stop_grouping();
+            status = collect(tokens, lengths, n_chunks, scores);
+        }
+    } catch (const std::bad_alloc &) {
+        status = Status::failed(Code::out_of_memory, "out of memory in a chunk");
+    } catch (const std::exception & error) {
+        status = engine_error(Code::engine_failed, error.what());
+    }
+    if (status.ok()) {
+        sums_.commit();
+    } else {
+        sums_.discard();
+    }
+    return status;
+}
+
+} // namespace imatrix

@@ -1,0 +1,151 @@
+// A model with its trunk context and, where wanted, its MTP context; text chunks go through
+// both and their squared activations into the sums.
+#pragma once
+
+#include "eval_hook.h"
+#include "status.h"
+#include "sums.h"
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_model;
+struct llama_context;
+struct llama_batch_ext;
+
+namespace imatrix {
+
+struct ModelParams {
+    std::string path;
+    bool        mtp          = false; // load the head's tensors too
+    int32_t     n_gpu_layers = -1;    // all
+    bool        use_mmap     = true;
+    bool        check_tensors = false;
+};
+
+// The weights and the tokenizer. Outlives every Session made from it.
+class Model {
+public:
+    Status load(const ModelParams & params);
+
+    llama_model * get() const { return model_.get(); }
+    int32_t       n_nextn() const;
+    int32_t       n_trunk() const;
+    int32_t       n_vocab() const;
+    int32_t       n_ctx_train() const;
+    bool          has_tokenizer() const;
+    bool          has_decoder() const;
+    bool          add_bos() const;
+    int32_t       bos() const;
+    std::string   description() const;
+
+    Status tokenize(const std::string & text, bool add_special, bool parse_special,
+                    std::vector<int32_t> & out) const;
+
+private:
+    struct Free {
+        void operator()(llama_model * model) const;
+    };
+    std::unique_ptr<llama_model, Free> model_;
+};
+
+struct SessionParams {
+    int32_t n_ctx          = 512; // tokens a chunk
+    int32_t n_batch        = 512; // tokens a decode
+    int32_t n_ubatch       = 512; // tokens a graph
+    int32_t n_seq          = 1;   // chunks a decode
+    int32_t n_threads      = 1;
+    bool    mtp            = false;
+    bool    process_output = false; // collect output.weight as well (trunk only)
+    bool    perplexity     = false;
+};
+
+// Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:
+// positions n/2 .. n-2, each predicting its next token.
+struct ChunkScore {
+    double  nll      = 0;
+    double  nll_sq   = 0; // sum of squares, for the standard error
+    int64_t n_scored = 0;
+};
+
+// What a context's graph does with the wanted weights, read off the graph before anything
+// runs: which it multiplies, how many rows a token feeds each, and whether it keeps rows
+// only where an output is requested.
+struct GraphPlan {
+    std::vector<PlannedWeight> weights; // rows a token; 0 where rows do not follow the tokens
+    bool needs_outputs = false;
+};
+
+class Session {
+public:
+    explicit Session(const Model & model) : model_(model) {}
+    ~Session();
+    Session(const Session &)             = delete;
+    Session & operator=(const Session &) = delete;
+
+    // Makes the contexts. The sums of an earlier open() stay: settings may change between.
+    Status open(const SessionParams & params);
+
+    // Collects `n_chunks` chunks (at most n_seq) in one go: chunk i has lengths[i] tokens, at
+    // most n_ctx; they follow each other in `tokens`. All count, or none does.
+    Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                ChunkScore * scores);
+
+    // From any thread: ends the running step() early with Code::cancelled.
+    void cancel() { cancelled_ = true; }
+    void clear_cancel() { cancelled_ = false; }
+
+    // Runs the same graphs without looking at them (benchmarks).
+    void set_hook_enabled(bool enabled);
+
+    const Sums &         sums() const { return sums_; }
+    const HookCounters & counters() const { return hook_.counters(); }
+    const GraphPlan &    trunk_plan() const { return trunk_plan_; }
+    const GraphPlan &    head_plan() const { return head_plan_; }
+    const char *         kernel() const;
+
+    static int64_t live(); // sessions that exist, for leak tests
+
+private:
+    struct FreeContext {
+        void operator()(llama_context * ctx) const;
+    };
+    struct FreeBatch {
+        void operator()(llama_batch_ext * batch) const;
+    };
+    using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
+    using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
+
+    Status make_context(bool head, bool all_outputs, ContextPtr & out);
+    Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
+    Status probe(llama_context * ctx, bool head, GraphPlan & plan);
+    Status collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                   ChunkScore * scores);
+    Status decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                        int32_t first, std::vector<double> * nll);
+    Status decode_head(const int32_t * tokens, int32_t first, int32_t n_tokens);
+    Status after_decode(int32_t rc, const char * which);
+    Status check_rows(int64_t n_tokens) const;
+    void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
+                 const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
+
+    const Model &      model_;
+    SessionParams      params_;
+    Sums               sums_;
+    EvalHook           hook_{sums_};
+    ContextPtr         trunk_;
+    ContextPtr         head_; // freed before the trunk, which it refers to
+    BatchPtr           trunk_batch_;
+    BatchPtr           head_batch_;
+    GraphPlan          trunk_plan_;
+    GraphPlan          head_plan_;
+    std::vector<float> pending_h_; // the trunk's last row of the batch before
+    int32_t            n_embd_h_ = 0;
+    std::atomic<bool>  cancelled_{false};
+    std::vector<std::vector<double>> nll_; // per chunk, in the order of positions
+};
+
+} // namespace imatrix

@@ -1,0 +1,82 @@
+// The store: per weight, float64 sums of squared activations and int64 counts of rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace imatrix {
+
+// The shape of what is kept for a weight.
+//   dense weight:  n_mat rows of sums (a 3-D weight has one a matrix), one count
+//   experts:       n_mat rows of sums and n_mat counts, by expert id
+// as llama-imatrix keeps it (tools/imatrix/imatrix.cpp, collect_imatrix).
+struct Shape {
+    int64_t n_in     = 0;
+    int64_t n_mat    = 1;
+    int64_t n_counts = 1;
+
+    bool operator==(const Shape & o) const {
+        return n_in == o.n_in && n_mat == o.n_mat && n_counts == o.n_counts;
+    }
+    bool operator!=(const Shape & o) const { return !(*this == o); }
+};
+
+// Additions go to a pending side first and count only when the whole chunk is good:
+// commit() moves them over, discard() drops them.
+//
+// Weights that are fed by the same activation (q, k and v; gate and up) share one slot,
+// so that it is squared, added and kept once. Who shares is found by the eval hook in the
+// first chunk; ungroup() gives every weight a slot of its own again.
+class Sums {
+public:
+    static constexpr size_t npos = static_cast<size_t>(-1);
+
+    struct Slot {
+        Shape                shape;
+        std::vector<double>  total;          // [n_mat, n_in]
+        std::vector<double>  pending;        // [n_mat, n_in]
+        std::vector<int64_t> total_counts;   // [n_counts]
+        std::vector<int64_t> pending_counts; // [n_counts]
+        std::vector<uint8_t> touched;        // [n_mat], pending holds something
+        int64_t              pending_rows = 0;
+        bool                 dirty        = false;
+    };
+
+    struct Weight {
+        std::string name;
+        size_t      slot         = npos;
+        int64_t     pending_rows = 0; // rows that reached this weight in this chunk
+    };
+
+    // The index of a weight, made on first use without a slot.
+    size_t weight(const std::string & name);
+    size_t find(const std::string & name) const; // npos if there is none
+
+    size_t add_slot(const Shape & shape);
+
+    // pending[mat] += partial, float32 to float64
+    void add(size_t slot, int64_t mat, const float * partial);
+    void count(size_t slot, int64_t index, int64_t rows);
+
+    void commit();
+    void discard();
+
+    // Gives every weight its own slot: a copy of the committed part of the one it shared.
+    // Call it between chunks.
+    void ungroup();
+
+    std::vector<Weight> & weights() { return weights_; }
+    const std::vector<Weight> & weights() const { return weights_; }
+    std::vector<Slot> & slots() { return slots_; }
+    const std::vector<Slot> & slots() const { return slots_; }
+
+private:
+    std::vector<Weight>                     weights_;
+    std::vector<Slot>                       slots_;
+    std::unordered_map<std::string, size_t> by_name_;
+};
+
+} // namespace imatrix

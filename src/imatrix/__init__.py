@@ -1,0 +1,86 @@
+"""imatrix: importance matrices for low-bit GGUF quantization, MTP/NextN heads included.
+
+    from imatrix import Collector
+
+    with Collector("model-BF16.gguf") as collector:
+        matrix = collector.run(open("calibration.txt"), mtp=True)
+    matrix.save("imatrix.gguf")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imatrix._version import __version__
+from imatrix.errors import (
+    EngineError,
+    ImatrixError,
+    ModelError,
+    NonFiniteError,
+    RowsMissingError,
+)
+from imatrix.formats import FormatError
+from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+
+if TYPE_CHECKING:
+    from imatrix.backends import Backends, Device, backends
+    from imatrix.collector import Collector, Perplexity, Progress
+    from imatrix.model_file import ModelFile
+    from imatrix.quantize import quantize
+
+__all__ = [
+    "Backends",
+    "Collector",
+    "Device",
+    "EngineError",
+    "Entry",
+    "FormatError",
+    "ImatrixError",
+    "ImportanceMatrix",
+    "ModelError",
+    "ModelFile",
+    "NonFiniteError",
+    "Perplexity",
+    "Progress",
+    "Provenance",
+    "RowsMissingError",
+    "__version__",
+    "backends",
+    "quantize",
+]
+
+# What needs the native modules is imported on first use, so that a matrix made elsewhere can
+# be read, merged and shown where the engine was never built.
+_NATIVE = {
+    "Backends": "backends",
+    "Device": "backends",
+    "backends": "backends",
+    "Collector": "collector",
+    "Perplexity": "collector",
+    "Progress": "collector",
+    "ModelFile": "model_file",
+    "quantize": "quantize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NATIVE:
+        raise AttributeError(f"module 'imatrix' has no attribute {name!r}")
+    import importlib
+
+    try:
+        module = importlib.import_module(f"imatrix.{_NATIVE[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("imatrix._session", "imatrix._quantize_pybind"):
+            raise
+        raise ImportError(
+            f"imatrix.{name} needs the native part, which is not built here. "
+            "Run `pip install .` in the source tree (or `make dev` to work on it)."
+        ) from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

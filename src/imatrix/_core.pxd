@@ -1,0 +1,160 @@
+# What ext/ offers, declared for Cython. Nothing but declarations.
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+
+cdef extern from "status.h" namespace "imatrix" nogil:
+    cdef enum class Code(int):
+        ok
+        bad_argument
+        bad_model
+        out_of_memory
+        engine_failed
+        non_finite
+        rows_missing
+        cancelled
+
+    cdef cppclass Status:
+        Code code
+        string message
+        string weight
+        int64_t mat
+        int64_t channel
+
+
+cdef extern from "engine_log.h" namespace "imatrix" nogil:
+    ctypedef void (*LogSink)(int level, const char * line) noexcept
+    void set_log_sink(LogSink sink, int level)
+
+
+cdef extern from "engine_info.h" namespace "imatrix" nogil:
+    cdef cppclass Device:
+        string backend
+        string name
+        string description
+        cbool gpu
+        uint64_t memory_free
+        uint64_t memory_all
+    vector[string] backend_names()
+    vector[Device] devices()
+    string engine_version()
+    string engine_commit()
+    string system_info()
+
+
+cdef extern from "model_file.h" namespace "imatrix" nogil:
+    cdef cppclass FileTensor:
+        string name
+        int n_dims
+        int64_t[4] ne
+
+    cdef cppclass ModelFile:
+        string architecture
+        string tokenizer
+        int64_t block_count
+        int64_t n_nextn
+        int64_t split_count
+        vector[FileTensor] tensors
+
+    Status read_model_file(const string & path, ModelFile & out)
+
+
+cdef extern from "row_kernels.h" namespace "imatrix" nogil:
+    ctypedef void (*RowKernel)(const float * const * rows, size_t n_rows, size_t n, float * acc) noexcept
+
+    cdef cppclass NamedRowKernel:
+        const char * name
+        RowKernel run
+
+    size_t row_kernels(NamedRowKernel * out)
+
+
+cdef extern from "sums.h" namespace "imatrix" nogil:
+    cdef cppclass Shape:
+        int64_t n_in
+        int64_t n_mat
+        int64_t n_counts
+
+    cdef cppclass Slot "imatrix::Sums::Slot":
+        Shape shape
+        vector[double] total
+        vector[int64_t] total_counts
+
+    cdef cppclass Weight "imatrix::Sums::Weight":
+        string name
+        size_t slot
+
+    cdef cppclass Sums:
+        const vector[Weight] & weights() const
+        const vector[Slot] & slots() const
+
+
+cdef extern from "eval_hook.h" namespace "imatrix" nogil:
+    cdef cppclass HookCounters:
+        int64_t stops
+        int64_t fetched_bytes
+        int64_t squared_elements
+
+    cdef cppclass PlannedWeight:
+        string name
+        int64_t rows
+
+
+cdef extern from "session.h" namespace "imatrix" nogil:
+    cdef cppclass ModelParams:
+        string path
+        cbool mtp
+        int32_t n_gpu_layers
+        cbool use_mmap
+        cbool check_tensors
+
+    cdef cppclass CModel "imatrix::Model":
+        Status load(const ModelParams & params)
+        int32_t n_nextn() const
+        int32_t n_trunk() const
+        int32_t n_vocab() const
+        int32_t n_ctx_train() const
+        cbool has_tokenizer() const
+        cbool has_decoder() const
+        cbool add_bos() const
+        int32_t bos() const
+        string description() const
+        Status tokenize(const string & text, cbool add_special, cbool parse_special,
+                        vector[int32_t] & out) const
+
+    cdef cppclass SessionParams:
+        int32_t n_ctx
+        int32_t n_batch
+        int32_t n_ubatch
+        int32_t n_seq
+        int32_t n_threads
+        cbool mtp
+        cbool process_output
+        cbool perplexity
+
+    cdef cppclass ChunkScore:
+        double nll
+        double nll_sq
+        int64_t n_scored
+
+    cdef cppclass GraphPlan:
+        vector[PlannedWeight] weights
+        cbool needs_outputs
+
+    cdef cppclass CSession "imatrix::Session":
+        CSession(const CModel & model)
+        Status open(const SessionParams & params)
+        Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                    ChunkScore * scores)
+        void cancel()
+        void clear_cancel()
+        void set_hook_enabled(cbool enabled)
+        const Sums & sums() const
+        const HookCounters & counters() const
+        const GraphPlan & trunk_plan() const
+        const GraphPlan & head_plan() const
+        const char * kernel() const
+        @staticmethod
+        int64_t live()

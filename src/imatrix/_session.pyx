@@ -1,0 +1,327 @@
+# cython: language_level=3, binding=True
+"""The native core for Python: arguments in, arrays and exceptions out. No policy here."""
+
+import atexit
+import logging
+
+import numpy as np
+
+from imatrix.errors import EngineError, ModelError, NonFiniteError, RowsMissingError
+
+from libc.stdint cimport int32_t, int64_t
+from libc.string cimport memcpy
+from libcpp.memory cimport unique_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from imatrix cimport _core
+from imatrix._core cimport (
+    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, SessionParams,
+    Status,
+)
+
+_log = logging.getLogger("imatrix.engine")
+
+# GGML_LOG_LEVEL_*: none 0, debug 1, info 2, warn 3, error 4
+cdef dict _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}
+
+
+cdef void _sink(int level, const char * line) noexcept with gil:
+    try:
+        _log.log(_LEVELS.get(level, logging.INFO), "%s", line.decode("utf-8", "replace"))
+    except Exception:
+        pass  # a logging handler that fails must not reach into the engine
+
+
+def set_log_level():
+    """Take over the engine's log, from the level that `imatrix.engine` listens to."""
+    wanted = _log.getEffectiveLevel()
+    level = 1 if wanted <= logging.DEBUG else 2 if wanted <= logging.INFO else 3
+    if wanted > logging.WARNING:
+        level = 4
+    _core.set_log_sink(_sink, level)
+
+
+def _drop_log():
+    # nothing may call into Python once the interpreter goes down
+    _core.set_log_sink(NULL, 4)
+
+
+set_log_level()
+atexit.register(_drop_log)
+
+
+cdef str _text(const string & value):
+    return value.decode("utf-8", "replace")
+
+
+cdef object _check(const Status & status, str prefix=""):
+    """Raises the exception that a status stands for; None where it is ok."""
+    if status.code == Code.ok:
+        return None
+    message = prefix + _text(status.message)
+    if status.code == Code.out_of_memory:
+        raise MemoryError(message)
+    if status.code == Code.bad_model:
+        raise ModelError(message)
+    if status.code == Code.bad_argument:
+        raise ValueError(message)
+    if status.code == Code.cancelled:
+        raise InterruptedError(message)
+    if status.code == Code.non_finite:
+        raise NonFiniteError(message, weight=_text(status.weight), channel=status.channel,
+                             expert=None if status.mat < 0 else status.mat)
+    if status.code == Code.rows_missing:
+        raise RowsMissingError(message)
+    raise EngineError(message)
+
+
+def model_file(path):
+    """The header of a GGUF model file as a dict; raises ModelError where it is not one."""
+    cdef ModelFile found
+    cdef string native = path.encode("utf-8")
+    cdef Status status
+    with nogil:
+        status = _core.read_model_file(native, found)
+    _check(status, path + ": ")
+    return {
+        "architecture": _text(found.architecture),
+        "tokenizer": _text(found.tokenizer),
+        "block_count": found.block_count,
+        "n_nextn": found.n_nextn,
+        "split_count": found.split_count,
+        "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
+                    for t in found.tensors},
+    }
+
+
+def engine():
+    """(version, commit) of the engine this was built with."""
+    return _text(_core.engine_version()), _text(_core.engine_commit())
+
+
+def system_info():
+    return _text(_core.system_info())
+
+
+def backends():
+    """Registered backends and the devices they see."""
+    names = [_text(name) for name in _core.backend_names()]
+    devices = [
+        {"backend": _text(d.backend), "name": _text(d.name), "description": _text(d.description),
+         "gpu": bool(d.gpu), "memory_free": d.memory_free, "memory_total": d.memory_all}
+        for d in _core.devices()
+    ]
+    return names, devices
+
+
+def row_kernel_names():
+    """The row kernels this processor can run, best first."""
+    cdef NamedRowKernel[4] kernels
+    cdef size_t n = _core.row_kernels(kernels)
+    return [kernels[i].name.decode() for i in range(n)]
+
+
+def add_squares(str kernel, const float[:, :] rows, float[::1] acc):
+    """acc[j] += sum over i of rows[i, j]², by one named kernel (tests and benchmarks).
+
+    rows: float32 [n_rows, n], rows contiguous and any distance apart; acc: float32 [n].
+    """
+    cdef NamedRowKernel[4] kernels
+    cdef size_t n = _core.row_kernels(kernels)
+    cdef vector[const float *] pointers
+    cdef size_t i
+    cdef Py_ssize_t r
+    if rows.shape[1] != acc.shape[0]:
+        raise ValueError("rows and acc differ in length")
+    if rows.shape[1] > 1 and rows.strides[1] != sizeof(float):
+        raise ValueError("a row must be contiguous")
+    if acc.shape[0] == 0:
+        return
+    for r in range(rows.shape[0]):
+        pointers.push_back(&rows[r, 0])
+    for i in range(n):
+        if kernels[i].name.decode() == kernel:
+            with nogil:
+                kernels[i].run(pointers.data(), pointers.size(), <size_t>acc.shape[0], &acc[0])
+            return
+    raise ValueError(f"no such kernel here: {kernel}")
+
+
+def live_sessions():
+    """How many native sessions exist, for leak tests."""
+    return CSession.live()
+
+
+cdef class Model:
+    """A loaded model: its weights and its tokenizer."""
+
+    cdef unique_ptr[CModel] _model
+
+    def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors):
+        cdef ModelParams params
+        cdef Status status
+        set_log_level()
+        params.path = path.encode("utf-8")
+        params.mtp = mtp
+        params.n_gpu_layers = n_gpu_layers
+        params.use_mmap = use_mmap
+        params.check_tensors = check_tensors
+        self._model.reset(new CModel())
+        with nogil:
+            status = self._model.get().load(params)
+        _check(status, path + ": ")
+
+    @property
+    def n_nextn(self):
+        return self._model.get().n_nextn()
+
+    @property
+    def n_trunk(self):
+        return self._model.get().n_trunk()
+
+    @property
+    def n_vocab(self):
+        return self._model.get().n_vocab()
+
+    @property
+    def n_ctx_train(self):
+        return self._model.get().n_ctx_train()
+
+    @property
+    def has_tokenizer(self):
+        return bool(self._model.get().has_tokenizer())
+
+    @property
+    def has_decoder(self):
+        return bool(self._model.get().has_decoder())
+
+    @property
+    def add_bos(self):
+        return bool(self._model.get().add_bos())
+
+    @property
+    def bos(self):
+        return self._model.get().bos()
+
+    @property
+    def description(self):
+        return _text(self._model.get().description())
+
+    def tokenize(self, str text, *, bint add_special, bint parse_special):
+        """Token ids of a text, int32 [n_tokens]."""
+        cdef string native = text.encode("utf-8")
+        cdef vector[int32_t] tokens
+        cdef Status status
+        with nogil:
+            status = self._model.get().tokenize(native, add_special, parse_special, tokens)
+        _check(status)
+        out = np.empty(tokens.size(), dtype=np.int32)
+        cdef int32_t[::1] view = out
+        if tokens.size():
+            memcpy(&view[0], tokens.data(), tokens.size() * sizeof(int32_t))
+        return out
+
+
+cdef class Session:
+    """Trunk and head contexts of a model, and the sums that they collect."""
+
+    cdef unique_ptr[CSession] _session
+    cdef readonly Model model  # the session refers to it: keep it alive
+
+    def __init__(self, Model model not None):
+        self.model = model
+        self._session.reset(new CSession(model._model.get()[0]))
+
+    def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
+             bint process_output, bint perplexity):
+        """Make the contexts; the sums of an earlier open() stay."""
+        cdef SessionParams params
+        cdef Status status
+        set_log_level()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch
+        params.n_seq = n_seq
+        params.n_threads = n_threads
+        params.mtp = mtp
+        params.process_output = process_output
+        params.perplexity = perplexity
+        with nogil:
+            status = self._session.get().open(params)
+        _check(status)
+
+    def step(self, const int32_t[::1] tokens not None, const int32_t[::1] lengths not None):
+        """Collect the chunks of `lengths` tokens each, all or none of them.
+
+        Returns a list of (nll, nll_sq, n_scored), one a chunk, in nats.
+        """
+        cdef Status status
+        cdef vector[ChunkScore] scores
+        cdef Py_ssize_t total = 0
+        cdef Py_ssize_t i
+        for i in range(lengths.shape[0]):
+            total += lengths[i]
+        if lengths.shape[0] == 0 or total != tokens.shape[0] or total == 0:
+            raise ValueError("lengths do not add up to the number of tokens")
+        scores.resize(lengths.shape[0])
+        with nogil:
+            status = self._session.get().step(&tokens[0], &lengths[0],
+                                              <int32_t>lengths.shape[0], scores.data())
+        _check(status)
+        return [(s.nll, s.nll_sq, s.n_scored) for s in scores]
+
+    def cancel(self):
+        """From any thread: end the running step early (it raises InterruptedError)."""
+        self._session.get().cancel()
+
+    def clear_cancel(self):
+        self._session.get().clear_cancel()
+
+    def set_hook_enabled(self, bint enabled):
+        """Off: run the same graphs without looking at them (benchmarks)."""
+        self._session.get().set_hook_enabled(enabled)
+
+    def snapshot(self):
+        """name -> (sums float64 [n_mat, n_in], counts int64 [n_counts]), copies."""
+        out = {}
+        cdef const _core.Slot * slot
+        cdef double[:, ::1] sums_view
+        cdef int64_t[::1] counts_view
+        cdef size_t w
+        for w in range(self._session.get().sums().weights().size()):
+            if self._session.get().sums().weights()[w].slot == <size_t>-1:
+                continue
+            slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
+            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
+            counts_view = counts
+            memcpy(&counts_view[0], slot.total_counts.data(),
+                   slot.total_counts.size() * sizeof(int64_t))
+            if not counts.any():
+                continue  # seen only in chunks that did not count
+            sums = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
+            sums_view = sums
+            memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
+            out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
+        return out
+
+    @property
+    def counters(self):
+        """Stops, bytes fetched from devices, and elements squared, since the start."""
+        c = self._session.get().counters()
+        return {"stops": c.stops, "fetched_bytes": c.fetched_bytes,
+                "squared_elements": c.squared_elements}
+
+    @property
+    def plan(self):
+        """What the graphs multiply: context -> (needs outputs, weight -> rows a token)."""
+        trunk = self._session.get().trunk_plan()
+        head = self._session.get().head_plan()
+        return {
+            "trunk": (bool(trunk.needs_outputs), {_text(w.name): w.rows for w in trunk.weights}),
+            "head": (bool(head.needs_outputs), {_text(w.name): w.rows for w in head.weights}),
+        }
+
+    @property
+    def kernel(self):
+        return self._session.get().kernel().decode()

@@ -1,0 +1,82 @@
+"""Writing a file so that a reader sees the old content or the new, never a part of either."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to; on success it becomes ``path`` in one step.
+
+    The temporary file lies in the same folder, since a rename is only atomic inside one file
+    system. It exists, empty, when the block is entered. After the block it is flushed to the
+    disk, renamed over ``path``, and the folder is flushed too, so that the rename survives a
+    power cut. If the block or any of these steps fails, the temporary file is removed and a file
+    that was at ``path`` stays as it was.
+
+    A symbolic link is followed: the file it points to is replaced, not the link. A file that is
+    replaced passes on its permission bits; a new one gets those the umask leaves.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        OSError: ``path`` is neither absent nor a regular file (a device, a pipe), or writing
+            failed (no space, no permission).
+    """
+    target = Path(os.path.realpath(path))
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {os.fspath(path)!r}: the folder {str(folder)!r} does not exist; "
+            "create it first"
+        )
+    mode = _mode_of(target)
+    # os.open and not tempfile: tempfile makes files that only the owner can read, and the umask
+    # cannot be asked for without changing it for every thread.
+    # Cut, so that with its ending it stays below the usual 255 bytes, 4 bytes a character at worst.
+    temporary = folder / f".{target.name[:40]}.{secrets.token_hex(8)}.tmp"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        if mode is not None:
+            temporary.chmod(mode)
+        _flush(temporary, os.O_RDWR)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name != "nt":  # Windows cannot open a folder; its rename is journaled
+        _flush(folder, os.O_RDONLY)
+
+
+def _mode_of(target: Path) -> int | None:
+    """The permission bits of ``target``; None if there is none. Refuses what is not a file."""
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(f"cannot write {str(target)!r}: it is a folder; name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        # A rename would put a plain file where the device was.
+        raise OSError(
+            f"cannot write {str(target)!r}: it is not a regular file, so it cannot be replaced in "
+            "one step; name a file"
+        )
+    return stat.S_IMODE(status.st_mode)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""What this build has and which devices it sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from imatrix import _session
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that the engine can compute on.
+
+    Attributes:
+        backend: the ggml backend it belongs to ("CPU", "CUDA", "Metal", "Vulkan", "RPC", ...).
+        name: the engine's name for it ("CUDA0").
+        description: its own name.
+        gpu: whether layers can be offloaded to it.
+        memory_free, memory_total: bytes; 0 where the backend does not say.
+    """
+
+    backend: str
+    name: str
+    description: str
+    gpu: bool
+    memory_free: int
+    memory_total: int
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the build has.
+
+    Attributes:
+        engine: name, version and commit of the engine.
+        built: backends in this build, with or without a device here.
+        devices: devices found now.
+        row_kernels: kernels for adding squares that this processor can run, best first.
+        features: instruction sets and build options, in the engine's words.
+    """
+
+    engine: str
+    built: tuple[str, ...]
+    devices: tuple[Device, ...]
+    row_kernels: tuple[str, ...]
+    features: str
+
+
+def backends() -> Backends:
+    """Ask the engine for its backends and devices."""
+    version, commit = _session.engine()
+    built, devices = _session.backends()
+    return Backends(
+        engine=f"llama.cpp {version} ({commit})",
+        built=tuple(built),
+        devices=tuple(Device(**device) for device in devices),
+        row_kernels=tuple(_session.row_kernel_names()),
+        features=_session.system_info().strip(),
+    )

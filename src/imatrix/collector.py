@@ -1,0 +1,497 @@
+"""Collector: runs text through a model and its MTP head and collects the matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix import _session, corpus
+from imatrix._threads import physical_cores
+from imatrix._version import __version__
+from imatrix.errors import ModelError, NonFiniteError
+from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.model_file import ModelFile
+
+Scores = list[tuple[float, float, int]]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of the trunk over the chunks so far, as llama-imatrix prints it: the second
+    half of every chunk is scored (tools/imatrix/imatrix.cpp, compute_imatrix).
+
+    Attributes:
+        value: exp of the mean negative log-likelihood.
+        error: standard error of `value`; 0 with fewer than two scored tokens.
+        n_scored: tokens scored.
+    """
+
+    value: float
+    error: float
+    n_scored: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, given to its `progress` function after every step.
+
+    Attributes:
+        chunks: chunks collected so far.
+        total: chunks there will be, None where the text is a stream of unknown length.
+        tokens: tokens collected so far.
+        seconds: since the first chunk started.
+        perplexity: of the chunks so far, None unless asked for.
+    """
+
+    chunks: int
+    total: int | None
+    tokens: int
+    seconds: float
+    perplexity: Perplexity | None
+
+
+class _Tally:
+    """Negative log-likelihoods summed in the order of the chunks."""
+
+    def __init__(self) -> None:
+        self.nll = 0.0
+        self.nll_sq = 0.0
+        self.n = 0
+
+    def add(self, scores: Scores) -> None:
+        for nll, nll_sq, n in scores:
+            self.nll += nll
+            self.nll_sq += nll_sq
+            self.n += n
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        if self.n == 0:
+            return None
+        mean = self.nll / self.n
+        variance = self.nll_sq / self.n - mean * mean
+        value = math.exp(mean) if mean < 700 else math.inf
+        deviation = math.sqrt(variance / (self.n - 1)) if self.n > 1 and variance > 0 else 0.0
+        return Perplexity(value, value * deviation, self.n)
+
+
+class Collector:
+    """Collects importance matrices from one model.
+
+    Args:
+        model: path of a GGUF model, or of the first part of a multi-part one.
+        n_ctx: tokens a chunk.
+        n_batch: tokens a decode; None for n_ctx * n_seq. The sums do not depend on it.
+        n_ubatch: tokens a graph.
+        n_seq: chunks side by side in a decode. Must be 1 for the head.
+        n_gpu_layers: layers to put on the GPU, -1 for all; ignored by a build without one.
+        n_threads: threads to compute with; None for the physical cores.
+        mtp: load the head's tensors now (True), never (False), or when a run first asks for
+            them (None). A trunk-only run keeps no memory for the head unless this is True.
+        use_mmap: map the file instead of reading it.
+        check_tensors: look for NaN and Inf in the weights while loading.
+
+    The model is loaded by the first run (or here, if `mtp` is True or False). Use it as a context
+    manager, or call close().
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelError (a ValueError): not a GGUF model, truncated, or without tensors it claims.
+        MemoryError: the model does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        n_ctx: int = 512,
+        n_batch: int | None = None,
+        n_ubatch: int = 512,
+        n_seq: int = 1,
+        n_gpu_layers: int = -1,
+        n_threads: int | None = None,
+        mtp: bool | None = None,
+        use_mmap: bool = True,
+        check_tensors: bool = False,
+    ) -> None:
+        self._model: _session.Model | None = None
+        self._session: _session.Session | None = None
+        self._closed = True  # until all arguments are found good
+        for name, value, least in (
+            ("n_ctx", n_ctx, 2),
+            ("n_ubatch", n_ubatch, 1),
+            ("n_seq", n_seq, 1),
+            ("n_batch", n_ctx if n_batch is None else n_batch, n_seq),
+            ("n_threads", 1 if n_threads is None else n_threads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        self._file = ModelFile.read(model)
+        self._n_ctx = n_ctx
+        # a larger batch than a group of chunks is never filled
+        self._n_batch = min(n_ctx * n_seq, n_ctx * n_seq if n_batch is None else n_batch)
+        self._n_ubatch = n_ubatch
+        self._n_seq = n_seq
+        self._n_gpu_layers = n_gpu_layers
+        self._n_threads = physical_cores() if n_threads is None else n_threads
+        self._mtp = mtp
+        self._use_mmap = use_mmap
+        self._check_tensors = check_tensors
+        self._loaded_mtp = False
+        self._tally = _Tally()
+        self._reset_run([], False)
+        self._closed = False
+        if mtp is not None:
+            self._load(mtp and self.n_nextn > 0)
+
+    # --- what it is --------------------------------------------------------
+
+    @property
+    def architecture(self) -> str:
+        """The model's general.architecture."""
+        return self._file.architecture
+
+    @property
+    def n_trunk(self) -> int:
+        """Trunk blocks: blk.0 to blk.<n_trunk - 1>."""
+        return self._file.n_trunk
+
+    @property
+    def n_nextn(self) -> int:
+        """MTP/NextN head blocks that the model's metadata claim; 0 for a model without a head."""
+        return self._file.n_nextn
+
+    @property
+    def matrix(self) -> ImportanceMatrix:
+        """A copy of what the current run, or else the last one, has collected so far.
+
+        After an error or KeyboardInterrupt in run() it holds every chunk that was complete.
+        """
+        entries: dict[str, Entry] = {}
+        if self._session is not None:
+            entries = {
+                name: Entry(sums, counts, name=name)
+                for name, (sums, counts) in self._session.snapshot().items()
+            }
+        return ImportanceMatrix(
+            entries,
+            datasets=self._datasets,
+            chunk_count=self._chunks,
+            chunk_size=self._n_ctx,
+            provenance=Provenance(
+                collector=f"imatrix {__version__}",
+                engine=engine_name(),
+                mtp=self._with_head,
+                n_ctx=self._n_ctx,
+                dataset_digest=self._digest.hexdigest(),
+            ),
+        )
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        """Perplexity over the current or last run; None unless it was asked for."""
+        return self._tally.perplexity
+
+    @property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary (loads the model)."""
+        return self._loaded().n_vocab
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> NDArray[np.int32]:
+        """Token ids of a text by the model's own tokenizer, int32 [n_tokens]."""
+        self._check_tokenizer()
+        return self._loaded().tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    # --- life --------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free the model, the contexts and the sums. Safe to call twice."""
+        self._session = None
+        self._model = None
+        self._closed = True
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(
+                f"Collector({str(self._file.path)!r}) was never closed; use it in a with statement",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+            self.close()
+
+    # --- running -----------------------------------------------------------
+
+    def run(
+        self,
+        texts: corpus.Texts,
+        *,
+        mtp: bool = False,
+        max_chunks: int | None = None,
+        skip_chunks: int = 0,
+        process_output: bool = False,
+        parse_special: bool = False,
+        perplexity: bool = False,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> ImportanceMatrix:
+        """Collect a matrix from texts. Every run starts from zero; add matrices with `+`.
+
+        Args:
+            texts: a string, an open file, a path, or an iterable of strings or of token lists;
+                see imatrix.corpus.chunks for how they are cut.
+            mtp: collect the MTP/NextN head too. A model without one gives a warning.
+            max_chunks: chunks to collect at most; None for all.
+            skip_chunks: chunks to leave out at the start.
+            process_output: collect output.weight too (the trunk's rows only).
+            parse_special: read special tokens that the text spells out as such.
+            perplexity: score the text as it runs; see the property `perplexity`.
+            progress: called with a Progress after every step, in this thread. An exception that
+                it raises ends the run.
+
+        Returns:
+            The matrix. The property `matrix` gives what there is so far, during a run and after
+            one that failed.
+
+        Raises:
+            ValueError: no tokens, a bad number, or mtp with n_seq other than 1.
+            ModelError: the head that the metadata claim is not in the file, or text was given to
+                a model without a tokenizer.
+            NonFiniteError: a NaN or Inf activation; that chunk is discarded, the earlier ones stay.
+            MemoryError: no memory for the contexts or the sums.
+            KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
+        """
+        if self._closed:
+            raise ValueError("this Collector is closed")
+        if mtp and self._n_seq != 1:
+            raise ValueError(
+                f"mtp=True needs n_seq=1, this Collector has n_seq={self._n_seq}: the head is fed "
+                "each token with the trunk's row of the token before it, and rows of chunks that "
+                "run side by side would be paired across them. Set n_seq=1."
+            )
+        if mtp and self._mtp is False:
+            raise ValueError("mtp=True, but this Collector was made with mtp=False")
+        if mtp and self.n_nextn == 0:
+            warnings.warn(
+                f"{self._file.path.name} ({self.architecture}) has no MTP head "
+                "(nextn_predict_layers is absent or 0): collecting the trunk only",
+                stacklevel=2,
+            )
+        with_head = mtp and self.n_nextn > 0
+        model = self._load(with_head)
+        self._reset_run(_dataset_names(texts), with_head)
+        chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
+        first = next(chunks)  # bad text is an error before any context is made
+
+        session = _session.Session(model)
+        session.open(
+            n_ctx=self._n_ctx,
+            n_batch=self._n_batch,
+            n_ubatch=self._n_ubatch,
+            n_seq=self._n_seq,
+            n_threads=self._n_threads,
+            mtp=with_head,
+            process_output=process_output,
+            perplexity=perplexity,
+        )
+        self._session = session
+        self._drive(session, first, chunks, skip_chunks, total, progress)
+        return self.matrix
+
+    def _drive(
+        self,
+        session: _session.Session,
+        first: NDArray[np.int32],
+        rest: Iterator[NDArray[np.int32]],
+        skipped: int,
+        total: int | None,
+        progress: Callable[[Progress], object] | None,
+    ) -> None:
+        """Native steps run in a second thread: the next chunk is tokenized meanwhile, and
+        Ctrl-C reaches this one, which then tells the engine to stop."""
+        groups = _groups(first, rest, self._n_seq)
+        started = time.monotonic()
+        with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+            running: Future[Scores] | None = None
+            try:
+                group: list[NDArray[np.int32]] | None = next(groups)
+                while group is not None:
+                    lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
+                    running = native.submit(session.step, np.concatenate(group), lengths)
+                    following = next(groups, None)
+                    scores = running.result()
+                    running = None
+                    self._account(group, scores)
+                    if progress is not None:
+                        seconds = time.monotonic() - started
+                        progress(
+                            Progress(
+                                self._chunks, total, self._tokens, seconds, self._tally.perplexity
+                            )
+                        )
+                    group = following
+            except NonFiniteError as error:
+                error.chunk = skipped + self._chunks
+                where = f"channel {error.channel}"
+                if error.expert is not None:
+                    where = f"expert {error.expert}, {where}"
+                error.args = (
+                    f"{error.args[0]} in chunk {error.chunk} ({where}). That chunk was discarded; "
+                    f"the {self._chunks} before it are kept in Collector.matrix.",
+                )
+                raise
+            except BaseException:
+                session.cancel()
+                if running is not None:
+                    # wait for it; what it says no longer matters
+                    running.exception()
+                session.clear_cancel()
+                raise
+
+    def _account(self, group: list[NDArray[np.int32]], scores: Scores) -> None:
+        for chunk in group:
+            self._digest.update(chunk.astype("<i4").tobytes())
+            self._chunks += 1
+            self._tokens += len(chunk)
+        self._tally.add(scores)
+
+    def _reset_run(self, datasets: list[str], with_head: bool) -> None:
+        self._session = None
+        self._datasets = datasets
+        self._with_head = with_head
+        self._chunks = 0
+        self._tokens = 0
+        self._digest = hashlib.sha256()
+        self._tally = _Tally()
+
+    def _chunks_of(
+        self,
+        model: _session.Model,
+        texts: corpus.Texts,
+        parse_special: bool,
+        skip_chunks: int,
+        max_chunks: int | None,
+    ) -> tuple[Iterator[NDArray[np.int32]], int | None]:
+        """The chunks, and how many there will be if that can be known."""
+        total = None
+        if isinstance(texts, (str, os.PathLike, corpus.TextFile)):
+            self._check_tokenizer()
+            tokens = np.concatenate(
+                [np.empty(0, np.int32), *corpus.pieces(texts, model, parse_special)]
+            )
+            texts = [tokens]
+            total = max(1, len(tokens) // self._n_ctx) - skip_chunks
+            total = total if max_chunks is None else min(total, max_chunks)
+        chunks = corpus.chunks(
+            texts,
+            _Tokenizing(model, self._check_tokenizer),
+            self._n_ctx,
+            parse_special=parse_special,
+            skip_chunks=skip_chunks,
+            max_chunks=max_chunks,
+        )
+        return chunks, total
+
+    def _check_tokenizer(self) -> None:
+        if not self._file.has_tokenizer:
+            raise ModelError(
+                f"{self._file.path}: the model has no tokenizer (tokenizer.ggml.model), so text "
+                "cannot be tokenized; give token lists, or a file converted with its tokenizer"
+            )
+
+    def _loaded(self) -> _session.Model:
+        if self._closed:
+            raise ValueError("this Collector is closed")
+        return self._model if self._model is not None else self._load(False)
+
+    def _load(self, head: bool) -> _session.Model:
+        if head:
+            self._file.check_head()
+        if self._model is not None and (self._loaded_mtp or not head):
+            return self._model
+        self._session = None
+        self._model = None  # a reload with the head must not hold the model twice
+        model = _session.Model(
+            str(self._file.path),
+            mtp=head,
+            n_gpu_layers=self._n_gpu_layers,
+            use_mmap=self._use_mmap,
+            check_tensors=self._check_tensors,
+        )
+        if not model.has_decoder:
+            raise ModelError(
+                f"{self._file.path}: {self.architecture} has no decoder; only models that decode "
+                "text can be collected from"
+            )
+        if 0 < model.n_ctx_train < self._n_ctx:
+            warnings.warn(
+                f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
+                f"{self._file.path.name} was trained on",
+                stacklevel=3,
+            )
+        self._model = model
+        self._loaded_mtp = head
+        return model
+
+
+class _Tokenizing:
+    """The model as a tokenizer that refuses text where there is none; token lists still pass."""
+
+    def __init__(self, model: _session.Model, check: Callable[[], None]) -> None:
+        self._model = model
+        self._check = check
+        self.add_bos = model.add_bos
+        self.bos = model.bos
+        self.n_vocab = model.n_vocab
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
+        self._check()
+        return self._model.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+
+def engine_name() -> str:
+    """The engine as it is named in files: "llama.cpp 0.5.0 (0c1e57098)"."""
+    version, commit = _session.engine()
+    return f"llama.cpp {version} ({commit})"
+
+
+def _dataset_names(texts: corpus.Texts) -> list[str]:
+    if isinstance(texts, os.PathLike):
+        return [os.fspath(texts)]
+    name = getattr(texts, "name", None)
+    return [name] if isinstance(name, str) else []
+
+
+def _groups(
+    first: NDArray[np.int32], rest: Iterator[NDArray[np.int32]], n_seq: int
+) -> Iterator[list[NDArray[np.int32]]]:
+    """Chunks in groups of n_seq, the last one shorter."""
+    group = [first]
+    for chunk in rest:
+        if len(group) == n_seq:
+            yield group
+            group = []
+        group.append(chunk)
+    yield group

@@ -1,0 +1,43 @@
+"""What can go wrong, as types. Everything derives from a built-in exception, so that
+`except ValueError` does what a person expects without importing this module."""
+
+from __future__ import annotations
+
+
+class ImatrixError(Exception):
+    """Base of the errors that this package defines."""
+
+
+class ModelError(ImatrixError, ValueError):
+    """A model file that cannot be used: not GGUF, truncated, or at odds with its metadata."""
+
+
+class EngineError(ImatrixError, RuntimeError):
+    """The engine failed; the message carries the last error line of its log."""
+
+
+class RowsMissingError(EngineError):
+    """A weight that the graph multiplies did not see every row of a chunk."""
+
+
+class NonFiniteError(ImatrixError, ArithmeticError):
+    """A NaN or infinite activation reached a weight. What was collected before stays usable.
+
+    weight: name of the weight. channel: input channel. expert: expert or matrix, or None.
+    chunk: number of the chunk in the text, from 0, skipped chunks counted; None if unknown.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        weight: str,
+        channel: int,
+        expert: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.weight = weight
+        self.channel = channel
+        self.expert = expert
+        self.chunk = chunk

@@ -1,0 +1,355 @@
+"""Importance matrices in GGUF, as llama-imatrix writes and llama-quantize reads them.
+
+The layout (save_imatrix in tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp), shapes in
+ggml's order, the row length first:
+
+    general.type           string "imatrix"
+    imatrix.datasets       array of string, may be empty
+    imatrix.chunk_count    u32
+    imatrix.chunk_size     u32
+    <weight>.in_sum2       F32 [n_in, n_mat]    sums of squared activations
+    <weight>.counts        F32 [1, n_counts]    activation rows; n_counts is 1 or n_mat
+
+The loader asks for keys and tensors by name, so it passes over the ones we add:
+
+    imatrix.collector.version          string
+    imatrix.collector.engine           string
+    imatrix.collector.mtp              bool
+    imatrix.collector.n_ctx            u32
+    imatrix.collector.dataset_digest   string
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import (
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    ReaderField,
+    ReaderTensor,
+)
+from numpy.typing import NDArray
+
+from imatrix import atomic
+from imatrix.formats import FormatError
+from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+
+__all__ = ["read", "write"]
+
+_TYPE = "general.type"
+_DATASETS = "imatrix.datasets"
+_CHUNK_COUNT = "imatrix.chunk_count"
+_CHUNK_SIZE = "imatrix.chunk_size"
+_VERSION = "imatrix.collector.version"
+_ENGINE = "imatrix.collector.engine"
+_MTP = "imatrix.collector.mtp"
+_N_CTX = "imatrix.collector.n_ctx"
+_DIGEST = "imatrix.collector.dataset_digest"
+
+_SUMS = ".in_sum2"
+_COUNTS = ".counts"
+
+# GGML_MAX_NAME in ggml.h with its final zero; a longer tensor name fails the whole file
+# (ggml/src/gguf.cpp).
+_MAX_TENSOR_NAME = 63
+
+# float32 holds every whole number up to here, and not the one after.
+_MAX_COUNT = 2**24
+
+_U32_MAX = 2**32 - 1
+
+
+def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
+    """Write ``matrix`` to ``path``, replacing a file there in one step.
+
+    The file holds float32, the matrix float64 and int64. A count above 2^24 or a sum beyond
+    float32 has no exact place, so that weight is scaled down as a whole, such that sums / counts,
+    which is all that a quantizer uses, comes back within float32's precision.
+
+    Raises:
+        ValueError: the matrix is empty (llama.cpp refuses such a file), a weight's name is too
+            long for ggml, a mean is beyond float32, or a number is beyond 32 bits.
+        OSError: the file cannot be written.
+    """
+    if not matrix:
+        raise ValueError(
+            f"nothing to write to {os.fspath(path)!r}: the matrix has no entries, and llama.cpp "
+            "does not read a file without any"
+        )
+    names = sorted(matrix)
+    scaled = {name: _scaled_counts(name, matrix[name]) for name in names}
+    _check_names(names)
+    with atomic.replacing(path) as temporary:
+        writer = _Writer(temporary, "imatrix")
+        try:
+            _add_metadata(writer, matrix)
+            for name in names:
+                sums_shape, n_counts = matrix[name].sums.shape, len(scaled[name])
+                single = np.dtype(np.float32)
+                writer.add_tensor_info(
+                    name + _SUMS, sums_shape, single, sums_shape[0] * sums_shape[1] * 4
+                )
+                writer.add_tensor_info(name + _COUNTS, (n_counts, 1), single, n_counts * 4)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name in names:  # one at a time, so that one copy at most exists in float32
+                writer.write_tensor_data(_scaled_sums(matrix[name], scaled[name]))
+                writer.write_tensor_data(scaled[name].astype(np.float32)[:, np.newaxis])
+        finally:
+            writer.close()
+
+
+def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
+    """Read a matrix that this package or llama-imatrix wrote.
+
+    Sums may be F32 or F64 (llama.cpp itself reads F32 only). Like common/imatrix-loader.cpp it
+    rounds counts to whole numbers, takes absent metadata as empty, and passes over tensors and
+    keys it does not know. Unlike it, it keeps the shape of the sums.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: the file is not GGUF, is cut short, is another kind of GGUF file, or its
+            contents make no sense as an importance matrix.
+        OSError: the file cannot be read.
+    """
+    _check_magic(path)
+    try:
+        # An offset that overflows would wrap around to some other place in the file.
+        with np.errstate(over="raise"):
+            reader = _Reader(path)
+        fields = _decoded_fields(reader)
+    except _NotImatrixError as error:
+        raise FormatError(path, str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:
+        # The reader trusts the file, so what a damaged one raises is not its contract: besides
+        # ValueError there are IndexError, KeyError, OverflowError, RecursionError, and others.
+        raise FormatError(
+            path, f"damaged or cut short, GGUF structure unreadable ({_told(error)})"
+        ) from error
+    try:
+        return _matrix_from(reader, fields)
+    except (ValueError, TypeError) as error:
+        raise FormatError(path, str(error)) from None
+
+
+class _Writer(GGUFWriter):
+    """GGUFWriter for a file that is no model."""
+
+    def add_architecture(self) -> None:
+        """Nothing: an importance matrix has none, and llama-imatrix writes none."""
+
+    def _pack_val(
+        self,
+        val: Any,
+        vtype: GGUFValueType,
+        add_vtype: bool,
+        sub_type: GGUFValueType | None = None,
+    ) -> bytes:
+        # llama-quantize demands the datasets key, and llama-imatrix writes an empty array when
+        # it knows no dataset; the base class refuses empty arrays though their type is known.
+        if vtype == GGUFValueType.ARRAY and sub_type is not None and len(val) == 0:
+            head = self._pack("I", vtype) if add_vtype else b""
+            return head + self._pack("I", sub_type) + self._pack("Q", 0)
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+class _NotImatrixError(Exception):
+    """The file is GGUF, but of another kind."""
+
+
+class _Reader(GGUFReader):
+    """GGUFReader with bounds.
+
+    The base class slices past the end of the file and gets less than it asked for. A damaged
+    array length then makes it append empty values until memory is gone.
+    """
+
+    def _get(
+        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
+    ) -> NDArray[Any]:
+        offset, count = int(offset), int(count)
+        end = offset + count * np.dtype(dtype).itemsize
+        if end > len(self.data):
+            raise ValueError(f"expected data up to byte {end}, the file has {len(self.data)}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
+        # The kind stands at the front. Told here, a model given by mistake is refused at once,
+        # before its vocabulary is read a word at a time.
+        if field.name == _TYPE and (kind := field.contents()) != "imatrix":
+            raise _NotImatrixError(
+                f"expected a GGUF file with general.type 'imatrix', this one has {kind!r}; give "
+                "an importance matrix, not a model"
+            )
+        return int(super()._push_field(field, skip_sum))
+
+
+def _check_magic(path: str | os.PathLike[str]) -> None:
+    with Path(path).open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        start = f"it starts with {magic!r}" if magic else "it is empty"
+        raise FormatError(path, f"not a GGUF file: {start}, expected b'GGUF'")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _decoded_fields(reader: GGUFReader) -> dict[str, Any]:
+    """The keys that this module knows, as Python values."""
+    known = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST)
+    return {key: reader.fields[key].contents() for key in known if key in reader.fields}
+
+
+def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMatrix:
+    sums: dict[str, ReaderTensor] = {}
+    counts: dict[str, ReaderTensor] = {}
+    for tensor in reader.tensors:
+        for suffix, found in ((_SUMS, sums), (_COUNTS, counts)):
+            if tensor.name.endswith(suffix):
+                found[tensor.name.removesuffix(suffix)] = tensor
+    for name in sorted(sums.keys() ^ counts.keys()):
+        have, lack = (_SUMS, _COUNTS) if name in sums else (_COUNTS, _SUMS)
+        raise ValueError(f"{name!r} has {name + have!r} but no {name + lack!r}")
+    if not sums:
+        raise ValueError(f"it has no sums: no tensor is named <weight>{_SUMS}")
+    datasets = fields.get(_DATASETS, [])
+    if not isinstance(datasets, list) or not all(isinstance(item, str) for item in datasets):
+        raise ValueError(f"{_DATASETS} must be an array of strings")
+    return ImportanceMatrix(
+        {name: _entry_from(name, sums[name], counts[name]) for name in sums},
+        datasets=datasets,
+        chunk_count=_field(fields, _CHUNK_COUNT, int) or 0,
+        chunk_size=_field(fields, _CHUNK_SIZE, int) or 0,
+        provenance=Provenance(
+            collector=_field(fields, _VERSION, str),
+            engine=_field(fields, _ENGINE, str),
+            mtp=_field(fields, _MTP, bool),
+            n_ctx=_field(fields, _N_CTX, int),
+            dataset_digest=_field(fields, _DIGEST, str),
+        ),
+    )
+
+
+def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = fields.get(key)
+    if value is not None and type(value) is not kind:
+        raise ValueError(f"{key} must be of type {kind.__name__}, it is {value!r}")
+    return value
+
+
+def _entry_from(name: str, sums_tensor: ReaderTensor, counts_tensor: ReaderTensor) -> Entry:
+    sums = _floats(sums_tensor)
+    counts = _floats(counts_tensor).reshape(-1)
+    sums = sums.reshape(-1, sums.shape[-1])
+    if not np.isfinite(counts).all():
+        raise ValueError(f"{name!r}: a count is NaN or infinite")
+    # Half away from zero, as std::lround does in common/imatrix-loader.cpp.
+    counts = np.trunc(counts + np.copysign(0.5, counts))
+    if len(sums) == 1 and sums.size % len(counts) == 0:
+        # llama.cpp ignores the shape and cuts the sums into as many rows as there are counts.
+        sums = sums.reshape(len(counts), -1)
+    return Entry(sums, counts, name=name)
+
+
+def _floats(tensor: ReaderTensor) -> NDArray[np.float64]:
+    if tensor.tensor_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F64):
+        raise ValueError(f"{tensor.name!r} must be F32, it is {tensor.tensor_type.name}")
+    if tensor.data.size == 0 or tensor.data.ndim == 0:
+        raise ValueError(f"{tensor.name!r} holds no values")
+    # A copy always: the reader maps the file, which may be replaced while the matrix lives.
+    return np.array(tensor.data, dtype=np.float64, order="C", subok=False)
+
+
+def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
+    writer.add_string(_TYPE, "imatrix")
+    writer.add_key_value(
+        _DATASETS, list(matrix.datasets), GGUFValueType.ARRAY, GGUFValueType.STRING
+    )
+    writer.add_uint32(_CHUNK_COUNT, _u32(_CHUNK_COUNT, matrix.chunk_count))
+    writer.add_uint32(_CHUNK_SIZE, _u32(_CHUNK_SIZE, matrix.chunk_size))
+    if (made := matrix.provenance) is None:
+        return
+    for key, text in (
+        (_VERSION, made.collector),
+        (_ENGINE, made.engine),
+        (_DIGEST, made.dataset_digest),
+    ):
+        if text is not None:
+            writer.add_key_value(key, text, GGUFValueType.STRING)
+    if made.mtp is not None:
+        writer.add_bool(_MTP, made.mtp)
+    if made.n_ctx is not None:
+        writer.add_uint32(_N_CTX, _u32(_N_CTX, made.n_ctx))
+
+
+def _u32(key: str, value: int) -> int:
+    if not 0 <= value <= _U32_MAX:
+        raise ValueError(f"{key} must be in [0, {_U32_MAX}], got {value}")
+    return value
+
+
+def _check_names(names: list[str]) -> None:
+    limit = _MAX_TENSOR_NAME - len(_SUMS)
+    for name in names:
+        if len(name.encode()) > limit:
+            raise ValueError(
+                f"{name!r}: the name is {len(name.encode())} bytes long; llama.cpp reads at most "
+                f"{limit}, as the file adds {_SUMS!r} to it"
+            )
+
+
+def _scaled_counts(name: str, entry: Entry) -> NDArray[np.int64]:
+    """[n_counts] int64: the counts as the file will hold them.
+
+    A count above 2^24 would be rounded in float32, and a sum above 3.4e38 would become infinite.
+    Quantizers divide one by the other, so both are scaled alike: all counts of a weight by one
+    power of two, which keeps their proportions (merging weighs by them), then rounded to whole
+    numbers, since the loader rounds them, and to 1 at least, since 0 means no data. The sums
+    then follow the rounded counts exactly (see _scaled_sums).
+    """
+    counts = entry.counts
+    peaks = entry.sums.max(axis=1)
+    if len(counts) == 1:
+        peaks = peaks.max(keepdims=True)
+    for shift in range(64):
+        scaled = counts >> shift
+        if shift:
+            scaled += (counts >> (shift - 1)) & 1  # round half up
+            np.maximum(scaled, 1, out=scaled, where=counts > 0)
+        if scaled.max() <= _MAX_COUNT and _fits_float32(peaks * _factors(counts, scaled)):
+            return scaled
+    raise ValueError(
+        f"{name!r}: the largest sum, {peaks.max():g}, belongs to too few activation rows: even "
+        "their mean is beyond float32 (3.4e38); the activations have overflowed, so check the model"
+    )
+
+
+def _factors(counts: NDArray[np.int64], scaled: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[n_counts] float64: what to multiply the sums by; 1.0 where the count is 0."""
+    factors = np.ones(len(counts))
+    np.divide(scaled, counts, out=factors, where=counts > 0)
+    return factors
+
+
+def _fits_float32(values: NDArray[np.float64]) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32)).all())
+
+
+def _scaled_sums(entry: Entry, scaled: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[n_mat, n_in] float32: the sums, such that sums / scaled counts is the mean it was."""
+    if np.array_equal(entry.counts, scaled):
+        return entry.sums.astype(np.float32)
+    return (entry.sums * _factors(entry.counts, scaled)[:, np.newaxis]).astype(np.float32)

@@ -1,0 +1,452 @@
+"""Importance matrices as plain data: sums and counts per weight, and what follows from them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["Entry", "ImportanceMatrix", "Provenance"]
+
+_BLOCK = re.compile(r"blk\.([0-9]+)\.")
+_HEAD_BLOCK = re.compile(r"blk\.([0-9]+)\.nextn\.")
+
+_T = TypeVar("_T")
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+class Entry:
+    """What was collected for one weight.
+
+    Args:
+        sums: [n_mat, n_in], sums of squared activations, one row a matrix (one for a plain
+            weight, one an expert, one a slice of a 3-D weight). Converted to float64, C-contiguous.
+        counts: [n_counts], how many activation rows went into the sums. n_mat of them for a
+            weight with experts (MUL_MAT_ID); one for a dense weight, 3-D ones included, as
+            llama-imatrix counts it (tools/imatrix/imatrix.cpp). Converted to int64.
+        name: the weight's name, only for the error messages.
+
+    Arrays that already have the right type and layout are not copied; the entry's view of them
+    is read-only.
+
+    Raises:
+        ValueError: the shapes do not fit, a sum is negative or not finite, or a count is negative
+            or not a whole number.
+    """
+
+    __slots__ = ("_counts", "_sums")
+
+    def __init__(self, sums: ArrayLike, counts: ArrayLike, *, name: str | None = None) -> None:
+        label = "an entry" if name is None else repr(name)
+        self._sums = _checked_sums(sums, label)
+        self._counts = _checked_counts(counts, label)
+        if self.n_counts not in (1, self.n_mat):
+            raise ValueError(
+                f"{label}: sums {self._sums.shape} have {self.n_mat} matrices but there are "
+                f"{self.n_counts} counts; expected 1 (a dense weight) or {self.n_mat} (one an "
+                "expert)"
+            )
+
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """[n_mat, n_in] float64, read-only: sums of squared activations."""
+        return self._sums
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[n_counts] int64, read-only: activation rows summed; n_counts is 1 or n_mat."""
+        return self._counts
+
+    @property
+    def n_mat(self) -> int:
+        """How many matrices the weight holds: experts, or slices of a dense 3-D weight."""
+        return int(self._sums.shape[0])
+
+    @property
+    def n_in(self) -> int:
+        """Length of a row of the weight, in values."""
+        return int(self._sums.shape[1])
+
+    @property
+    def n_counts(self) -> int:
+        """How many counts there are: 1 for a dense weight, n_mat for experts."""
+        return int(self._counts.shape[0])
+
+    @property
+    def importance(self) -> NDArray[np.float64]:
+        """[n_mat, n_in] float64: sums / counts, and 1.0 where the count is 0.
+
+        The 1.0 is what llama-quantize puts where there is no data (load_imatrix in
+        tools/quantize/quantize.cpp): every column of such a matrix then weighs the same.
+        """
+        counts = self._counts[:, np.newaxis]
+        mean = np.ones_like(self._sums)
+        np.divide(self._sums, counts, out=mean, where=counts > 0)
+        return mean
+
+    @property
+    def covered(self) -> float:
+        """Fraction of the counts, in [0, 1], that are above 0."""
+        return float(np.count_nonzero(self._counts)) / self.n_counts
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Entry):
+            return NotImplemented
+        return np.array_equal(self._sums, other._sums) and np.array_equal(
+            self._counts, other._counts
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+    def __reduce__(self) -> tuple[type[Entry], tuple[Any, Any]]:
+        return Entry, (self._sums, self._counts)
+
+    def __repr__(self) -> str:
+        return f"Entry(sums={list(self._sums.shape)}, counts={list(self._counts.shape)})"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a matrix was made. Every field may be None: not known.
+
+    Attributes:
+        collector: the program that collected it, such as "imatrix 0.1.0".
+        engine: what ran the model, such as "llama.cpp 0.5.0 (0c1e57098)".
+        mtp: whether the MTP/NextN head was collected.
+        n_ctx: tokens in a chunk.
+        dataset_digest: SHA-256 of the tokens fed, in hexadecimal.
+    """
+
+    collector: str | None = None
+    engine: str | None = None
+    mtp: bool | None = None
+    n_ctx: int | None = None
+    dataset_digest: str | None = None
+
+
+class ImportanceMatrix(Mapping[str, Entry]):
+    """Entries by weight name, and where they came from. Immutable.
+
+    It iterates in natural order: by block number, then by name, weights outside a block last.
+
+    Args:
+        entries: the entries by weight name.
+        datasets: names of the calibration texts, in the order they were read.
+        chunk_count: chunks collected.
+        chunk_size: tokens in a chunk; 0 if not known.
+        provenance: how the matrix was made; None if not known.
+
+    Raises:
+        ValueError: a name is empty, or chunk_count or chunk_size is negative.
+        TypeError: a value is not an Entry, or datasets is one string.
+    """
+
+    __slots__ = ("_chunk_count", "_chunk_size", "_datasets", "_entries", "_provenance")
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        *,
+        datasets: Sequence[str] = (),
+        chunk_count: int = 0,
+        chunk_size: int = 0,
+        provenance: Provenance | None = None,
+    ) -> None:
+        for name, entry in entries.items():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"a weight's name must be a non-empty str, not {name!r}")
+            if not isinstance(entry, Entry):
+                raise TypeError(f"{name!r}: expected an Entry, got {type(entry).__name__}")
+        if isinstance(datasets, str):
+            raise TypeError(f"datasets is a sequence of names; write [{datasets!r}]")
+        for label, value in (("chunk_count", chunk_count), ("chunk_size", chunk_size)):
+            if value < 0:
+                raise ValueError(f"{label} must be 0 or more, got {value}")
+        self._entries = {name: entries[name] for name in sorted(entries, key=_natural)}
+        self._datasets = tuple(datasets)
+        self._chunk_count = int(chunk_count)
+        self._chunk_size = int(chunk_size)
+        # One spelling for "nothing known", so that equality does not tell two apart.
+        self._provenance = None if provenance == Provenance() else provenance
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the calibration texts."""
+        return self._datasets
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks collected."""
+        return self._chunk_count
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens in a chunk; 0 if not known."""
+        return self._chunk_size
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """How the matrix was made; None if not known."""
+        return self._provenance
+
+    def __getitem__(self, name: str) -> Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise _UnknownWeight(name, tuple(self._entries)) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def importance(self, name: str) -> NDArray[np.float64]:
+        """Importance of one weight: [n_mat, n_in] float64, see Entry.importance.
+
+        Raises:
+            KeyError: there is no such weight; the message names the nearest ones.
+        """
+        return self[name].importance
+
+    @property
+    def head_blocks(self) -> frozenset[int]:
+        """Numbers of the blocks that are an MTP/NextN head: those with a `blk.N.nextn.*` entry."""
+        matches = (_HEAD_BLOCK.match(name) for name in self._entries)
+        return frozenset(int(match[1]) for match in matches if match)
+
+    @property
+    def head(self) -> ImportanceMatrix:
+        """The entries of the head blocks, the attention and feed-forward ones among them."""
+        blocks = self.head_blocks
+        return self._only(name for name in self._entries if _block(name) in blocks)
+
+    @property
+    def trunk(self) -> ImportanceMatrix:
+        """The entries outside the head blocks."""
+        blocks = self.head_blocks
+        return self._only(name for name in self._entries if _block(name) not in blocks)
+
+    def _only(self, names: Iterable[str]) -> ImportanceMatrix:
+        return ImportanceMatrix(
+            {name: self._entries[name] for name in names},
+            datasets=self._datasets,
+            chunk_count=self._chunk_count,
+            chunk_size=self._chunk_size,
+            provenance=self._provenance,
+        )
+
+    def merge(self, *others: ImportanceMatrix) -> ImportanceMatrix:
+        """The matrix that collecting all of them at once would have given.
+
+        Sums and counts are added in float64 and int64; a weight that only some have is taken
+        over. For two matrices, sums and counts do not depend on the order.
+
+        A dense 3-D weight comes in three spellings: one count for all of it; older files with an
+        equal count a slice; and, as llama-imatrix writes it, flattened to [1, n_mat * n_in] (see
+        collect_imatrix and save_imatrix in tools/imatrix/imatrix.cpp). They go together: the
+        result has [n_mat, n_in] and one count.
+
+        Dataset names are joined, each once. The chunk size is the first one known; chunks of
+        another size are converted to it by their tokens, rounded to the nearest whole chunk.
+        Provenance keeps what all agree on; mtp is true if one of them has the head, and the
+        digest goes, since the sum is not the work of one stream of tokens.
+
+        Raises:
+            ValueError: the shapes of a weight do not fit together.
+            TypeError: one of the others is not an ImportanceMatrix.
+        """
+        for other in others:
+            if not isinstance(other, ImportanceMatrix):
+                raise TypeError(f"can only merge ImportanceMatrix, got {type(other).__name__}")
+        if not others:
+            return self
+        parts = (self, *others)
+        entries: dict[str, Entry] = {}
+        for part in parts:
+            for name, entry in part._entries.items():
+                have = entries.get(name)
+                entries[name] = entry if have is None else _added(name, have, entry)
+        chunk_size = next((part._chunk_size for part in parts if part._chunk_size), 0)
+        return ImportanceMatrix(
+            entries,
+            datasets=tuple(dict.fromkeys(name for part in parts for name in part._datasets)),
+            chunk_count=_chunks_of(parts, chunk_size),
+            chunk_size=chunk_size,
+            provenance=_merged_provenance([part._provenance or Provenance() for part in parts]),
+        )
+
+    def __add__(self, other: ImportanceMatrix) -> ImportanceMatrix:
+        if not isinstance(other, ImportanceMatrix):
+            return NotImplemented
+        return self.merge(other)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a GGUF file, whatever the extension; see imatrix.formats.gguf.write.
+
+        The file is replaced in one step: a failure leaves an earlier one as it was.
+
+        Raises:
+            ValueError: there is no entry, or one that the format cannot hold.
+            OSError: the file cannot be written.
+        """
+        from imatrix.formats import gguf
+
+        gguf.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ImportanceMatrix:
+        """Read a GGUF file made by this package or by llama-imatrix.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            imatrix.formats.FormatError: the file is not a GGUF importance matrix, or is damaged.
+        """
+        from imatrix.formats import gguf
+
+        return gguf.read(path)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ImportanceMatrix):
+            return NotImplemented
+        return (
+            self._entries == other._entries
+            and self._datasets == other._datasets
+            and self._chunk_count == other._chunk_count
+            and self._chunk_size == other._chunk_size
+            and self._provenance == other._provenance
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+    def __repr__(self) -> str:
+        text = f"{len(self)} weights, {self._chunk_count} chunks of {self._chunk_size} tokens"
+        if blocks := self.head_blocks:
+            text += f", head in block {', '.join(map(str, sorted(blocks)))}"
+        return f"<ImportanceMatrix: {text}>"
+
+
+class _UnknownWeight(KeyError):
+    """A KeyError that looks for near names only when it is shown.
+
+    Looking costs milliseconds on a large model, and `Mapping.get` raises this and drops it.
+    """
+
+    def __init__(self, name: object, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+
+    def __str__(self) -> str:
+        name, known = self.args
+        near = difflib.get_close_matches(name, known, n=3) if isinstance(name, str) else []
+        hint = f"; near: {', '.join(near)}" if near else f" among {len(known)} weights"
+        return f"no entry {name!r}{hint}"
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    block = _block(name)
+    return (block is None, block or 0, name)
+
+
+def _block(name: str) -> int | None:
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else None
+
+
+def _checked_sums(sums: ArrayLike, label: str) -> NDArray[np.float64]:
+    array = np.asarray(sums)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{label}: sums must be real numbers, got dtype {array.dtype}")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{label}: sums must have shape [n_mat, n_in], got {list(array.shape)}")
+    array = np.ascontiguousarray(array, dtype=np.float64)
+    # The extremes tell it all (NaN passes through both) without an array of flags.
+    low, high = float(array.min()), float(array.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{label}: sums must be finite, found a NaN or an infinity")
+    if low < 0:
+        raise ValueError(f"{label}: sums of squares cannot be negative, found {low:g}")
+    return _read_only(array)
+
+
+def _checked_counts(counts: ArrayLike, label: str) -> NDArray[np.int64]:
+    array = np.asarray(counts)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{label}: counts must be whole numbers, got dtype {array.dtype}")
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{label}: counts must have shape [n_counts], got {list(array.shape)}")
+    if array.dtype.kind == "f" and not np.array_equal(array, np.trunc(array)):
+        raise ValueError(f"{label}: counts must be whole numbers, found a fraction or a NaN")
+    low, high = array.min(), array.max()
+    if low < 0:
+        raise ValueError(f"{label}: counts cannot be negative, found {low:g}")
+    # Converted blindly, a larger value would wrap around.
+    if array.dtype.kind != "i" and float(high) >= 2.0**63:
+        raise ValueError(f"{label}: counts must be below 2^63, found {high:g}")
+    return _read_only(np.ascontiguousarray(array, dtype=np.int64))
+
+
+def _read_only(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
+    view: NDArray[_Scalar] = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _added(name: str, a: Entry, b: Entry) -> Entry:
+    """The sum of two entries of one weight, their spellings reconciled."""
+    if a.sums.shape == b.sums.shape and a.n_counts == b.n_counts:
+        return Entry(a.sums + b.sums, a.counts + b.counts, name=name)
+    shape = _common_shape(a, b)
+    if shape is None or not (_is_uniform(a) and _is_uniform(b)):
+        raise ValueError(
+            f"{name!r}: cannot merge sums {list(a.sums.shape)} with {a.n_counts} counts and sums "
+            f"{list(b.sums.shape)} with {b.n_counts} counts; are both matrices from the same model?"
+        )
+    return Entry(
+        a.sums.reshape(shape) + b.sums.reshape(shape), a.counts[:1] + b.counts[:1], name=name
+    )
+
+
+def _common_shape(a: Entry, b: Entry) -> tuple[int, int] | None:
+    """[n_mat, n_in] if both have it, or one has it and the other is it flattened to one row."""
+    if a.sums.shape == b.sums.shape or (a.sums.size == b.sums.size and b.n_mat == 1):
+        return a.n_mat, a.n_in
+    if a.sums.size == b.sums.size and a.n_mat == 1:
+        return b.n_mat, b.n_in
+    return None
+
+
+def _is_uniform(entry: Entry) -> bool:
+    """Whether one count can stand for all: the mark of a dense weight."""
+    return bool((entry.counts == entry.counts[0]).all())
+
+
+def _chunks_of(parts: Sequence[ImportanceMatrix], chunk_size: int) -> int:
+    """Chunks in all parts, in chunks of `chunk_size`; a part of unknown size counts as it is."""
+    if chunk_size == 0:
+        return sum(part.chunk_count for part in parts)
+    tokens = sum(part.chunk_count * (part.chunk_size or chunk_size) for part in parts)
+    return (tokens + chunk_size // 2) // chunk_size
+
+
+def _merged_provenance(parts: Sequence[Provenance]) -> Provenance:
+    mtp = [part.mtp for part in parts]
+    return Provenance(
+        collector=_agreed([part.collector for part in parts]),
+        engine=_agreed([part.engine for part in parts]),
+        mtp=True if True in mtp else _agreed(mtp),
+        n_ctx=_agreed([part.n_ctx for part in parts]),
+        dataset_digest=None,
+    )
+
+
+def _agreed(values: Sequence[_T | None]) -> _T | None:
+    return values[0] if all(value == values[0] for value in values) else None

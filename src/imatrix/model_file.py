@@ -1,0 +1,112 @@
+"""What a model file says of itself, read from its header without loading it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix import _session
+from imatrix.errors import ModelError
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """The header of a GGUF model, all parts of a multi-part one together.
+
+    Attributes:
+        path: the file, or the first part.
+        architecture: general.architecture.
+        has_tokenizer: whether text can be tokenized.
+        n_trunk: trunk blocks, `blk.0` to `blk.<n_trunk - 1>`.
+        n_nextn: MTP/NextN head blocks that the metadata claims, `blk.<n_trunk>` on.
+        tensors: shape by tensor name, ggml order: the row length first.
+    """
+
+    path: Path
+    architecture: str
+    has_tokenizer: bool
+    n_trunk: int
+    n_nextn: int
+    tensors: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> ModelFile:
+        """Read the header.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: no such file.
+            ModelError: not GGUF, truncated, no architecture, or a part is missing.
+        """
+        first = Path(path)
+        if first.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "expected a GGUF model file", str(first))
+        if not first.exists():
+            raise FileNotFoundError(errno.ENOENT, "no such model file", str(first))
+        header = _session.model_file(str(first))
+        if not header["architecture"]:
+            raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
+        tensors = dict(header["tensors"])
+        for part in _other_parts(first, header["split_count"]):
+            tensors.update(_session.model_file(str(part))["tensors"])
+        n_nextn = header["n_nextn"]
+        if not 0 <= n_nextn <= header["block_count"]:
+            raise ModelError(
+                f"{first}: nextn_predict_layers is {n_nextn}, block_count is "
+                f"{header['block_count']}; the metadata contradict each other"
+            )
+        return cls(
+            path=first,
+            architecture=header["architecture"],
+            # "no_vocab" is the engine's word for a model without one; asking such a model
+            # to tokenize ends the process (src/llama-vocab.cpp)
+            has_tokenizer=header["tokenizer"] not in ("", "no_vocab", "none"),
+            n_trunk=header["block_count"] - n_nextn,
+            n_nextn=n_nextn,
+            tensors=tensors,
+        )
+
+    def check_head(self) -> None:
+        """Raise ModelError naming the first tensor of the head that the metadata claims and the
+        file lacks.
+
+        The engine takes a file without nextn.eh_proj for a trunk, loads it, and ends the process
+        when a context for the head is made (src/models/glm4-moe.cpp, deepseek2.cpp).
+        """
+        for block in range(self.n_trunk, self.n_trunk + self.n_nextn):
+            for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm"):
+                name = f"blk.{block}.{tensor}.weight"
+                if name not in self.tensors:
+                    raise ModelError(
+                        f"{self.path}: the metadata claim {self.n_nextn} MTP head block(s), but "
+                        f"the tensor {name} is missing. Was the file converted without the head? "
+                        "Convert it again with it, or collect the trunk alone (mtp=False)."
+                    )
+
+
+def _other_parts(first: Path, split_count: int) -> list[Path]:
+    """The parts of a multi-part model after the first; the engine finds them by name too."""
+    if split_count <= 1:
+        return []
+    match = _PART.search(first.name)
+    if match is None or int(match[2]) != split_count:
+        raise ModelError(
+            f"{first}: part of a model in {split_count} parts, but not named "
+            f"…-00001-of-{split_count:05d}.gguf; give the first part under its original name"
+        )
+    if int(match[1]) != 1:
+        raise ModelError(f"{first}: part {int(match[1])} of {split_count}; give the first part")
+    stem = first.name[: match.start()]
+    parts = [
+        first.with_name(f"{stem}-{n:05d}-of-{split_count:05d}.gguf")
+        for n in range(2, split_count + 1)
+    ]
+    for part in parts:
+        if not part.is_file():
+            raise ModelError(f"{part} is missing: {first.name} is the first of {split_count} parts")
+    return parts

@@ -1,0 +1,88 @@
+# The engine as CMake targets: llama, ggml, ggml-base and the chosen backends, shared.
+#
+# IMATRIX_LLAMA_CPP (define or environment): "bundled", or a llama.cpp source folder.
+# Engine options (GGML_CUDA, GGML_METAL, GGML_VULKAN, GGML_RPC, GGML_BLAS, ...) are
+# the engine's own cache variables: give them as -DGGML_CUDA=ON and they reach it.
+
+if(NOT DEFINED IMATRIX_LLAMA_CPP AND DEFINED ENV{IMATRIX_LLAMA_CPP})
+  set(IMATRIX_LLAMA_CPP "$ENV{IMATRIX_LLAMA_CPP}")
+endif()
+set(IMATRIX_LLAMA_CPP "${IMATRIX_LLAMA_CPP}" CACHE STRING
+    "Where llama.cpp comes from: bundled, or the path of a source folder")
+if(IMATRIX_LLAMA_CPP STREQUAL "")
+  set(IMATRIX_LLAMA_CPP "bundled")
+endif()
+
+if(IMATRIX_LLAMA_CPP STREQUAL "bundled")
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_LIST_DIR}/fetch.py"
+    OUTPUT_VARIABLE _fetched OUTPUT_STRIP_TRAILING_WHITESPACE
+    RESULT_VARIABLE _status ERROR_VARIABLE _why)
+  if(NOT _status EQUAL 0)
+    message(FATAL_ERROR "${_why}")
+  endif()
+  set(IMATRIX_ENGINE_SOURCE "${CMAKE_CURRENT_LIST_DIR}/llama.cpp")
+else()
+  get_filename_component(IMATRIX_ENGINE_SOURCE "${IMATRIX_LLAMA_CPP}" ABSOLUTE)
+  foreach(_needed include/llama.h src/llama-ext.h ggml/CMakeLists.txt)
+    if(NOT EXISTS "${IMATRIX_ENGINE_SOURCE}/${_needed}")
+      message(FATAL_ERROR
+        "IMATRIX_LLAMA_CPP=${IMATRIX_LLAMA_CPP}: ${IMATRIX_ENGINE_SOURCE}/${_needed} does not exist.\n"
+        "Give the top folder of a llama.cpp source tree (with ggml inside), or 'bundled'.")
+    endif()
+  endforeach()
+endif()
+message(STATUS "engine source: ${IMATRIX_ENGINE_SOURCE}")
+
+file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/llama.cpp.toml" _pin REGEX "^(engine|commit) ")
+list(JOIN _pin " " _pin)
+string(REGEX MATCH "commit += \"([^\"]+)\"" _ "${_pin}")
+set(IMATRIX_ENGINE_COMMIT "${CMAKE_MATCH_1}")
+if(NOT IMATRIX_LLAMA_CPP STREQUAL "bundled")
+  set(IMATRIX_ENGINE_COMMIT "unknown")
+endif()
+# the archive is no git checkout: tell the engine its commit, or it asks the git
+# repository around it and reports ours
+set(LLAMA_BUILD_NUMBER 0)
+set(LLAMA_BUILD_COMMIT "${IMATRIX_ENGINE_COMMIT}")
+set(GGML_BUILD_COMMIT "${IMATRIX_ENGINE_COMMIT}")
+
+set(BUILD_SHARED_LIBS ON)                 # two extension modules, one set of ggml globals
+set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON) # a wheel holds no symlinks: one file a library
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+set(LLAMA_BUILD_IS_DEV OFF)
+set(LLAMA_ALL_WARNINGS OFF)
+set(LLAMA_OPENSSL OFF)
+foreach(_part COMMON TESTS TOOLS EXAMPLES SERVER APP)
+  set(LLAMA_BUILD_${_part} OFF)
+endforeach()
+set(LLAMA_TOOLS_INSTALL OFF)
+
+if(APPLE)
+  set(_origin "@loader_path")
+else()
+  set(_origin "$ORIGIN")
+endif()
+set(CMAKE_INSTALL_RPATH "${_origin}")
+set(CMAKE_POLICY_DEFAULT_CMP0077 NEW)
+
+if(IMATRIX_BUILD_TOOLS)
+  set(LLAMA_BUILD_COMMON ON)
+endif()
+add_subdirectory("${IMATRIX_ENGINE_SOURCE}" engine EXCLUDE_FROM_ALL)
+
+set(IMATRIX_ENGINE_LIBRARIES llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
+
+# The engine's own programs, for tests and benchmarks only: never installed.
+if(IMATRIX_BUILD_TOOLS)
+  set(_tools imatrix quantize perplexity)
+  set(_programs llama-imatrix llama-quantize llama-perplexity)
+  if(GGML_RPC)
+    list(APPEND _tools rpc)
+    list(APPEND _programs ggml-rpc-server)
+  endif()
+  foreach(_tool ${_tools})
+    add_subdirectory("${IMATRIX_ENGINE_SOURCE}/tools/${_tool}" "engine/tools/${_tool}" EXCLUDE_FROM_ALL)
+  endforeach()
+  add_custom_target(imatrix-tools DEPENDS ${_programs})
+endif()
