@@ -1,0 +1,68 @@
+# Everything a person types. Each target makes its own .venv on a fresh machine
+# (Python, a C++ compiler and git are enough; CMake and ninja come from the package index).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# `make dev CMAKE_DEFINES="GGML_CUDA=ON GGML_RPC=ON"` builds with those backends
+CMAKE_DEFINES ?=
+BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_info[:2]; print('build/%s-%s-%s' % (t, t, sysconfig.get_platform().replace('-', '_').replace('.', '_')))")
+STAMP  := $(VENV)/.dependencies
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test dev tools lint format types bench sanitize dist clean
+
+help:
+	@echo "make demo      build, then run the main job on a small model made on the spot"
+	@echo "make test      build, then lint, types and all tests"
+	@echo "make dev       editable install; again after a change, it takes seconds"
+	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
+	@echo "make sanitize  the core's tests under ASan and UBSan"
+	@echo "make dist      sdist and wheel into dist/"
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# Not isolated: the same interpreter, CMake and ninja each time, so that the engine in the
+# persistent build folder stays built.
+dev: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-build-isolation \
+	  -C cmake.define.IMATRIX_BUILD_TOOLS=ON $(foreach d,$(CMAKE_DEFINES),-C cmake.define.$(d)) \
+	  --editable .
+
+demo: dev
+	$(BIN)/imatrix demo
+
+# llama-imatrix, llama-quantize and llama-perplexity of the same source, and the test-only module
+tools: dev
+	$(BIN)/cmake --build $(BUILD) --target imatrix-tools
+
+test: lint types tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ext/*.h ext/*.cpp src/imatrix/*.cpp tests/native/*.h tests/native/*.cpp)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/*.cpp tests/native/*.h tests/native/*.cpp)
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: tools
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+sanitize: tools
+	tests/native/sanitize.sh
+
+dist: $(STAMP)
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf build dist
