@@ -43,8 +43,8 @@ bool is_wanted(const char * name, bool output_weight) {
 Shape shape_of(const ggml_tensor * node) {
     const ggml_tensor * weight = node->src[0];
     Shape               shape;
-    shape.n_in  = node->src[1]->ne[0];
-    shape.n_mat = weight->ne[2] * weight->ne[3];
+    shape.n_in     = node->src[1]->ne[0];
+    shape.n_mat    = weight->ne[2] * weight->ne[3];
     shape.n_counts = node->op == GGML_OP_MUL_MAT_ID ? shape.n_mat : 1;
     return shape;
 }
@@ -72,9 +72,9 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
             !is_wanted(node->src[0]->name, output_weight)) {
             continue;
         }
-        const std::string name  = plain_name(node->src[0]->name);
-        const auto        known = std::find_if(plan.begin(), plan.end(),
-                                               [&](const PlannedWeight & w) { return w.name == name; });
+        const std::string name = plain_name(node->src[0]->name);
+        const auto known = std::find_if(plan.begin(), plan.end(),
+                                        [&](const PlannedWeight & w) { return w.name == name; });
         if (known != plan.end()) {
             known->rows += rows_of(node);
         } else {
@@ -103,9 +103,7 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
     return !ask;
 }
 
-void EvalHook::begin_chunk() {
-    error_ = {};
-}
+void EvalHook::begin_chunk() { error_ = {}; }
 
 void EvalHook::begin_decode(bool output_weight) {
     output_weight_ = output_weight;

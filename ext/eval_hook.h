@@ -16,11 +16,11 @@ namespace imatrix {
 
 enum class Failure {
     none,
-    non_finite,      // a NaN or Inf reached a weight
-    bad_expert,      // an expert id outside the weight
-    bad_layout,      // rows that are not contiguous, or a shape this store cannot hold
-    shape_changed,   // the same weight with another shape than before
-    regroup,         // weights that shared an activation no longer do: redo without sharing
+    non_finite,    // a NaN or Inf reached a weight
+    bad_expert,    // an expert id outside the weight
+    bad_layout,    // rows that are not contiguous, or a shape this store cannot hold
+    shape_changed, // the same weight with another shape than before
+    regroup,       // weights that shared an activation no longer do: redo without sharing
     out_of_memory,
 };
 
@@ -84,9 +84,9 @@ private:
     bool wanted(const char * name) const;
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
-    void add_rows(size_t weight, int64_t mat);
-    void collect_dense(size_t weight, const ggml_tensor * node);
-    void collect_experts(size_t weight, const ggml_tensor * node);
+    void         add_rows(size_t weight, int64_t mat);
+    void         collect_dense(size_t weight, const ggml_tensor * node);
+    void         collect_experts(size_t weight, const ggml_tensor * node);
 
     Sums &       sums_;
     HookError    error_;
@@ -95,13 +95,13 @@ private:
     bool         grouping_      = true;
     bool         output_weight_ = false;
 
-    uint64_t                graph_ = 0;    // which graph execution this is
-    std::vector<uint64_t>   seen_in_;      // per weight: the graph it was last seen in
-    std::vector<uint64_t>   slot_made_in_; // per slot: the graph it was made in
-    std::vector<uint64_t>   slot_fed_in_;  // per slot: the graph it was last fed in
-    std::vector<Activation> activations_;  // of this graph
-    std::vector<char>       staging_rows_;
-    std::vector<char>       staging_ids_;
+    uint64_t                                graph_ = 0; // which graph execution this is
+    std::vector<uint64_t>                   seen_in_;   // per weight: the graph it was last seen in
+    std::vector<uint64_t>                   slot_made_in_; // per slot: the graph it was made in
+    std::vector<uint64_t>                   slot_fed_in_;  // per slot: the graph it was last fed in
+    std::vector<Activation>                 activations_;  // of this graph
+    std::vector<char>                       staging_rows_;
+    std::vector<char>                       staging_ids_;
     std::vector<const float *>              rows_;
     std::vector<std::vector<const float *>> rows_by_expert_;
     std::vector<float>                      partial_;

@@ -47,13 +47,14 @@ int64_t integer_value(const gguf_context * gguf, const std::string & key) {
 
 Status read_model_file(const std::string & path, ModelFile & out) {
     clear_last_error();
-    ggml_context *         shapes = nullptr;
-    const gguf_init_params params{/*.no_alloc =*/true, /*.ctx =*/&shapes};
+    ggml_context *                                shapes = nullptr;
+    const gguf_init_params                        params{/*.no_alloc =*/true, /*.ctx =*/&shapes};
     const std::unique_ptr<gguf_context, GgufFree> gguf(gguf_init_from_file(path.c_str(), params));
     const std::unique_ptr<ggml_context, GgmlFree> owned(shapes);
     if (gguf == nullptr) {
         const std::string why = last_error();
-        return Status::failed(Code::bad_model, "not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
+        return Status::failed(Code::bad_model,
+                              "not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
     }
 
     std::error_code error;
@@ -65,11 +66,11 @@ Status read_model_file(const std::string & path, ModelFile & out) {
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf.get()); ++i) {
         const char *        name   = gguf_get_tensor_name(gguf.get(), i);
         const ggml_tensor * tensor = ggml_get_tensor(shapes, name);
-        const uint64_t      end = data + gguf_get_tensor_offset(gguf.get(), i) + ggml_nbytes(tensor);
+        const uint64_t end = data + gguf_get_tensor_offset(gguf.get(), i) + ggml_nbytes(tensor);
         if (end > size) {
-            return Status::failed(Code::bad_model,
-                                  "truncated: tensor " + std::string(name) + " ends at byte " +
-                                      std::to_string(end) + ", the file has " + std::to_string(size));
+            return Status::failed(Code::bad_model, "truncated: tensor " + std::string(name) +
+                                                       " ends at byte " + std::to_string(end) +
+                                                       ", the file has " + std::to_string(size));
         }
         FileTensor entry;
         entry.name   = name;

@@ -30,7 +30,7 @@ void add_squares_plain(const float * const * rows, size_t n_rows, size_t n, floa
 
 #ifdef IMATRIX_X86
 __attribute__((target("avx512f"))) void add_squares_avx512(const float * const * rows,
-                                                            size_t n_rows, size_t n, float * acc) {
+                                                           size_t n_rows, size_t n, float * acc) {
     size_t r = 0;
     for (; r + kUnroll <= n_rows; r += kUnroll) {
         const float * const * x = rows + r;
@@ -61,8 +61,8 @@ __attribute__((target("avx512f"))) void add_squares_avx512(const float * const *
     }
 }
 
-__attribute__((target("avx2,fma"))) void add_squares_avx2(const float * const * rows,
-                                                           size_t n_rows, size_t n, float * acc) {
+__attribute__((target("avx2,fma"))) void add_squares_avx2(const float * const * rows, size_t n_rows,
+                                                          size_t n, float * acc) {
     size_t r = 0;
     for (; r + kUnroll <= n_rows; r += kUnroll) {
         const float * const * x = rows + r;

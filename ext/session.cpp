@@ -49,17 +49,15 @@ bool is_zero(const float * row, int32_t n) {
 
 // --- Model -----------------------------------------------------------------
 
-void Model::Free::operator()(llama_model * model) const {
-    llama_model_free(model);
-}
+void Model::Free::operator()(llama_model * model) const { llama_model_free(model); }
 
 Status Model::load(const ModelParams & params) {
     init_backend_once();
     clear_last_error();
     llama_model_params engine = llama_model_default_params();
     engine.n_gpu_layers       = params.n_gpu_layers;
-    engine.load_mode     = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
-    engine.check_tensors = params.check_tensors;
+    engine.load_mode          = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
+    engine.check_tensors      = params.check_tensors;
     // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
     engine.load_mtp = params.mtp;
     model_.reset(llama_model_load_from_file(params.path.c_str(), engine));
@@ -74,10 +72,8 @@ int32_t Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
 int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
 bool    Model::has_decoder() const { return llama_model_has_decoder(model_.get()); }
 
-int32_t Model::n_vocab() const {
-    return llama_vocab_n_tokens(llama_model_get_vocab(model_.get()));
-}
-bool Model::has_tokenizer() const {
+int32_t Model::n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(model_.get())); }
+bool    Model::has_tokenizer() const {
     return llama_vocab_type(llama_model_get_vocab(model_.get())) != LLAMA_VOCAB_TYPE_NONE;
 }
 bool Model::add_bos() const {
@@ -111,8 +107,8 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
     }
     if (n < 0) { // the room that it needs
         out.resize(static_cast<size_t>(-n));
-        n = llama_tokenize(vocab, text.data(), length, out.data(),
-                           static_cast<int32_t>(out.size()), add_special, parse_special);
+        n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
+                           add_special, parse_special);
     }
     if (n < 0) {
         return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
@@ -143,15 +139,15 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     llama_context_params engine = llama_context_default_params();
     engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx * params_.n_seq);
     engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch             = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max            = static_cast<uint32_t>(params_.n_seq);
+    engine.n_ubatch  = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
+    engine.n_seq_max = static_cast<uint32_t>(params_.n_seq);
     // room for the logits of this many rows is reserved in every graph
-    engine.n_outputs_max   = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
-    engine.n_threads       = params_.n_threads;
-    engine.n_threads_batch = params_.n_threads;
-    engine.cb_eval         = EvalHook::callback;
-    engine.cb_eval_user_data   = &hook_;
-    engine.abort_callback      = [](void * data) -> bool {
+    engine.n_outputs_max     = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
+    engine.n_threads         = params_.n_threads;
+    engine.n_threads_batch   = params_.n_threads;
+    engine.cb_eval           = EvalHook::callback;
+    engine.cb_eval_user_data = &hook_;
+    engine.abort_callback    = [](void * data) -> bool {
         return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
     };
     engine.abort_callback_data = &cancelled_;
@@ -162,8 +158,8 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     }
     out.reset(llama_init_from_model(model_.get(), engine));
     if (out == nullptr) {
-        return engine_error(Code::engine_failed, head ? "the engine made no MTP context"
-                                                      : "the engine made no context");
+        return engine_error(Code::engine_failed,
+                            head ? "the engine made no MTP context" : "the engine made no context");
     }
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
@@ -177,10 +173,11 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 // Builds the graph twice without running it, with one output and with all: what differs
 // between the two is what only output rows reach.
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
-    plan                    = {};
-    const bool    output    = params_.process_output && !head;
-    const int32_t n_tokens  = std::min({kProbeTokens, params_.n_ubatch, params_.n_batch, params_.n_ctx});
-    const auto    rows_with = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
+    plan                 = {};
+    const bool    output = params_.process_output && !head;
+    const int32_t n_tokens =
+        std::min({kProbeTokens, params_.n_ubatch, params_.n_batch, params_.n_ctx});
+    const auto rows_with = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph = llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), 1,
                                                   static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
@@ -246,7 +243,8 @@ Status Session::open(const SessionParams & params) {
 
     Status status;
     try {
-        status = open_context(false, params.process_output || params.perplexity, trunk_, trunk_plan_);
+        status =
+            open_context(false, params.process_output || params.perplexity, trunk_, trunk_plan_);
         trunk_plan_.needs_outputs |= params.process_output;
         head_plan_ = {};
         if (status.ok() && params.mtp) {
@@ -254,12 +252,14 @@ Status Session::open(const SessionParams & params) {
         }
         if (status.ok() && params.mtp) {
             const std::string block = "blk." + std::to_string(model_.n_trunk()) + ".";
-            const bool        runs  = std::any_of(
-                head_plan_.weights.begin(), head_plan_.weights.end(),
-                [&](const PlannedWeight & w) { return w.name.compare(0, block.size(), block) == 0; });
+            const bool runs = std::any_of(head_plan_.weights.begin(), head_plan_.weights.end(),
+                                          [&](const PlannedWeight & w) {
+                                              return w.name.compare(0, block.size(), block) == 0;
+                                          });
             if (!runs) {
-                status = Status::failed(Code::engine_failed,
-                                        "the engine's MTP graph multiplies no weight of " + block + "*");
+                status =
+                    Status::failed(Code::engine_failed,
+                                   "the engine's MTP graph multiplies no weight of " + block + "*");
             }
             n_embd_h_ = llama_model_n_embd_out(model_.get());
         }
@@ -291,15 +291,16 @@ Status Session::after_decode(int32_t rc, const char * which) {
     status.mat     = error.mat;
     status.channel = error.channel;
     switch (error.kind) {
-        case Failure::none: break;
+        case Failure::none:    break;
         case Failure::regroup: break; // step() redoes the chunk
         case Failure::non_finite:
             status.code    = Code::non_finite;
             status.message = "a NaN or infinite activation reached " + error.weight;
             return status;
         case Failure::bad_expert:
-            status.code    = Code::engine_failed;
-            status.message = error.weight + ": expert id " + std::to_string(error.mat) + " is out of range";
+            status.code = Code::engine_failed;
+            status.message =
+                error.weight + ": expert id " + std::to_string(error.mat) + " is out of range";
             return status;
         case Failure::bad_layout:
             status.code    = Code::engine_failed;
@@ -316,8 +317,8 @@ Status Session::after_decode(int32_t rc, const char * which) {
         return Status::failed(Code::cancelled, "cancelled");
     }
     if (rc != 0) { // llama.h, llama_decode
-        const std::string what = std::string("the engine could not decode the ") + which + " (status " +
-                                 std::to_string(rc) + ")";
+        const std::string what = std::string("the engine could not decode the ") + which +
+                                 " (status " + std::to_string(rc) + ")";
         return engine_error(rc == 1 || rc == -2 ? Code::out_of_memory : Code::engine_failed, what);
     }
     return {};
@@ -338,10 +339,10 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
         for (llama_pos p = first; p < std::min(first + each, lengths[i]); ++p) {
             const int32_t index = llama_batch_ext_add_token(trunk_batch_.get(), i, chunk[p]);
             if (index < 0) {
-                return Status::failed(Code::bad_argument,
-                                      "token id " + std::to_string(chunk[p]) +
-                                          " is not in the vocabulary (" +
-                                          std::to_string(model_.n_vocab()) + " tokens)");
+                return Status::failed(Code::bad_argument, "token id " + std::to_string(chunk[p]) +
+                                                              " is not in the vocabulary (" +
+                                                              std::to_string(model_.n_vocab()) +
+                                                              " tokens)");
             }
             llama_batch_ext_set_pos(trunk_batch_.get(), index, &p);
             // as llama-imatrix scores: the second half, without the last token
@@ -355,7 +356,7 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
         }
     }
     hook_.begin_decode(params_.process_output);
-    const int32_t rc     = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
+    const int32_t rc = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
     Status        status = after_decode(rc, "trunk");
     if (!status.ok() || scored_index.empty()) {
         return status;
@@ -462,8 +463,9 @@ Status Session::check_rows(int64_t n_tokens) const {
             Status status;
             status.code    = Code::rows_missing;
             status.weight  = planned.name;
-            status.message = planned.name + " saw " + std::to_string(seen) + " rows in a chunk of " +
-                             std::to_string(n_tokens) + " tokens, expected " +
+            status.message = planned.name + " saw " + std::to_string(seen) +
+                             " rows in a chunk of " + std::to_string(n_tokens) +
+                             " tokens, expected " +
                              (planned.rows > 0 ? std::to_string(want) : std::string("some"));
             return status;
         }
@@ -529,7 +531,7 @@ Status Session::step(const int32_t * tokens, const int32_t * lengths, int32_t n_
     }
     Status status;
     try {
-        status = collect(tokens, lengths, n_chunks, scores);
+        status              = collect(tokens, lengths, n_chunks, scores);
         const bool diverged = hook_.error().kind == Failure::regroup || !hook_.groups_agree();
         if (status.ok() && diverged) {
             // Weights that shared an activation in an earlier graph do not share it any more:

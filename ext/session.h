@@ -20,9 +20,9 @@ namespace imatrix {
 
 struct ModelParams {
     std::string path;
-    bool        mtp          = false; // load the head's tensors too
-    int32_t     n_gpu_layers = -1;    // all
-    bool        use_mmap     = true;
+    bool        mtp           = false; // load the head's tensors too
+    int32_t     n_gpu_layers  = -1;    // all
+    bool        use_mmap      = true;
     bool        check_tensors = false;
 };
 
@@ -76,7 +76,7 @@ struct ChunkScore {
 // only where an output is requested.
 struct GraphPlan {
     std::vector<PlannedWeight> weights; // rows a token; 0 where rows do not follow the tokens
-    bool needs_outputs = false;
+    bool                       needs_outputs = false;
 };
 
 class Session {
@@ -132,19 +132,19 @@ private:
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
                  const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
 
-    const Model &      model_;
-    SessionParams      params_;
-    Sums               sums_;
-    EvalHook           hook_{sums_};
-    ContextPtr         trunk_;
-    ContextPtr         head_; // freed before the trunk, which it refers to
-    BatchPtr           trunk_batch_;
-    BatchPtr           head_batch_;
-    GraphPlan          trunk_plan_;
-    GraphPlan          head_plan_;
-    std::vector<float> pending_h_; // the trunk's last row of the batch before
-    int32_t            n_embd_h_ = 0;
-    std::atomic<bool>  cancelled_{false};
+    const Model &                    model_;
+    SessionParams                    params_;
+    Sums                             sums_;
+    EvalHook                         hook_{sums_};
+    ContextPtr                       trunk_;
+    ContextPtr                       head_; // freed before the trunk, which it refers to
+    BatchPtr                         trunk_batch_;
+    BatchPtr                         head_batch_;
+    GraphPlan                        trunk_plan_;
+    GraphPlan                        head_plan_;
+    std::vector<float>               pending_h_; // the trunk's last row of the batch before
+    int32_t                          n_embd_h_ = 0;
+    std::atomic<bool>                cancelled_{false};
     std::vector<std::vector<double>> nll_; // per chunk, in the order of positions
 };
 

@@ -9,7 +9,7 @@ namespace imatrix {
 enum class Code {
     ok = 0,
     bad_argument,
-    bad_model,     // the file, or what its metadata says
+    bad_model, // the file, or what its metadata says
     out_of_memory,
     engine_failed, // the engine returned an error
     non_finite,    // NaN or Inf reached a weight

@@ -33,7 +33,7 @@ size_t Sums::add_slot(const Shape & shape) {
 }
 
 void Sums::add(size_t index, int64_t mat, const float * partial) {
-    Slot & slot = slots_[index];
+    Slot &   slot = slots_[index];
     double * sums = slot.pending.data() + mat * slot.shape.n_in;
     for (int64_t j = 0; j < slot.shape.n_in; ++j) {
         sums[j] += static_cast<double>(partial[j]);

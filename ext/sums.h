@@ -68,10 +68,10 @@ public:
     // Call it between chunks.
     void ungroup();
 
-    std::vector<Weight> & weights() { return weights_; }
+    std::vector<Weight> &       weights() { return weights_; }
     const std::vector<Weight> & weights() const { return weights_; }
-    std::vector<Slot> & slots() { return slots_; }
-    const std::vector<Slot> & slots() const { return slots_; }
+    std::vector<Slot> &         slots() { return slots_; }
+    const std::vector<Slot> &   slots() const { return slots_; }
 
 private:
     std::vector<Weight>                     weights_;

@@ -27,10 +27,10 @@ from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
-Arch = Literal["llama", "glm4moe", "qwen35", "qwen35moe", "deepseek2"]
+Arch = Literal["llama", "glm4moe", "qwen35", "qwen35moe", "deepseek2", "hy_v3"]
 Drop = Callable[[str], bool] | Collection[str]
 
-ARCHS: tuple[Arch, ...] = ("llama", "glm4moe", "qwen35", "qwen35moe", "deepseek2")
+ARCHS: tuple[Arch, ...] = ("llama", "glm4moe", "qwen35", "qwen35moe", "deepseek2", "hy_v3")
 VOCABS = Path(__file__).resolve().parents[1] / "vendor" / "llama.cpp" / "models"
 
 # general.file_type, as llama_ftype numbers them (include/llama.h)
@@ -139,6 +139,16 @@ _DEFAULTS: dict[Arch, dict[str, Any]] = {
         "kv_lora": 512,
         "qk_nope": 256,
         "v_head": 128,
+    },
+    "hy_v3": {
+        **_EXPERTS,
+        "n_ff": 768,
+        "n_ff_shexp": 512,
+        "qk_norm": True,
+        "n_layer_dense": 1,
+        "gating": "sigmoid",
+        "expert_scale": 2.5,
+        "expert_bias": True,
     },
 }
 
@@ -324,7 +334,9 @@ def _block_shapes(arch: Arch, hp: Hparams, il: int) -> Iterator[tuple[str, Shape
         yield from _attention_shapes(hp, gated=arch in ("qwen35", "qwen35moe"))
 
     yield (
-        "ffn_norm.weight" if arch in ("llama", "deepseek2") else "post_attention_norm.weight",
+        "ffn_norm.weight"
+        if arch in ("llama", "deepseek2", "hy_v3")
+        else "post_attention_norm.weight",
         (n,),
     )
     if not hp.has_experts(il):
@@ -334,7 +346,8 @@ def _block_shapes(arch: Arch, hp: Hparams, il: int) -> Iterator[tuple[str, Shape
         return
     yield "ffn_gate_inp.weight", (hp.n_expert, n)
     if hp.expert_bias:
-        yield "exp_probs_b.bias", (hp.n_expert,)
+        # hy-v3.cpp asks for it without a suffix, and refuses a file that has it with one
+        yield "exp_probs_b" if arch == "hy_v3" else "exp_probs_b.bias", (hp.n_expert,)
     yield "ffn_gate_exps.weight", (hp.n_expert, hp.n_ff_exp, n)
     yield "ffn_up_exps.weight", (hp.n_expert, hp.n_ff_exp, n)
     yield "ffn_down_exps.weight", (hp.n_expert, n, hp.n_ff_exp)
@@ -399,7 +412,7 @@ def _draw(name: str, shape: Shape, seed: int, hp: Hparams) -> F32:
     kind = name.split(".", 2)[2] if name.startswith("blk.") else name
     if kind == "ffn_gate_inp_shexp.weight":
         values /= np.sqrt(shape[0])
-    elif kind == "exp_probs_b.bias":
+    elif kind in ("exp_probs_b.bias", "exp_probs_b"):
         values *= 0.1
         values[list(hp.starved)] = -100.0
     elif kind == "ssm_a":
@@ -427,6 +440,8 @@ def _check(arch: Arch, hp: Hparams) -> None:
         raise ValueError("llama rotates whole heads and has no MTP graph")
     if arch in ("qwen35", "qwen35moe") and not any(map(hp.is_recurrent, range(hp.n_layer))):
         raise ValueError("the engine aborts on a qwen35 model without a recurrent layer")
+    if arch == "hy_v3" and (hp.n_rot != hp.head_dim or not hp.n_ff_shexp):
+        raise ValueError("hy_v3 rotates whole heads and always runs a shared expert")
     if arch in ("glm4moe", "deepseek2") and hp.n_ff_shexp != hp.n_ff_exp * hp.n_expert_shared:
         raise ValueError(f"{arch} has no key for the shared expert's size: it follows n_ff_exp")
 
@@ -459,10 +474,11 @@ def _keys(arch: Arch, hp: Hparams) -> dict[str, Any]:
     if arch in ("glm4moe", "deepseek2"):
         keys["leading_dense_block_count"] = hp.n_layer_dense
         keys["expert_shared_count"] = hp.n_expert_shared
+    if arch in ("glm4moe", "deepseek2", "hy_v3"):  # hy_v3 has no key for dense layers: no router
         keys["expert_weights_norm"] = hp.expert_norm
         keys["expert_weights_scale"] = hp.expert_scale
         keys["expert_gating_func"] = _GATING[hp.gating]
-    if arch == "qwen35moe":
+    if arch in ("qwen35moe", "hy_v3"):
         keys["expert_shared_feed_forward_length"] = hp.n_ff_shexp
     if arch in ("qwen35", "qwen35moe"):
         keys["full_attention_interval"] = hp.full_attention_interval

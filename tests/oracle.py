@@ -11,7 +11,8 @@ F32: round_inputs=True. The sums are of the rows before that rounding, there as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Pairing = Literal["shifted", "unshifted", "shifted2"]
+Feeding = Literal["draft", "trunk"]
 
 
 class Entry(NamedTuple):
@@ -39,10 +41,12 @@ class Result:
     # one array a chunk
     h: list[F64] = field(default_factory=list)  # the trunk's rows, as the head gets them
     logits: list[F64] = field(default_factory=list)
-    head_logits: list[F64] = field(default_factory=list)  # empty without a head
+    head_logits: list[F64] = field(default_factory=list)  # the first head's; empty without one
+    # each head's rows, as the next head gets them: a list of arrays a chunk
+    head_h: list[list[F64]] = field(default_factory=list)
     # The narrowest call between the last expert chosen and the first one not, by router. Where it
-    # is near the engine's rounding (1e-5 with flash attention, 1e-4 without), an expert's count may
-    # rightly differ by one, and every later row with it.
+    # is near the engine's rounding (1e-5 with flash attention over 64 rows or more, some 1e-4 with
+    # fewer or without), an expert's count may rightly differ by one, and every later row with it.
     margins: dict[str, float] = field(default_factory=dict)
 
 
@@ -51,6 +55,7 @@ def run(
     chunks: Sequence[Sequence[int]],
     *,
     pairing: Pairing = "shifted",
+    feeding: Feeding = "draft",
     process_output: bool = False,
     head_lm_head: bool = False,
     kv_dtype: type[np.floating] | None = None,
@@ -60,6 +65,9 @@ def run(
 
     pairing: which of the trunk's rows meets token x_p in the head. "shifted" is right; the others
         are there to be told apart from it.
+    feeding: what the heads after the first get for a state. "draft": the rows of the head before,
+        as when the engine drafts (see _Forward.chain). "trunk": the trunk's rows, all of them, as
+        when it only reads a text; there to be told apart. One head is fed alike by both.
     process_output: also the rows that the trunk's LM head reads, under output.weight.
     head_lm_head: also the rows that the head's LM head reads, under nextn.shared_head_head, or
         under output.weight where the head has none of its own.
@@ -71,7 +79,8 @@ def run(
         forward.result.h.append(h)
         forward.result.logits.append(logits)
         if spec.hparams.n_nextn:
-            head_logits = forward.head(tokens, pair(h, pairing), head_lm_head)
+            rows, head_logits = forward.chain(tokens, h, pairing, feeding, head_lm_head)
+            forward.result.head_h.append(rows)
             forward.result.head_logits.append(head_logits)
     return forward.result
 
@@ -172,6 +181,23 @@ def causal_attention(q: F64, k: F64, v: F64, scale: float) -> F64:
     return out
 
 
+def chain_attention(q: F64, keys: Sequence[F64], values: Sequence[F64], scale: float) -> F64:
+    """causal_attention where each row sees the rows before it at depths of its own.
+
+    keys and values: of all rows, by depth. The row of slot p stands at the last depth, slot p-1 one
+    depth below it, and so on down to depth 0, where all slots before stand.
+    """
+    by_depth, last = (np.stack(keys), np.stack(values)), len(keys) - 1
+    out = np.empty((*q.shape[:2], values[0].shape[2]))
+    for p in range(len(q)):
+        slot = np.arange(p + 1)
+        k, v = (all_depths[np.maximum(0, last - (p - slot)), slot] for all_depths in by_depth)
+        for head in range(q.shape[1]):
+            shared = head // (q.shape[1] // k.shape[1])
+            out[p, head] = softmax(scale * k[:, shared] @ q[p, head]) @ v[:, shared]
+    return out
+
+
 def causal_conv(x: F64, kernel: F64) -> F64:
     """Each channel's own kernel over its last taps; x [rows, channels], kernel [channels, taps]."""
     taps = kernel.shape[1]
@@ -214,6 +240,7 @@ class _Forward:
         }
         self.kv_dtype = kv_dtype
         self.round_inputs = round_inputs
+        self.observing = True
         self.result = Result()
 
     # what the matrix sees
@@ -238,7 +265,16 @@ class _Forward:
         self.note(name, sums, counts)
         return np.asarray(self.rounded(name, x) @ self.weights[name][expert].T)
 
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Rows that run here are not the matrix's to see."""
+        self.observing = False
+        yield
+        self.observing = True
+
     def note(self, name: str, sums: F64, counts: int | I64) -> None:
+        if not self.observing:
+            return
         new = Entry(sums, np.atleast_1d(np.asarray(counts, dtype=np.int64)))
         old = self.result.entries.get(name)
         if old is not None:
@@ -265,20 +301,51 @@ class _Forward:
         h = self.norm("output_norm.weight", x)
         return h, self.lm_head(self.output_name(), h, process_output)
 
-    def head(self, tokens: I64, states: F64, note_lm_head: bool) -> F64:
-        il = self.hp.n_layer
+    def chain(
+        self, tokens: I64, h: F64, pairing: Pairing, feeding: Feeding, note_lm_head: bool
+    ) -> tuple[list[F64], F64]:
+        """Each head's rows, and the first head's logits.
+
+        As the engine drafts (draft() of draft-mtp in common/speculative.cpp), with the text's own
+        tokens for drafted ones: head k has its turn at slot p in the draft that began at slot p-k.
+        That slot's state is the trunk's row; each slot after it has the row that the head before
+        gave at the slot before, in the same draft. Slots before the draft have the trunk's rows
+        (process(), the same file). So head k observes slot p at depth k of the states, and sees
+        slot p-1 at depth k-1, and so on down to depth 0.
+        """
+        states = [pair(h, pairing)]
+        rows: list[F64] = []
+        first_logits = None
+        for k in range(self.hp.n_nextn):
+            row, logits = self.head(k, tokens, states, note_lm_head)
+            rows.append(row)
+            first_logits = logits if first_logits is None else first_logits
+            if feeding == "draft":
+                states.append(pair(row, pairing))
+        assert first_logits is not None
+        return rows, first_logits
+
+    def head(
+        self, k: int, tokens: I64, states: Sequence[F64], note_lm_head: bool
+    ) -> tuple[F64, F64]:
+        """Head k's rows and logits; states by depth, of which the last one's rows are observed."""
+        il = self.hp.n_layer + k
         nextn = f"blk.{il}.nextn."
-        own_embedding = nextn + "embed_tokens.weight"
-        embedding = own_embedding if own_embedding in self.weights else "token_embd.weight"
-        e = self.norm(nextn + "enorm.weight", self.weights[embedding][tokens])
-        h = self.norm(nextn + "hnorm.weight", states)
-        x = self.matmul(nextn + "eh_proj.weight", np.concatenate([e, h], axis=-1))
-        x = self.block(il, x)
+        with self.unobserved():
+            earlier = [self.head_input(nextn, tokens, state) for state in states[:-1]]
+        x = self.block(il, self.head_input(nextn, tokens, states[-1]), earlier)
         own_norm = nextn + "shared_head_norm.weight"
         x = self.norm(own_norm if own_norm in self.weights else "output_norm.weight", x)
         own_output = nextn + "shared_head_head.weight"
         output = own_output if own_output in self.weights else self.output_name()
-        return self.lm_head(output, x, note_lm_head)
+        return x, self.lm_head(output, x, note_lm_head)
+
+    def head_input(self, nextn: str, tokens: I64, states: F64) -> F64:
+        own_embedding = nextn + "embed_tokens.weight"
+        embedding = own_embedding if own_embedding in self.weights else "token_embd.weight"
+        e = self.norm(nextn + "enorm.weight", self.weights[embedding][tokens])
+        h = self.norm(nextn + "hnorm.weight", states)
+        return self.matmul(nextn + "eh_proj.weight", np.concatenate([e, h], axis=-1))
 
     def output_name(self) -> str:
         return "output.weight" if "output.weight" in self.weights else "token_embd.weight"
@@ -294,18 +361,22 @@ class _Forward:
 
     # one block: a sublayer that mixes rows, a sublayer that does not, each around a residual
 
-    def block(self, il: int, x: F64) -> F64:
+    def block(self, il: int, x: F64, earlier: Sequence[F64] = ()) -> F64:
+        """earlier: what stands for x at the depths before the last, see chain_attention."""
         blk = f"blk.{il}."
         normed = self.norm(blk + "attn_norm.weight", x)
+        before = [self.norm(blk + "attn_norm.weight", e) for e in earlier]
+        if before and (self.hp.is_recurrent(il) or self.arch == "deepseek2"):
+            raise NotImplementedError(f"a chain of heads in {self.arch}")
         if self.hp.is_recurrent(il):
             x = x + self.delta_net(blk, normed)
         elif self.arch == "deepseek2":
             x = x + self.latent_attention(blk, normed)
         else:
-            x = x + self.attention(blk, normed)
+            x = x + self.attention(blk, normed, before)
 
         # two names for one thing, the norm between the sublayers
-        name = "ffn_norm" if self.arch in ("llama", "deepseek2") else "post_attention_norm"
+        name = "ffn_norm" if self.arch in ("llama", "deepseek2", "hy_v3") else "post_attention_norm"
         normed = self.norm(f"{blk}{name}.weight", x)
         if not self.hp.has_experts(il):
             return x + self.feed_forward(blk, "", normed)
@@ -317,29 +388,41 @@ class _Forward:
             out = out + shared
         return x + out
 
-    def attention(self, blk: str, x: F64) -> F64:
+    def attention(self, blk: str, x: F64, earlier: Sequence[F64] = ()) -> F64:
         """Grouped-query attention; qwen35 gates its output, glm4moe and qwen35 turn part of a head."""
         hp = self.hp
         rows, d = len(x), hp.head_dim
-        q, k, v = (self.project(blk + name, x) for name in ("attn_q", "attn_k", "attn_v"))
+        q = self.project(blk + "attn_q", x)
         gate = None
         if self.arch in ("qwen35", "qwen35moe"):
             # attn_q gives each head its query, then its gate
             both = q.reshape(rows, hp.n_head, 2, d)
             q, gate = both[:, :, 0], both[:, :, 1]
-        q = q.reshape(rows, hp.n_head, d)
-        k = k.reshape(rows, hp.n_head_kv, d)
-        v = v.reshape(rows, hp.n_head_kv, d)
-        if blk + "attn_q_norm.weight" in self.weights:
-            q = self.norm(blk + "attn_q_norm.weight", q)
-            k = self.norm(blk + "attn_k_norm.weight", k)
-        halves = self.arch != "llama"
-        q = rope(q, hp.n_rot, hp.rope_base, halves=halves)
-        k = rope(k, hp.n_rot, hp.rope_base, halves=halves)
-        out = causal_attention(q, self.cached(k), self.cached(v), 1.0 / np.sqrt(d))
+        q = self.turned(blk + "attn_q_norm.weight", q.reshape(rows, hp.n_head, d))
+        k, v = self.keys_and_values(blk, x)
+        scale = 1.0 / np.sqrt(d)
+        if earlier:
+            with self.unobserved():
+                before = [self.keys_and_values(blk, e) for e in earlier]
+            keys, values = zip(*before, (k, v), strict=True)
+            out = chain_attention(q, keys, values, scale)
+        else:
+            out = causal_attention(q, k, v, scale)
         if gate is not None:
             out = out * sigmoid(gate)
         return self.matmul(blk + "attn_output.weight", out.reshape(rows, hp.n_head * d))
+
+    def keys_and_values(self, blk: str, x: F64) -> tuple[F64, F64]:
+        """As the cache keeps them."""
+        shape = (len(x), self.hp.n_head_kv, self.hp.head_dim)
+        k = self.project(blk + "attn_k", x).reshape(shape)
+        v = self.project(blk + "attn_v", x).reshape(shape)
+        return self.cached(self.turned(blk + "attn_k_norm.weight", k)), self.cached(v)
+
+    def turned(self, norm: str, x: F64) -> F64:
+        if norm in self.weights:
+            x = self.norm(norm, x)
+        return rope(x, self.hp.n_rot, self.hp.rope_base, halves=self.arch != "llama")
 
     def project(self, name: str, x: F64) -> F64:
         out = self.matmul(name + ".weight", x)
@@ -414,7 +497,8 @@ class _Forward:
         logits = self.matmul(router, x)
         probs = sigmoid(logits) if hp.gating == "sigmoid" else softmax(logits)
         # the bias takes part in the choice, not in the weights
-        score = probs + self.weights.get(blk + "exp_probs_b.bias", 0.0)
+        bias = blk + ("exp_probs_b" if self.arch == "hy_v3" else "exp_probs_b.bias")
+        score = probs + self.weights.get(bias, 0.0)
         ranked = np.argsort(-score, axis=-1, kind="stable")
         chosen = ranked[:, : hp.n_expert_used]
         if hp.n_expert_used < hp.n_expert:

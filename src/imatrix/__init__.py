@@ -1,10 +1,10 @@
 """imatrix: importance matrices for low-bit GGUF quantization, MTP/NextN heads included.
 
-    from imatrix import Collector
+from imatrix import Collector
 
-    with Collector("model-BF16.gguf") as collector:
-        matrix = collector.run(open("calibration.txt"), mtp=True)
-    matrix.save("imatrix.gguf")
+with Collector("model-BF16.gguf") as collector:
+    matrix = collector.run(open("calibration.txt"), mtp=True)
+matrix.save("imatrix.gguf")
 """
 
 from __future__ import annotations

@@ -3,8 +3,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+class Watch:
+    def __init__(self) -> None: ...
+    def cancel(self) -> None: ...
+    @property
+    def progress(self) -> tuple[int, int]: ...
+
 def ftypes() -> dict[str, int]: ...
+def tensor_types() -> dict[str, tuple[int, bool]]: ...
+def tensor_totals(path: str) -> tuple[int, int]: ...
 def quantize(
+    watch: Watch,
     src: str,
     dst: str,
     *,
@@ -15,5 +24,5 @@ def quantize(
     quantize_output: bool,
     matrix: Sequence[tuple[str, NDArray[np.float32]]],
     tensor_types: Sequence[tuple[str, int]],
-    metadata: Sequence[tuple[str, str]],
+    metadata: Sequence[tuple[str, int | str]],
 ) -> None: ...

@@ -1,0 +1,200 @@
+"""Talking to a person at a terminal, or to a log: messages, progress, the engine's log."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import imatrix
+
+# Wide enough for a table in a file or a pipe, where there is no width to fit.
+_WIDE = 120
+
+
+class Terminal:
+    """Where a command's output goes: data to stdout, everything else to stderr.
+
+    Args:
+        verbose: show the engine's log, and tracebacks of errors.
+    """
+
+    def __init__(self, *, verbose: bool = False) -> None:
+        self.out = Console(highlight=False)
+        self.err = Console(stderr=True, highlight=False)
+        self.verbose = verbose
+        if not self.out.is_terminal:
+            self.out.width = max(self.out.width, _WIDE)
+
+    def note(self, text: str) -> None:
+        """A message on stderr, one line however long."""
+        self.err.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.err.print(Text("warning: ", "yellow") + Text(text), soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        self.err.print(Text("error: ", "bold red") + Text(text), soft_wrap=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Show Python's warnings and the engine's log as plain lines, until the block ends."""
+        log = logging.getLogger("imatrix.engine")
+        handler = _EngineLog(self)
+        level, propagate = log.level, log.propagate
+        log.addHandler(handler)
+        log.setLevel(logging.INFO if self.verbose else logging.WARNING)
+        log.propagate = False
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                warnings.showwarning = self._show_warning
+                yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate
+
+    def _show_warning(
+        self, message: Warning | str, category: type[Warning], *_where: object, **_more: object
+    ) -> None:
+        self.warn(str(message))
+
+
+class _EngineLog(logging.Handler):
+    """The engine's log on stderr.
+
+    Unless the terminal is verbose, only what is news: an error comes back as an exception that
+    carries it, and the head's tensors are unused whenever the trunk runs alone.
+    """
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if self._terminal.verbose:
+            self._terminal.note(line)
+        elif record.levelno == logging.WARNING and "unused tensor" not in line:
+            self._terminal.warn(f"engine: {line.strip()}")
+
+
+class CollectProgress:
+    """Progress of a run: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        every: chunks between two lines; 0 for a line at the start and the end only.
+    """
+
+    def __init__(self, terminal: Terminal, label: str, *, every: int) -> None:
+        self._terminal = terminal
+        self._label = label
+        self._every = every
+        self._shown: int | None = None  # chunks in the last line
+        self._last: imatrix.Progress | None = None
+        self._bar = _bar(terminal) if terminal.err.is_terminal else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> CollectProgress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=None, info="loading")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last is not None and self._shown != self._last.chunks:
+            self._line(self._last)
+
+    def __call__(self, progress: imatrix.Progress) -> None:
+        """Show where the run stands."""
+        self._last = progress
+        if self._bar is not None and self._task is not None:
+            self._bar.update(
+                self._task,
+                total=progress.total,
+                completed=progress.chunks,
+                info=describe(progress),
+            )
+        elif self._shown is None or (
+            self._every and progress.chunks // self._every > self._shown // self._every
+        ):
+            self._line(progress)
+
+    def _line(self, progress: imatrix.Progress) -> None:
+        self._shown = progress.chunks
+        self._terminal.note(f"{self._label}: {describe(progress)}")
+
+
+class TensorProgress:
+    """Progress of a quantization: a bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, terminal: Terminal, label: str) -> None:
+        self._bar = _bar(terminal) if terminal.err.is_terminal else None
+        self._label = label
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> TensorProgress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=None, info="reading")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how many tensors are done."""
+        if self._bar is not None and self._task is not None and total:
+            self._bar.update(self._task, total=total, completed=done, info=f"tensor {done}/{total}")
+
+
+def _bar(terminal: Terminal) -> Progress:
+    columns: list[Any] = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[info]}"),
+    ]
+    return Progress(*columns, console=terminal.err)
+
+
+def describe(progress: imatrix.Progress) -> str:
+    """Progress in a line: "chunk 12/216, 14057 tokens/s, ETA 0:13, PPL 9.4213"."""
+    parts = [f"chunk {progress.chunks}" + (f"/{progress.total}" if progress.total else "")]
+    if progress.seconds > 0:
+        parts.append(f"{progress.tokens / progress.seconds:.0f} tokens/s")
+    if progress.total and 0 < progress.chunks < progress.total:
+        left = (progress.total - progress.chunks) * progress.seconds / progress.chunks
+        parts.append(f"ETA {duration(left)}")
+    if progress.perplexity is not None:
+        parts.append(f"PPL {progress.perplexity.value:.4f}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Whole seconds, rounded up, as "0:07" or "2:05:09"."""
+    whole = math.ceil(seconds)
+    minutes, hours = whole // 60 % 60, whole // 3600
+    start = f"{hours}:{minutes:02d}" if hours else str(minutes)
+    return f"{start}:{whole % 60:02d}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the largest unit that keeps a number above 1: "13.7 MiB"."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1024 or unit == "TiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"

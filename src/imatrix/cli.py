@@ -1,0 +1,689 @@
+"""The `imatrix` command: collect, show, quantize, demo.
+
+It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
+does nothing that `import imatrix` does not offer.
+
+Messages and progress go to stderr, data to stdout. Exit status: 0 done, 1 it failed, 2 wrong
+usage or bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import imatrix
+from imatrix import _show
+from imatrix._terminal import CollectProgress, TensorProgress, Terminal, duration, size
+from imatrix.matrix import ImportanceMatrix
+
+__all__ = ["entry", "main"]
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class _Stopped(Exception):
+    """The command cannot go on. The message is for the user, the status for the shell."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None for sys.argv's.
+
+    Returns:
+        The exit status, see the module.
+    """
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has told the user
+        return stop.code if isinstance(stop.code, int) else USAGE
+    terminal = Terminal(verbose=getattr(args, "verbose", False))
+    if args.version:
+        return _version(terminal)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    with terminal.listening():
+        return _run(args.run, args, terminal)
+
+
+def _run(
+    command: Callable[[argparse.Namespace, Terminal], int],
+    args: argparse.Namespace,
+    terminal: Terminal,
+) -> int:
+    try:
+        return command(args, terminal)
+    except KeyboardInterrupt:
+        terminal.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # `imatrix show | head`: nobody is left to tell; the interpreter must not try either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (
+        _Stopped,
+        imatrix.ImatrixError,
+        ValueError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+        ImportError,
+    ) as error:
+        if terminal.verbose:
+            traceback.print_exc()
+        terminal.error(_told(error))
+        return _status(error)
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, _Stopped):
+        return error.status
+    bad_input = (
+        ValueError,
+        FileNotFoundError,
+        IsADirectoryError,
+        NotADirectoryError,
+        PermissionError,
+    )
+    return USAGE if isinstance(error, bad_input) else FAILED
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    return str(error) or type(error).__name__
+
+
+# --- collect -----------------------------------------------------------------
+
+
+def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
+    earlier = [ImportanceMatrix.load(path) for path in args.in_file]
+    text = _text(args)
+    if text is None and not earlier:
+        raise _Stopped(
+            "nothing to collect from: give a text with -f FILE or -p TEXT, or files to combine "
+            "with --in-file",
+            USAGE,
+        )
+    if text is not None and args.model is None:
+        raise _Stopped("no model: give one with -m MODEL", USAGE)
+    _check_output(args.output, [args.model, args.file])
+    if text is None:
+        matrix = earlier[0].merge(*earlier[1:])
+        _save(matrix, args.output)
+        terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
+        _tell_matrix(matrix, terminal)
+        return OK
+    if earlier:
+        _check_same_model(earlier, args)
+    if args.gpu_layers not in (None, 0) and not _has_gpu():
+        terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
+    return _collect_text(args, text, earlier, terminal)
+
+
+def _collect_text(
+    args: argparse.Namespace,
+    text: str | Path,
+    earlier: list[ImportanceMatrix],
+    terminal: Terminal,
+) -> int:
+    # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
+    n_seq = 1 if args.mtp else max(1, args.batch_size // args.ctx_size)
+    with imatrix.Collector(
+        args.model,
+        n_ctx=args.ctx_size,
+        n_batch=min(args.batch_size, args.ctx_size * n_seq),
+        n_ubatch=args.ubatch_size,
+        n_seq=n_seq,
+        n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
+        n_threads=args.threads,
+        use_mmap=not args.no_mmap,
+        check_tensors=args.check_tensors,
+    ) as collector:
+        head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
+        terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
+        saver = _Saver(args, collector, earlier, terminal)
+        bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
+
+        def on_step(progress: imatrix.Progress) -> None:
+            bar(progress)
+            saver.step(progress)
+
+        try:
+            with bar:
+                collector.run(
+                    text,
+                    mtp=args.mtp,
+                    max_chunks=args.chunks,
+                    skip_chunks=args.chunk,
+                    process_output=args.process_output,
+                    parse_special=args.parse_special,
+                    perplexity=args.ppl,
+                    progress=on_step,
+                )
+        except BaseException as error:
+            saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
+            raise
+        matrix = saver.finish()
+        terminal.note(f"wrote {args.output}")
+        _tell_matrix(matrix, terminal)
+        if saver.progress is not None:
+            _tell_run(saver.progress, terminal)
+    return OK
+
+
+class _Saver:
+    """Writes the matrix as it grows, as --output-frequency and --save-frequency say."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        collector: imatrix.Collector,
+        earlier: list[ImportanceMatrix],
+        terminal: Terminal,
+    ) -> None:
+        self.progress: imatrix.Progress | None = None
+        self._path: str = args.output
+        self._every: int = args.output_frequency
+        self._every_copy: int = args.save_frequency
+        self._collector = collector
+        self._earlier = earlier[0].merge(*earlier[1:]) if earlier else None
+        self._terminal = terminal
+        # llama-imatrix goes on counting where the earlier files stopped
+        self._chunks = 0
+        if self._earlier is not None:
+            size_ = self._earlier.chunk_size or args.ctx_size
+            self._chunks = round(self._earlier.chunk_count * size_ / args.ctx_size)
+        self._before = self._chunks
+
+    def step(self, progress: imatrix.Progress) -> None:
+        """After a step: write what is due. A failure is told, and the run goes on: the disk may
+        have room again by the end of a long run."""
+        self.progress = progress
+        before, self._chunks = self._chunks, self._before + progress.chunks
+        due = []
+        if _crossed(self._every, before, self._chunks):
+            due.append(self._path)
+        if _crossed(self._every_copy, before, self._chunks):
+            due.append(f"{self._path}.at_{self._chunks}")
+        if not due:
+            return  # a copy of the matrix takes a while
+        matrix = self._matrix()
+        for path in due:
+            try:
+                matrix.save(path)
+            except OSError as error:
+                self._terminal.warn(f"cannot write {path} yet: {_told(error)}")
+
+    def finish(self) -> ImportanceMatrix:
+        """Write the whole matrix."""
+        matrix = self._matrix()
+        _save(matrix, self._path)
+        return matrix
+
+    def rescue(self, *, interrupted: bool) -> None:
+        """After an error: write what was collected before it, if anything was."""
+        own = self._collector.matrix
+        if not own.chunk_count:
+            if interrupted:
+                self._terminal.note(f"no chunk was finished; {self._path} is not written")
+            return
+        try:
+            matrix = self._matrix()
+        except ValueError:
+            matrix = own  # the earlier files do not fit, which is the error that brought us here
+        _save(matrix, self._path)
+        self._terminal.note(
+            f"saved what was collected so far to {self._path}: {own.chunk_count} chunk(s)"
+        )
+
+    def _matrix(self) -> ImportanceMatrix:
+        own = self._collector.matrix
+        if self._earlier is None:
+            return own
+        # Own first, for its chunk size; the names of the texts in the order they were read.
+        both = own.merge(self._earlier)
+        return ImportanceMatrix(
+            both,
+            datasets=tuple(dict.fromkeys((*self._earlier.datasets, *own.datasets))),
+            chunk_count=both.chunk_count,
+            chunk_size=both.chunk_size,
+            provenance=both.provenance,
+        )
+
+
+def _crossed(every: int, before: int, after: int) -> bool:
+    """Whether counting from `before` to `after` passed a multiple of `every`."""
+    return every > 0 and after // every > before // every
+
+
+def _text(args: argparse.Namespace) -> str | Path | None:
+    if args.file is None:
+        return args.prompt if args.prompt else None
+    with Path(args.file).open("rb"):  # now, not when the model is loaded
+        return Path(args.file)
+
+
+def _check_output(path: str, inputs: list[str | None]) -> None:
+    """Find out before the work whether its result can be written.
+
+    Raises:
+        _Stopped: it cannot, or would replace an input.
+    """
+    target = Path(path)
+    for name in inputs:
+        if name is None or not target.exists() or not Path(name).exists():
+            continue
+        if target.samefile(name):
+            raise _Stopped(f"the output {path} would replace the input {name}", USAGE)
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise _Stopped(f"cannot write {path}: there is no folder {folder}; create it first", USAGE)
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "not a regular file"
+        raise _Stopped(f"cannot write {path}: it is {kind}", USAGE)
+    try:
+        # the only sure way to know: permission bits say nothing of read-only file systems
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _Stopped(f"cannot write {path}: {folder}: {error.strerror}", USAGE) from error
+
+
+def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace) -> None:
+    """Refuse earlier files of another model now, not when the work is done."""
+    tensors = imatrix.ModelFile.read(args.model).tensors
+    for matrix, path in zip(earlier, args.in_file, strict=True):
+        if not any(name in tensors for name in matrix):
+            raise _Stopped(
+                f"{path} names no weight of {args.model} (its first is {next(iter(matrix))}); was "
+                "it collected from another model?",
+                USAGE,
+            )
+        for name, entry in matrix.items():
+            n_in, _, *n_mat = (*tensors.get(name, (entry.sums.size, 1)), 1, 1)[:4]
+            if entry.sums.size != n_in * n_mat[0] * n_mat[1]:
+                raise _Stopped(
+                    f"{path}: {name} has {entry.sums.size} sums, in {args.model} it has "
+                    f"{n_in * n_mat[0] * n_mat[1]}; was it collected from another model?",
+                    USAGE,
+                )
+
+
+def _has_gpu() -> bool:
+    return any(device.gpu for device in imatrix.backends().devices)
+
+
+def _save(matrix: ImportanceMatrix, path: str) -> None:
+    try:
+        matrix.save(path)
+    except OSError as error:
+        raise _Stopped(f"cannot write {path}: {_told(error)}", FAILED) from error
+
+
+def _tell_matrix(matrix: ImportanceMatrix, terminal: Terminal) -> None:
+    terminal.note(f"{_show.weights_told(matrix)}; {matrix.chunk_count} chunks")
+    found = _show.experts(matrix)
+    if found.unseen:
+        terminal.warn(
+            f"experts: {_show.experts_told(found)}. A quantizer weighs every column of an expert "
+            "without rows the same; more or other text may reach it."
+        )
+
+
+def _tell_run(progress: imatrix.Progress, terminal: Terminal) -> None:
+    if progress.perplexity is not None:
+        # as llama-imatrix prints it
+        found = progress.perplexity
+        terminal.note(f"Final estimate: PPL = {found.value:.4f} +/- {found.error:.5f}")
+    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+    took = f"{progress.seconds:.1f} s" if progress.seconds < 60 else duration(progress.seconds)
+    terminal.note(f"{progress.tokens} tokens in {took}, {speed:.0f} tokens/s")
+
+
+# --- show, quantize, demo, version -------------------------------------------
+
+
+def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
+    matrix = ImportanceMatrix.load(args.file)
+    if args.json:
+        json.dump(_show.as_data(matrix, args.file), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        _show.render(terminal.out, matrix, args.file, every_weight=args.all)
+    sys.stdout.flush()  # here, where a closed pipe is expected
+    return OK
+
+
+def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
+    _check_output(args.dst, [args.imatrix])
+    with TensorProgress(terminal, "quantizing") as bar:
+        done = imatrix.quantize(
+            args.src,
+            args.dst,
+            args.type,
+            imatrix=args.imatrix,
+            tensor_types=dict(args.tensor_type),
+            n_threads=args.threads,
+            allow_requantize=args.allow_requantize,
+            pure=args.pure,
+            quantize_output=not args.leave_output_tensor,
+            progress=bar,
+        )
+    terminal.note(
+        f"wrote {args.dst}: {args.type.upper()}, {size(done.bytes)}, "
+        f"{done.bits_per_weight:.2f} bits per weight"
+    )
+    return OK
+
+
+def _demo(args: argparse.Namespace, terminal: Terminal) -> int:
+    from imatrix import demo
+
+    return OK if demo.run(terminal, args.dir, keep=args.keep) else FAILED
+
+
+def _version(terminal: Terminal) -> int:
+    out = terminal.out
+    out.print(f"imatrix {imatrix.__version__}", markup=False)
+    try:
+        found = imatrix.backends()
+    except ImportError as error:
+        terminal.error(str(error))
+        return FAILED
+    out.print(f"engine      {found.engine}", markup=False)
+    out.print(f"backends    {', '.join(found.built)}", markup=False)
+    for device in found.devices:
+        memory = f", {size(device.memory_free)} free" if device.memory_total else ""
+        out.print(
+            f"device      {device.name}: {device.description} ({device.backend}{memory})",
+            markup=False,
+            soft_wrap=True,
+        )
+    best, *others = found.row_kernels
+    also = f" (also: {', '.join(others)})" if others else ""
+    out.print(f"row kernel  {best}{also}", markup=False)
+    out.print(f"features    {found.features}", markup=False, soft_wrap=True)
+    return OK
+
+
+# --- arguments ---------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imatrix",
+        description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="store_true", help="this build: engine, backends, devices"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_collect(commands)
+    _add_show(commands)
+    _add_quantize(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "collect",
+        help="run text through a model and write an importance matrix",
+        description="Run text through a model and write an importance matrix. The flags mean "
+        "what they mean to llama-imatrix.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_collect)
+    add = command.add_argument
+    add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("-f", "--file", metavar="TEXT", help="calibration text, UTF-8")
+    text.add_argument("-p", "--prompt", metavar="TEXT", help="calibration text, spelled out")
+    add(
+        "-o",
+        "--output",
+        "--output-file",
+        metavar="OUT",
+        default="imatrix.gguf",
+        help="what to write (default: imatrix.gguf)",
+    )
+    add("--mtp", action="store_true", help="collect the MTP/NextN head too")
+    add(
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        type=_at_least(2),
+        default=512,
+        help="tokens a chunk (default: 512)",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        metavar="N",
+        type=_at_least(1),
+        default=2048,
+        help="tokens a decode; as many chunks as fit run side by side, with --mtp one "
+        "(default: 2048)",
+    )
+    add(
+        "-ub",
+        "--ubatch-size",
+        metavar="N",
+        type=_at_least(1),
+        default=512,
+        help="tokens a graph (default: 512)",
+    )
+    add(
+        "-t",
+        "--threads",
+        metavar="N",
+        type=_threads,
+        help="threads (default: the physical cores; 0: all logical ones)",
+    )
+    add(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N",
+        type=_gpu_layers,
+        help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
+    )
+    add(
+        "--chunk",
+        "--from-chunk",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="start with chunk N of the text (default: 0)",
+    )
+    add(
+        "--chunks",
+        metavar="N",
+        type=_chunks,
+        help="chunks to collect at most (default: -1, all)",
+    )
+    add("--process-output", action="store_true", help="collect output.weight too")
+    add(
+        "--parse-special",
+        action="store_true",
+        help="read special tokens that the text spells out as such",
+    )
+    add(
+        "--ppl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="perplexity along the way (default: on; it costs time)",
+    )
+    add(
+        "--in-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="earlier matrix to add to; may be repeated. Without a text: combine only",
+    )
+    add(
+        "-ofreq",
+        "--output-frequency",
+        metavar="N",
+        type=_at_least(0),
+        default=10,
+        help="write OUT every N chunks (default: 10; 0: at the end only)",
+    )
+    add(
+        "--save-frequency",
+        metavar="N",
+        type=_at_least(0),
+        default=0,
+        help="keep a copy OUT.at_<chunks> every N chunks (default: 0, never)",
+    )
+    add(
+        "--output-format",
+        metavar="FORMAT",
+        type=_output_format,
+        default="gguf",
+        help="gguf (default)",
+    )
+    add("--no-mmap", action="store_true", help="read the model instead of mapping it")
+    add("--check-tensors", action="store_true", help="look for NaN and Inf in the model's weights")
+    _add_verbose(command)
+
+
+def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "show", help="what an importance matrix holds, the head apart", allow_abbrev=False
+    )
+    command.set_defaults(run=_show_file)
+    command.add_argument("file", metavar="FILE", help="importance matrix")
+    command.add_argument(
+        "--all", action="store_true", help="every weight by itself, not one line a kind"
+    )
+    command.add_argument("--json", action="store_true", help="as JSON, every weight")
+    _add_verbose(command)
+
+
+def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help="quantize a model with the engine's quantizer",
+        description="Quantize a model as llama-quantize does.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_quantize)
+    add = command.add_argument
+    add("src", metavar="SRC", help="GGUF model, F16 or BF16")
+    add("dst", metavar="DST", help="what to write")
+    add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
+    add("--imatrix", metavar="FILE", help="importance matrix")
+    add(
+        "--tensor-type",
+        metavar="NAME=TYPE",
+        action="append",
+        default=[],
+        type=_tensor_type,
+        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated",
+    )
+    add("--allow-requantize", action="store_true", help="start from quantized weights")
+    add("--pure", action="store_true", help="one format for all weights, no mixture")
+    add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
+    add("-t", "--threads", metavar="N", type=_threads, help="threads (default: physical cores)")
+    _add_verbose(command)
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="collect and quantize a small model made on the spot",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_demo)
+    command.add_argument(
+        "--dir", metavar="DIR", type=Path, help="keep the files here (default: a temporary folder)"
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="do not remove the temporary folder at the end"
+    )
+    _add_verbose(command)
+
+
+def _add_verbose(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "-v", "--verbose", action="store_true", help="show the engine's log, and tracebacks"
+    )
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _whole(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
+        return value
+
+    return parse
+
+
+def _threads(text: str) -> int:
+    # llama.cpp takes 0 and less for all logical processors (common/arg.cpp)
+    value = _whole(text)
+    return value if value > 0 else os.cpu_count() or 1
+
+
+def _chunks(text: str) -> int | None:
+    value = _whole(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more, or -1 for all, got 0")
+    return value if value > 0 else None
+
+
+def _gpu_layers(text: str) -> int:
+    return -1 if text in ("auto", "all") else max(-1, _whole(text))
+
+
+def _output_format(text: str) -> str:
+    if text == "dat":
+        raise argparse.ArgumentTypeError(
+            "this version writes gguf only, which llama-quantize reads. For a program that needs "
+            "the old format, convert the result: llama-imatrix --in-file OUT --output-format dat "
+            "-o OUT.dat"
+        )
+    if text != "gguf":
+        raise argparse.ArgumentTypeError(f"expected gguf, got {text!r}")
+    return text
+
+
+def _tensor_type(text: str) -> tuple[str, str]:
+    name, _, kind = text.partition("=")
+    if not name or not kind:
+        raise argparse.ArgumentTypeError(f"expected NAME=TYPE, as attn_q=q8_0, got {text!r}")
+    # llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp)
+    return name.lower(), kind

@@ -1,0 +1,337 @@
+"""Quantizing a model with the engine's own quantizer."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix import _quantize_pybind, _session, atomic
+from imatrix._threads import physical_cores
+from imatrix.errors import EngineError
+from imatrix.matrix import ImportanceMatrix
+from imatrix.model_file import ModelFile
+
+__all__ = ["FTYPES", "Quantized", "quantize"]
+
+# llama-quantize's names (tools/quantize/quantize.cpp) -> enum llama_ftype (include/llama.h).
+# COPY, which is no type, is left out.
+FTYPES: Mapping[str, int] = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K_S": 11,
+    "Q3_K": 12,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "Q4_K_S": 14,
+    "Q4_K": 15,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K": 17,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "Q2_K_S": 21,
+    "IQ3_XS": 22,
+    "IQ3_XXS": 23,
+    "IQ1_S": 24,
+    "IQ4_NL": 25,
+    "IQ3_S": 26,
+    "IQ3_M": 27,
+    "IQ2_S": 28,
+    "IQ2_M": 29,
+    "IQ4_XS": 30,
+    "IQ1_M": 31,
+    "BF16": 32,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "MXFP4_MOE": 38,
+    "Q1_0": 40,
+    "Q2_0": 41,
+}
+
+# File types whose default tensor type makes ggml demand importance data for every tensor, and
+# that type (llama_ftype_get_default_type in src/llama-quant.cpp).
+_DEMANDING = {"IQ2_XXS": "iq2_xxs", "IQ2_XS": "iq2_xs", "IQ2_S": "iq2_xs", "IQ1_S": "iq1_s"}
+
+# The engine asks for data for the other weights and reports their lack; for these it does not
+# ask (tensor_requires_imatrix), and ggml then ends the process.
+_UNASKED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+# llama_model_kv_override.val_str holds 128 bytes with its final zero (include/llama.h).
+_MAX_TEXT = 127
+
+_MISSING = re.compile(r"Missing importance matrix for tensor (\S+)")
+_OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model.
+
+    Attributes:
+        path: where it is.
+        bytes: size of the file.
+        bits_per_weight: of its tensors' data, metadata not counted.
+    """
+
+    path: Path
+    bytes: int
+    bits_per_weight: float
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    ftype: str,
+    *,
+    imatrix: ImportanceMatrix | str | os.PathLike[str] | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    n_threads: int | None = None,
+    allow_requantize: bool = False,
+    pure: bool = False,
+    quantize_output: bool = True,
+    progress: Callable[[int, int], object] | None = None,
+) -> Quantized:
+    """Quantize a GGUF model, as llama-quantize does.
+
+    Given the same importance matrix file and options the tensors come out the same, to the bit.
+    An existing `dst` is replaced in one step, and only by a whole model.
+
+    Args:
+        src: the model, or the first part of a multi-part one (the result is one file).
+        dst: where to write.
+        ftype: one of llama-quantize's names, such as "IQ2_XXS" or "Q4_K_M", in any case.
+        imatrix: importance data: a matrix, or the path of a file that holds one. A matrix of
+            one expert or dense weight that saw no rows weighs every column the same.
+        tensor_types: exceptions: regular expression (searched for in the weights' names, the
+            first that matches counts) -> ggml type, such as "q8_0".
+        n_threads: threads to compute with; None for the physical cores.
+        allow_requantize: go on from weights that are already quantized, at a loss.
+        pure: give every weight the type's own format instead of its mixture.
+        quantize_output: False leaves output.weight as it is.
+        progress: called with (tensors done, tensors in all) several times a second, in this
+            thread. An exception that it raises ends the work.
+
+    Raises:
+        ValueError: an unknown type, a bad number, `dst` is `src`, a matrix that names no weight of
+            this model, or a type that the engine cannot give a weight without data.
+        ModelError (a ValueError): `src` is not a model.
+        FormatError (a ValueError): `imatrix` is not an importance matrix.
+        OSError: a file cannot be read or written.
+        EngineError: the engine refused; its reason is in the message.
+        MemoryError: out of memory.
+        KeyboardInterrupt: Ctrl-C; the work ends after the tensor at hand.
+    """
+    name = ftype.upper()
+    if name not in FTYPES:
+        raise ValueError(
+            f"unknown type {ftype!r}{_near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
+        )
+    threads = physical_cores() if n_threads is None else n_threads
+    if threads < 1:
+        raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
+    overrides = _overrides(tensor_types or {})
+    model = ModelFile.read(src)
+    _check_not_itself(model.path, Path(dst))
+    matrix = imatrix
+    if isinstance(matrix, (str, os.PathLike)):
+        matrix = ImportanceMatrix.load(matrix)
+    if matrix is not None and not any(weight in model.tensors for weight in matrix):
+        raise ValueError(
+            f"the importance matrix names no weight of {model.path}: its first is "
+            f"{next(iter(matrix), 'missing')!r}. Was it collected from another model?"
+        )
+    _check_unasked(model, matrix, name, overrides, pure, quantize_output)
+
+    source = imatrix if isinstance(imatrix, (str, os.PathLike)) else None
+    with atomic.replacing(dst) as temporary:
+        watch = _quantize_pybind.Watch()
+        _session.set_log_level()  # logging.getLogger("imatrix.engine") may want more by now
+        # In a second thread, so that Ctrl-C reaches this one.
+        with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+            running = native.submit(
+                _quantize_pybind.quantize,
+                watch,
+                str(model.path),
+                str(temporary),
+                ftype=FTYPES[name],
+                n_threads=threads,
+                allow_requantize=allow_requantize,
+                pure=pure,
+                quantize_output=quantize_output,
+                matrix=[] if matrix is None else _data(matrix),
+                tensor_types=[(pattern, number) for pattern, (number, _) in overrides.items()],
+                metadata=[] if matrix is None else _metadata(matrix, source),
+            )
+            try:
+                while wait([running], timeout=0.1).not_done:
+                    if progress is not None:
+                        progress(*watch.progress)
+            except BaseException:
+                watch.cancel()
+                running.exception()  # wait for it; what it says no longer matters
+                raise
+            try:
+                running.result()
+            except RuntimeError as error:
+                raise _explained(str(error), model, matrix, dst, name) from None
+        if progress is not None:
+            progress(*watch.progress)
+        bytes_, values = _quantize_pybind.tensor_totals(str(temporary))
+    return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values)
+
+
+def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; near: {', '.join(near)}" if near else ""
+
+
+def _overrides(tensor_types: Mapping[str, str]) -> dict[str, tuple[int, bool]]:
+    """Pattern -> (number of the ggml type, whether it demands data)."""
+    known = {name.lower(): value for name, value in _quantize_pybind.tensor_types().items()}
+    found = {}
+    for pattern, name in tensor_types.items():
+        if not pattern:
+            raise ValueError(f"a pattern for {name!r} is empty; it would match every weight")
+        if name.lower() not in known:
+            raise ValueError(
+                f"unknown tensor type {name!r} for {pattern!r}{_near(name.lower(), known)}. "
+                f"Types: {', '.join(sorted(known))}"
+            )
+        found[pattern] = known[name.lower()]
+    return found
+
+
+def _check_not_itself(src: Path, dst: Path) -> None:
+    if dst.exists() and dst.samefile(src):
+        raise ValueError(
+            f"the result cannot replace the model that it is made from: {str(dst)!r} is "
+            f"{str(src)!r}. Name another file."
+        )
+
+
+def _check_unasked(
+    model: ModelFile,
+    matrix: ImportanceMatrix | None,
+    ftype: str,
+    overrides: Mapping[str, tuple[int, bool]],
+    pure: bool,
+    quantize_output: bool,
+) -> None:
+    """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c)."""
+    for weight in _UNASKED:
+        if weight not in model.tensors or (weight == "output.weight" and not quantize_output):
+            continue
+        if matrix is not None and weight in matrix:
+            continue
+        demanding = pure and ftype in _DEMANDING
+        for pattern, (_, demands) in overrides.items():
+            if _matches(pattern, weight):
+                demanding = demands
+                break
+        if demanding:
+            raise ValueError(
+                f"{weight} would get a type that needs importance data, and there are none for "
+                "it. Leave out pure, or give it a type of its own, as in "
+                f"tensor_types={{'^{weight}$': 'q4_K'}}"
+                + (" (or collect with process_output)." if weight == "output.weight" else ".")
+            )
+
+
+def _matches(pattern: str, weight: str) -> bool:
+    try:
+        return re.search(pattern, weight) is not None
+    except re.error:
+        return False  # the engine's dialect is another one; it will judge the pattern
+
+
+def _data(matrix: ImportanceMatrix) -> list[tuple[str, NDArray[np.float32]]]:
+    """What llama-quantize hands over (load_imatrix in tools/quantize/quantize.cpp).
+
+    It divides in float32. Dividing in float64 and rounding gives the same bits for what a file
+    holds (53 bits are enough to round twice: 2 * 24 + 2), and is right beyond.
+    """
+    with np.errstate(over="ignore"):  # the engine refuses an infinity
+        return [
+            (name, entry.importance.astype(np.float32).reshape(-1))
+            for name, entry in matrix.items()
+        ]
+
+
+def _metadata(
+    matrix: ImportanceMatrix, source: str | os.PathLike[str] | None
+) -> list[tuple[str, int | str]]:
+    """The keys that llama-quantize writes; no file name where the matrix came from memory."""
+    keys: list[tuple[str, int | str]] = []
+    if source is not None:
+        keys.append(("quantize.imatrix.file", _cut(os.fspath(source))))
+    if matrix.datasets:
+        keys.append(("quantize.imatrix.dataset", _cut(matrix.datasets[0])))
+    keys.append(("quantize.imatrix.entries_count", len(matrix)))
+    if matrix.chunk_count:
+        keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))
+    return keys
+
+
+def _cut(text: str) -> str:
+    """As much of the text as fits, whole characters."""
+    return text.encode()[:_MAX_TEXT].decode(errors="ignore")
+
+
+def _explained(
+    log: str,
+    model: ModelFile,
+    matrix: ImportanceMatrix | None,
+    dst: str | os.PathLike[str],
+    ftype: str,
+) -> Exception:
+    """The exception for what the engine logged as errors before it gave up."""
+    reason = log.rpartition("failed to quantize: ")[2].strip() or "it gave no reason"
+    if "bad_alloc" in reason:
+        return MemoryError(f"{model.path}: no memory to quantize to {ftype}")
+    if "regular expression" in reason:
+        return ValueError(f"a pattern in tensor_types is wrong: {reason}")
+    if "iostream error" in reason:
+        return OSError(f"cannot write {os.fspath(dst)!r}: the engine could not; is the disk full?")
+    message = f"{model.path}: cannot quantize to {ftype}: {reason}"
+    if (missing := _MISSING.search(reason)) is not None:
+        message += f". {_why_missing(missing[1], model, matrix)}"
+    elif (offending := _OFFENDING.search(log)) is not None:
+        message += (
+            f" {offending[1]} would become {offending[2]}, which needs importance data. Collect "
+            "them (imatrix collect) and give them as imatrix, or choose a larger type."
+        )
+    elif "requantizing" in reason:
+        message += (
+            ". The model is quantized already: start from its F16 or BF16 file, or say "
+            "allow_requantize to accept the loss."
+        )
+    return EngineError(message)
+
+
+def _why_missing(weight: str, model: ModelFile, matrix: ImportanceMatrix | None) -> str:
+    block = re.match(r"blk\.(\d+)\.", weight)
+    if block is not None and int(block[1]) >= model.n_trunk and not (matrix and matrix.head):
+        return (
+            f"Block {block[1]} is the model's MTP head, which the importance matrix does not "
+            "cover: collect it with mtp (imatrix collect --mtp)."
+        )
+    return (
+        "The importance matrix has no entry for it: either it was collected from another model, "
+        "or the weight is one that never runs; give that one a larger type with tensor_types."
+    )

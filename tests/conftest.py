@@ -1,0 +1,166 @@
+"""What several test modules share: the engine's own programs, and models made once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forge import Arch, ModelSpec, make_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+EngineTool = Callable[[str], Path]
+Forged = Callable[..., ModelSpec]
+
+
+def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = True) -> str:
+    """Run a program and give what it wrote, stdout then stderr.
+
+    ok: whether it has to succeed (True) or has to fail by itself (False); a crash is neither.
+    """
+    done = subprocess.run(
+        [os.fspath(part) for part in command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode >= 0, f"{command} died of signal {-done.returncode}:\n{log}"
+    assert (done.returncode == 0) == ok, f"{command} exited with {done.returncode}:\n{log}"
+    return log
+
+
+@pytest.fixture(scope="session")
+def engine_tool() -> EngineTool:
+    """Where one of the engine's programs is, by name: llama-imatrix, llama-quantize,
+    llama-perplexity. Looked for in $IMATRIX_TOOLS, else where the build puts them."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("IMATRIX_TOOLS")
+        if folder:
+            found = [Path(folder) / name]
+        else:
+            patterns = (f"build/*/bin/{name}", f"build/*/engine/tools/*/{name}")
+            found = [path for pattern in patterns for path in ROOT.glob(pattern)]
+        found = [path for path in found if path.is_file() and os.access(path, os.X_OK)]
+        if not found:
+            pytest.fail(
+                f"{name} is not built: run `make tools` (`make test` does), or set IMATRIX_TOOLS "
+                "to the folder with the engine's programs",
+                pytrace=False,
+            )
+        # of several builds, the one made last
+        return max(found, key=lambda path: path.stat().st_mtime)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def forged(tmp_path_factory: pytest.TempPathFactory) -> Forged:
+    """make_model without the path: forged(arch, **options). Equal arguments give one file, so
+    that nobody may write to it."""
+    folder = tmp_path_factory.mktemp("forged")
+    made: dict[str, ModelSpec] = {}
+
+    def forge(arch: Arch, **options: Any) -> ModelSpec:
+        key = repr((arch, sorted(options.items())))
+        if key not in made:
+            made[key] = make_model(folder / f"{arch}-{len(made)}.gguf", arch, **options)
+        return made[key]
+
+    return forge
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """Ten thousand characters of English-looking ASCII: more tokens than any test wants.
+
+    Made here and not read from a file, because how close two experts come, which decides whether
+    counts can be compared at all, hangs on every word.
+    """
+    rng = np.random.default_rng(7)
+    words = rng.choice(WORDS, size=1800)
+    ends = rng.choice(["", "", "", "", ",", ".", ".\n"], size=len(words))
+    return " ".join(word + end for word, end in zip(words, ends, strict=True)).rstrip("\n")
+
+
+@pytest.fixture(scope="session")
+def prose_file(prose: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(prose + "\n", encoding="ascii")  # its readers leave out one last newline
+    return path
+
+
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "that",
+    "it",
+    "is",
+    "was",
+    "he",
+    "for",
+    "on",
+    "are",
+    "with",
+    "as",
+    "his",
+    "they",
+    "at",
+    "be",
+    "this",
+    "from",
+    "have",
+    "or",
+    "by",
+    "one",
+    "had",
+    "not",
+    "but",
+    "what",
+    "all",
+    "were",
+    "when",
+    "we",
+    "there",
+    "can",
+    "an",
+    "your",
+    "which",
+    "their",
+    "said",
+    "if",
+    "do",
+    "will",
+    "each",
+    "river",
+    "winter",
+    "kettle",
+    "orchard",
+    "seven",
+    "quietly",
+    "letter",
+    "window",
+    "harbour",
+    "walked",
+    "carried",
+    "bright",
+    "stone",
+    "paper",
+    "engine",
+    "between",
+    "morning",
+    "nothing",
+    "answer",
+]

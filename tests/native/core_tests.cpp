@@ -1,0 +1,359 @@
+// The native core against a naive reference in double, for runs under sanitizers. The broad
+// search for cases is in tests/test_hook.py; here are fixed and pseudo-random ones without Python.
+//
+// imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
+#include "engine_log.h"
+#include "far_device.h"
+#include "harness.h"
+#include "model_file.h"
+#include "row_kernels.h"
+#include "session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+using namespace imatrix;
+using namespace imatrix::testing;
+
+namespace {
+
+int g_failed = 0;
+
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (!(condition)) {                                                                        \
+            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                            \
+            ++g_failed;                                                                            \
+        }                                                                                          \
+    } while (false)
+
+std::mt19937 g_random{20240607};
+
+int64_t any(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
+}
+
+std::vector<float> normal(size_t n) {
+    std::normal_distribution<float> draw;
+    std::vector<float>              out(n);
+    std::generate(out.begin(), out.end(), [&] { return draw(g_random); });
+    return out;
+}
+
+bool near(double got, double want) { return std::abs(got - want) <= 1e-5 * std::abs(want) + 1e-30; }
+
+void check_kernels() {
+    NamedRowKernel kernels[4];
+    const size_t   n_kernels = row_kernels(kernels);
+    CHECK(n_kernels >= 1 && std::string(kernels[n_kernels - 1].name) == "plain");
+    for (size_t k = 0; k < n_kernels; ++k) {
+        for (int round = 0; round < 100; ++round) {
+            const size_t n      = static_cast<size_t>(any(1, 70));
+            const size_t n_rows = static_cast<size_t>(any(0, 20));
+            const size_t shift  = static_cast<size_t>(any(0, 3)); // any alignment of 4 bytes
+            // exactly as long as needed: a sanitizer sees a read past the end
+            std::vector<std::vector<float>> rows;
+            std::vector<const float *>      pointers;
+            for (size_t r = 0; r < n_rows; ++r) {
+                rows.push_back(normal(n + shift));
+                pointers.push_back(rows.back().data() + shift);
+            }
+            std::vector<float> acc(n, 0.5f);
+            kernels[k].run(pointers.data(), n_rows, n, acc.data());
+            for (size_t j = 0; j < n; ++j) {
+                double want = 0.5;
+                for (const float * row : pointers) {
+                    want += static_cast<double>(row[j]) * row[j];
+                }
+                CHECK(near(acc[j], want));
+            }
+        }
+    }
+}
+
+// A strided view of a random array, by the rules of ggml's CPU backend: contiguous rows.
+struct Activation {
+    std::vector<float> data;
+    Rows               rows;
+
+    Activation(int64_t n_in, int64_t n1, int64_t n2, int64_t n3) {
+        rows.ne         = {n_in, n1, n2, n3};
+        rows.stride     = {1, n_in + any(0, 3), 0, 0};
+        const bool swap = any(0, 1) == 1; // dimensions 1 and 2 permuted
+        if (swap) {
+            rows.stride[2] = rows.stride[1];
+            rows.stride[1] = rows.stride[2] * n2;
+            rows.stride[3] = rows.stride[1] * n1 + any(0, 5);
+        } else {
+            rows.stride[2] = rows.stride[1] * n1 + any(0, 5);
+            rows.stride[3] = rows.stride[2] * n2 + any(0, 5);
+        }
+        rows.offset = any(0, 7);
+        data        = normal(static_cast<size_t>(rows.offset + rows.stride[3] * n3));
+        rows.data   = data.data();
+        rows.size   = data.size();
+    }
+
+    double square(int64_t j, int64_t i1, int64_t i2, int64_t i3) const {
+        const double x = data[static_cast<size_t>(rows.offset + j + i1 * rows.stride[1] +
+                                                  i2 * rows.stride[2] + i3 * rows.stride[3])];
+        return x * x;
+    }
+};
+
+struct Reference {
+    std::vector<double>  sums;
+    std::vector<int64_t> counts;
+};
+
+void check_equal(const Harness & harness, const std::string & name, const Reference & want) {
+    const size_t index = harness.sums.find(name);
+    CHECK(index != Sums::npos && harness.sums.weights()[index].slot != Sums::npos);
+    if (index == Sums::npos || harness.sums.weights()[index].slot == Sums::npos) {
+        return;
+    }
+    const Sums::Slot & slot = harness.sums.slots()[harness.sums.weights()[index].slot];
+    CHECK(slot.total_counts == want.counts);
+    CHECK(slot.total.size() == want.sums.size());
+    for (size_t i = 0; i < std::min(slot.total.size(), want.sums.size()); ++i) {
+        CHECK(near(slot.total[i], want.sums[i]));
+    }
+}
+
+void check_dense(Where where) {
+    Harness harness(where);
+    for (int round = 0; round < 40; ++round) {
+        const int64_t     n_in = any(1, 40), w2 = any(1, 3), w3 = any(1, 2);
+        const int64_t     n1 = any(1, 9), n2 = w2 * any(1, 3), n3 = w3 * any(1, 2);
+        const Activation  x(n_in, n1, n2, n3);
+        const std::string name = "blk." + std::to_string(round) + ".ffn_up.weight";
+        const std::string gate = "blk." + std::to_string(round) + ".ffn_gate.weight";
+        harness.hook.begin_chunk();
+        harness.hook.begin_decode(false);
+        const std::vector<Product> products{{name, 4, w2, w3, 0, -1}, {gate, 2, w2, w3, 0, -1}};
+        Reference want{std::vector<double>(static_cast<size_t>(n_in * w2 * w3)), {0}};
+        for (int ubatch = 0; ubatch < 2; ++ubatch) {
+            CHECK(harness.run({x.rows}, {}, products, false).empty());
+            for (int64_t i3 = 0; i3 < n3; ++i3) {
+                for (int64_t i2 = 0; i2 < n2; ++i2) {
+                    for (int64_t i1 = 0; i1 < n1; ++i1) {
+                        for (int64_t j = 0; j < n_in; ++j) {
+                            want.sums[static_cast<size_t>(((i3 % w3) * w2 + i2 % w2) * n_in + j)] +=
+                                x.square(j, i1, i2, i3);
+                        }
+                    }
+                }
+            }
+            want.counts[0] += n1 * n2 * n3 / (w2 * w3);
+        }
+        CHECK(harness.hook.error().kind == Failure::none && harness.hook.groups_agree());
+        harness.sums.commit();
+        check_equal(harness, name, want);
+        check_equal(harness, gate, want);
+    }
+    CHECK((harness.hook.counters().fetched_bytes > 0) == (where != Where::host));
+}
+
+void check_experts(Where where) {
+    Harness harness(where);
+    for (int round = 0; round < 40; ++round) {
+        const int64_t    n_in = any(1, 40), n_expert = any(1, 6), n_tokens = any(1, 12);
+        const int64_t    n_used = any(1, n_expert);
+        const int64_t    n1     = any(0, 1) == 1 ? n_used : 1;
+        const Activation x(n_in, n1, n_tokens, 1);
+
+        std::vector<int32_t> id_data;
+        const int64_t        id_stride = n_expert; // a view of the first n_used of all of them
+        for (int64_t token = 0; token < n_tokens; ++token) {
+            std::vector<int32_t> order(static_cast<size_t>(n_expert));
+            for (size_t e = 0; e < order.size(); ++e) {
+                order[e] = static_cast<int32_t>(e);
+            }
+            std::shuffle(order.begin(), order.end(), g_random);
+            id_data.insert(id_data.end(), order.begin(), order.end());
+        }
+        const Ids ids{id_data.data(), id_data.size(), n_used, n_tokens, id_stride, 0};
+
+        const std::string name = "blk." + std::to_string(round) + ".ffn_down_exps.weight";
+        harness.hook.begin_chunk();
+        harness.hook.begin_decode(false);
+        CHECK(harness.run({x.rows}, {ids}, {{name, 3, n_expert, 1, 0, 0}}, false).empty());
+        Reference want{std::vector<double>(static_cast<size_t>(n_in * n_expert)),
+                       std::vector<int64_t>(static_cast<size_t>(n_expert))};
+        for (int64_t token = 0; token < n_tokens; ++token) {
+            for (int64_t used = 0; used < n_used; ++used) {
+                const auto e =
+                    static_cast<size_t>(id_data[static_cast<size_t>(token * id_stride + used)]);
+                ++want.counts[e];
+                for (int64_t j = 0; j < n_in; ++j) {
+                    want.sums[e * static_cast<size_t>(n_in) + static_cast<size_t>(j)] +=
+                        x.square(j, used % n1, token, 0);
+                }
+            }
+        }
+        CHECK(harness.hook.error().kind == Failure::none);
+        harness.sums.commit();
+        check_equal(harness, name, want);
+    }
+}
+
+void check_errors() {
+    Harness                    harness(Where::host);
+    Activation                 x(8, 2, 3, 1);
+    const std::vector<Product> product{{"blk.0.w.weight", 2, 1, 1, 0, -1}};
+
+    x.data[static_cast<size_t>(x.rows.offset + 5)] = std::numeric_limits<float>::quiet_NaN();
+    harness.hook.begin_chunk();
+    harness.hook.begin_decode(false);
+    harness.run({x.rows}, {}, product, false);
+    CHECK(harness.hook.error().kind == Failure::non_finite && harness.hook.error().channel == 5);
+    CHECK(harness.hook.error().weight == "blk.0.w.weight" && harness.hook.error().mat == -1);
+    harness.sums.discard();
+
+    const std::vector<int32_t> bad{0, 7};
+    Activation                 y(8, 1, 2, 1);
+    harness.hook.begin_chunk();
+    harness.hook.begin_decode(false);
+    harness.run({y.rows}, {{bad.data(), 2, 1, 2, 1, 0}}, {{"blk.0.e.weight", 2, 4, 1, 0, 0}}, true);
+    CHECK(harness.hook.error().kind == Failure::bad_expert && harness.hook.error().mat == 7);
+    harness.sums.discard();
+
+    Activation z(4, 2, 1, 1);
+    harness.hook.begin_chunk();
+    harness.hook.begin_decode(false);
+    harness.run({z.rows}, {}, product, false);
+    CHECK(harness.hook.error().kind == Failure::shape_changed);
+    harness.sums.discard();
+
+    // q and k share an activation in one graph and no longer in the next
+    Activation                 a(8, 3, 1, 1), b(8, 3, 1, 1);
+    const std::vector<Product> together{{"blk.1.q.weight", 2, 1, 1, 0, -1},
+                                        {"blk.1.k.weight", 2, 1, 1, 0, -1}};
+    const std::vector<Product> apart{{"blk.1.q.weight", 2, 1, 1, 0, -1},
+                                     {"blk.1.k.weight", 2, 1, 1, 1, -1}};
+    for (int attempt = 0; attempt < 2; ++attempt) {
+        harness.hook.begin_chunk();
+        harness.hook.begin_decode(false);
+        harness.run({a.rows}, {}, together, false);
+        harness.hook.begin_decode(false);
+        harness.run({a.rows, b.rows}, {}, apart, false);
+        if (attempt == 0) {
+            CHECK(harness.hook.error().kind == Failure::regroup || !harness.hook.groups_agree());
+            harness.sums.ungroup();
+            harness.hook.stop_grouping();
+        }
+    }
+    CHECK(harness.hook.error().kind == Failure::none && harness.hook.groups_agree());
+    harness.sums.commit();
+    Reference q{std::vector<double>(8), {6}}, k{std::vector<double>(8), {6}};
+    for (int64_t i1 = 0; i1 < 3; ++i1) {
+        for (int64_t j = 0; j < 8; ++j) {
+            q.sums[static_cast<size_t>(j)] += 2 * a.square(j, i1, 0, 0);
+            k.sums[static_cast<size_t>(j)] += a.square(j, i1, 0, 0) + b.square(j, i1, 0, 0);
+        }
+    }
+    check_equal(harness, "blk.1.q.weight", q);
+    check_equal(harness, "blk.1.k.weight", k);
+}
+
+void on_line(int, const char *) {}
+
+// A session from its opening to its end: chunks, scores by several threads, a cancelled step, a
+// second session beside it, and the log's settings changed all the while.
+void check_session(const std::string & path) {
+    set_log_sink(on_line, 3);
+    ModelFile file;
+    CHECK(read_model_file(path, file).ok());
+    CHECK(!read_model_file(path + ".missing", file).ok());
+
+    Model       model;
+    ModelParams model_params;
+    model_params.path = path;
+    model_params.mtp  = file.n_nextn > 0;
+    Status status     = model.load(model_params);
+    CHECK(status.ok());
+    if (!status.ok()) {
+        std::printf("%s\n", status.message.c_str());
+        return;
+    }
+    SessionParams params;
+    params.n_ctx      = 48;
+    params.n_batch    = 24; // two decodes a chunk
+    params.n_ubatch   = 16; // two graphs a decode, the last one shorter
+    params.n_threads  = 2;
+    params.mtp        = file.n_nextn > 0;
+    params.perplexity = true;
+    std::vector<int32_t> tokens(48);
+    for (int32_t & token : tokens) {
+        token = static_cast<int32_t>(any(0, model.n_vocab() - 1));
+    }
+    const int32_t length = 48;
+
+    std::vector<double> first;
+    for (int round = 0; round < 2; ++round) {
+        Session session(model);
+        status = session.open(params);
+        CHECK(status.ok());
+        if (!status.ok()) {
+            std::printf("%s\n", status.message.c_str());
+            return;
+        }
+        ChunkScore score;
+        status = session.step(tokens.data(), &length, 1, &score);
+        CHECK(status.ok() && score.n_scored == 23);
+        if (!status.ok()) {
+            std::printf("%s\n", status.message.c_str());
+        }
+        session.cancel();
+        CHECK(session.step(tokens.data(), &length, 1, nullptr).code == Code::cancelled);
+        session.clear_cancel();
+        std::thread other([&] {
+            for (int i = 0; i < 100; ++i) {
+                set_log_sink(i % 2 == 0 ? on_line : nullptr, 1 + i % 4);
+                last_error();
+            }
+            session.cancel();
+        });
+        const Code  code = session.step(tokens.data(), &length, 1, &score).code;
+        other.join();
+        CHECK(code == Code::ok || code == Code::cancelled);
+        const int32_t beyond = model.n_vocab();
+        const int32_t one    = 1;
+        session.clear_cancel();
+        CHECK(session.step(&beyond, &one, 1, nullptr).code != Code::ok);
+        CHECK(!session.sums().slots().empty());
+        if (code == Code::cancelled) { // the cancelled chunks left nothing behind
+            std::vector<double> all;
+            for (const Sums::Slot & slot : session.sums().slots()) {
+                all.insert(all.end(), slot.total.begin(), slot.total.end());
+            }
+            CHECK(first.empty() || first == all);
+            first = all;
+        }
+    }
+    set_log_sink(nullptr, 4);
+}
+
+} // namespace
+
+int main(int argc, char ** argv) {
+    check_kernels();
+    for (const Where where : {Where::host, Where::device, Where::offload}) {
+        check_dense(where);
+        check_experts(where);
+    }
+    check_errors();
+    for (int i = 1; i < argc; ++i) {
+        check_session(argv[i]);
+    }
+    CHECK(Session::live() == 0);
+    std::printf(g_failed == 0 ? "ok\n" : "%d checks failed\n", g_failed);
+    return g_failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

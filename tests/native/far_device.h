@@ -1,0 +1,14 @@
+// A device whose memory the host cannot read, for tests: a stand-in for a GPU.
+#pragma once
+
+#include "ggml-backend.h"
+
+namespace imatrix::testing {
+
+// The one device; it computes with the CPU backend, on pages that are unreadable at any other
+// time. Reading its tensors without ggml_backend_tensor_get ends the process with a signal.
+ggml_backend_dev_t far_device();
+
+bool far_device_protects(); // false where the pages cannot be protected (not POSIX)
+
+} // namespace imatrix::testing
