@@ -89,7 +89,7 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
     // After an error the chunk is lost anyway: let the rest of the graph run unobserved.
     // (Returning false from the second call would end this split's nodes early, but the
     // decode would still report success; ggml-backend.cpp, compute_splits.)
-    if (!hook.enabled_ || hook.error_.kind != Failure::none) {
+    if (!hook.enabled_ || !hook.observing_ || hook.error_.kind != Failure::none) {
         return !ask;
     }
     try {

@@ -61,6 +61,8 @@ public:
     void begin_decode(bool output_weight); // before every llama_process: a new graph comes
     void set_enabled(bool enabled) { enabled_ = enabled; }
     bool enabled() const { return enabled_; }
+    // Off for graphs that only prepare keys and values.
+    void set_observing(bool observing) { observing_ = observing; }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
 
@@ -92,6 +94,7 @@ private:
     HookError    error_;
     HookCounters counters_;
     bool         enabled_       = true;
+    bool         observing_     = true;
     bool         grouping_      = true;
     bool         output_weight_ = false;
 

@@ -305,7 +305,7 @@ class Collector:
         chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
         first = next(chunks)  # bad text is an error before any context is made
 
-        session = _session.Session(model)
+        session = _session.Session(model, model if with_head else None)
         session.open(
             n_ctx=self._n_ctx,
             n_batch=self._n_batch,
