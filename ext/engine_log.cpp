@@ -14,7 +14,7 @@ std::atomic<int>     g_level{GGML_LOG_LEVEL_WARN};
 std::mutex           g_mutex; // guards what follows
 std::string          g_line;  // text without its newline yet
 int                  g_line_level = GGML_LOG_LEVEL_INFO;
-std::string          g_last_error;
+std::string          g_first_error;
 
 // Our probe reserves graphs of other sizes than the context planned for, and the context
 // remarks on that when it is freed (llama-context.cpp, ~llama_context): expected, not news.
@@ -40,8 +40,8 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
         g_line.resize(end == std::string::npos ? 0 : end + 1);
         line.swap(g_line);
         line_level = g_line_level;
-        if (line_level == GGML_LOG_LEVEL_ERROR && !line.empty()) {
-            g_last_error = line;
+        if (line_level == GGML_LOG_LEVEL_ERROR && !line.empty() && g_first_error.empty()) {
+            g_first_error = line;
         }
     }
     const LogSink sink = g_sink.load();
@@ -59,14 +59,14 @@ void set_log_sink(LogSink sink, int level) {
     llama_log_set(on_log, nullptr);
 }
 
-std::string last_error() {
+std::string first_error() {
     const std::lock_guard<std::mutex> lock(g_mutex);
-    return g_last_error;
+    return g_first_error;
 }
 
-void clear_last_error() {
+void clear_error() {
     const std::lock_guard<std::mutex> lock(g_mutex);
-    g_last_error.clear();
+    g_first_error.clear();
 }
 
 } // namespace imatrix

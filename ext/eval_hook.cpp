@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
+#include <exception>
 
 namespace imatrix {
 namespace {
@@ -89,7 +89,7 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
     // After an error the chunk is lost anyway: let the rest of the graph run unobserved.
     // (Returning false from the second call would end this split's nodes early, but the
     // decode would still report success; ggml-backend.cpp, compute_splits.)
-    if (!hook.enabled_ || hook.error_.kind != Failure::none) {
+    if (!hook.enabled_ || !hook.observing_ || hook.error_.kind != Failure::none) {
         return !ask;
     }
     try {
@@ -97,7 +97,7 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
             return hook.ask(node);
         }
         hook.collect(node);
-    } catch (const std::bad_alloc &) {
+    } catch (const std::exception &) { // bad_alloc, or a length_error on the way to it
         hook.error_ = {Failure::out_of_memory, {}, -1, -1};
     }
     return !ask;
@@ -120,6 +120,9 @@ void EvalHook::fail(Failure kind, const std::string & weight, int64_t mat, int64
 // Called for every node before it runs. True makes the scheduler compute up to and
 // including this node, wait, and come back with collect().
 bool EvalHook::ask(ggml_tensor * node) {
+    // A node that is about to be computed is no activation of an earlier graph any more, even
+    // where its address is: tensors of the next graph are made in the same memory.
+    forget(node);
     if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
         !is_wanted(node->src[0]->name, output_weight_)) {
         return false;
@@ -158,6 +161,14 @@ bool EvalHook::ask(ggml_tensor * node) {
         return false;
     }
     return true;
+}
+
+void EvalHook::forget(const ggml_tensor * computed) {
+    const auto is_computed = [computed](const Activation & known) {
+        return known.rows == computed || known.rows->view_src == computed;
+    };
+    activations_.erase(std::remove_if(activations_.begin(), activations_.end(), is_computed),
+                       activations_.end());
 }
 
 // Gives a weight its slot on first use: `shared`, or one of its own. A slot that has

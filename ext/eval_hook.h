@@ -61,6 +61,8 @@ public:
     void begin_decode(bool output_weight); // before every llama_process: a new graph comes
     void set_enabled(bool enabled) { enabled_ = enabled; }
     bool enabled() const { return enabled_; }
+    // Off for graphs that only prepare keys and values.
+    void set_observing(bool observing) { observing_ = observing; }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
 
@@ -80,6 +82,7 @@ private:
 
     bool ask(ggml_tensor * node);
     void collect(ggml_tensor * node);
+    void forget(const ggml_tensor * computed);
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
     bool wanted(const char * name) const;
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
@@ -92,6 +95,7 @@ private:
     HookError    error_;
     HookCounters counters_;
     bool         enabled_       = true;
+    bool         observing_     = true;
     bool         grouping_      = true;
     bool         output_weight_ = false;
 

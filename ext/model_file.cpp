@@ -46,13 +46,13 @@ int64_t integer_value(const gguf_context * gguf, const std::string & key) {
 } // namespace
 
 Status read_model_file(const std::string & path, ModelFile & out) {
-    clear_last_error();
+    clear_error();
     ggml_context *                                shapes = nullptr;
     const gguf_init_params                        params{/*.no_alloc =*/true, /*.ctx =*/&shapes};
     const std::unique_ptr<gguf_context, GgufFree> gguf(gguf_init_from_file(path.c_str(), params));
     const std::unique_ptr<ggml_context, GgmlFree> owned(shapes);
     if (gguf == nullptr) {
-        const std::string why = last_error();
+        const std::string why = first_error();
         return Status::failed(Code::bad_model,
                               "not a readable GGUF file" + (why.empty() ? "" : " (" + why + ")"));
     }

@@ -24,6 +24,9 @@ std::atomic<int64_t> g_live_sessions{0};
 // output rows cannot look like one that keeps them all.
 constexpr int32_t kProbeTokens = 61;
 
+// Slots of a later head that run side by side, each in a sequence of its own (run_later_head).
+constexpr int32_t kSlotsTogether = 64;
+
 void init_backend_once() {
     static std::once_flag once;
     std::call_once(once, [] {
@@ -32,9 +35,9 @@ void init_backend_once() {
     });
 }
 
-// The engine says why in its log only; its last error line goes into ours.
+// The engine says why in its log only; its first error line goes into ours.
 Status engine_error(Code code, const std::string & what) {
-    const std::string why = last_error();
+    const std::string why = first_error();
     const bool        memory =
         why.find("allocate") != std::string::npos || why.find("out of memory") != std::string::npos;
     return Status::failed(memory ? Code::out_of_memory : code,
@@ -53,7 +56,7 @@ void Model::Free::operator()(llama_model * model) const { llama_model_free(model
 
 Status Model::load(const ModelParams & params) {
     init_backend_once();
-    clear_last_error();
+    clear_error();
     llama_model_params engine = llama_model_default_params();
     engine.n_gpu_layers       = params.n_gpu_layers;
     engine.load_mode          = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
@@ -135,7 +138,7 @@ const char * Session::kernel() const { return best_row_kernel().name; }
 void Session::set_hook_enabled(bool enabled) { hook_.set_enabled(enabled); }
 
 Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
-    clear_last_error();
+    clear_error();
     llama_context_params engine = llama_context_default_params();
     engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx * params_.n_seq);
     engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
@@ -155,8 +158,14 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     if (head) {
         engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
         engine.ctx_other = trunk_.get();
+        if (n_heads_ > 1) { // see run_later_head
+            engine.kv_unified    = true;
+            engine.n_seq_max     = kSlotsTogether + 1;
+            engine.n_ctx         = static_cast<uint32_t>(params_.n_ctx + kSlotsTogether * n_heads_);
+            engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
+        }
     }
-    out.reset(llama_init_from_model(model_.get(), engine));
+    out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
     if (out == nullptr) {
         return engine_error(Code::engine_failed,
                             head ? "the engine made no MTP context" : "the engine made no context");
@@ -166,6 +175,10 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
         // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
         // glm4-moe.cpp), which spares the LM head.
         llama_set_embeddings_nextn(out.get(), params_.mtp || !all_outputs, /*masked=*/false);
+    } else if (n_heads_ > 1) {
+        // The rows for the next head. Some architectures give them for output rows only
+        // (src/models/step35.cpp, mimo2.cpp): unmasked, more would be read than there are.
+        llama_set_embeddings_nextn(out.get(), true, /*masked=*/all_outputs);
     }
     return {};
 }
@@ -173,29 +186,40 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 // Builds the graph twice without running it, with one output and with all: what differs
 // between the two is what only output rows reach.
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
-    plan                 = {};
-    const bool    output = params_.process_output && !head;
+    plan                  = {};
+    const bool    output  = params_.process_output && !head;
+    const bool    gives_h = head ? n_heads_ > 1 : params_.mtp;
     const int32_t n_tokens =
         std::min({kProbeTokens, params_.n_ubatch, params_.n_batch, params_.n_ctx});
-    const auto rows_with = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
+    const auto add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph = llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), 1,
                                                   static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
         }
-        weights = planned_weights(graph, output);
+        for (PlannedWeight & weight : planned_weights(graph, output)) {
+            weights.push_back(std::move(weight));
+        }
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
-            if (std::strcmp(node->name, "h_nextn") == 0) {
+            if (gives_h && std::strcmp(node->name, "h_nextn") == 0) {
                 weights.push_back({"h_nextn", node->ne[1]});
             }
         }
         return true;
     };
     std::vector<PlannedWeight> one;
-    if (!rows_with(1, one) || !rows_with(n_tokens, plan.weights)) {
-        return engine_error(Code::engine_failed, "the engine could not reserve a graph");
+    for (int32_t i = 0; i < (head ? n_heads_ : 1); ++i) {
+        if (head) {
+            llama_set_nextn_layer_offset(ctx, i);
+        }
+        if (!add_graph(1, one) || !add_graph(n_tokens, plan.weights)) {
+            return engine_error(Code::engine_failed, "the engine could not reserve a graph");
+        }
+    }
+    if (head) {
+        llama_set_nextn_layer_offset(ctx, 0);
     }
     // one token cannot tell the two graphs apart: ask for outputs then
     plan.needs_outputs = n_tokens < 2;
@@ -203,10 +227,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         const auto same = std::find_if(one.begin(), one.end(), [&](const PlannedWeight & w) {
             return w.name == all.name && w.rows == all.rows;
         });
-        const bool rows_of_head = all.name == "h_nextn";
-        if (same == one.end() && (!rows_of_head || params_.mtp)) {
-            plan.needs_outputs = true;
-        }
+        plan.needs_outputs |= same == one.end();
     }
     plan.weights.erase(std::remove_if(plan.weights.begin(), plan.weights.end(),
                                       [](const PlannedWeight & w) { return w.name == "h_nextn"; }),
@@ -239,19 +260,29 @@ Status Session::open(const SessionParams & params) {
     trunk_batch_.reset();
     head_.reset();
     trunk_.reset();
-    params_ = params;
+    params_  = params;
+    n_heads_ = 0;
 
     Status status;
+    if (params.mtp && head_model_ == nullptr) {
+        status = Status::failed(Code::bad_argument, "no model with a head was given");
+    }
     try {
-        status =
-            open_context(false, params.process_output || params.perplexity, trunk_, trunk_plan_);
+        if (status.ok() && params.mtp) {
+            n_heads_  = head_model_->n_nextn();
+            n_embd_h_ = llama_model_n_embd_out(model_.get());
+        }
+        if (status.ok()) {
+            status = open_context(false, params.process_output || params.perplexity, trunk_,
+                                  trunk_plan_);
+        }
         trunk_plan_.needs_outputs |= params.process_output;
         head_plan_ = {};
         if (status.ok() && params.mtp) {
             status = open_context(true, false, head_, head_plan_);
         }
-        if (status.ok() && params.mtp) {
-            const std::string block = "blk." + std::to_string(model_.n_trunk()) + ".";
+        for (int32_t i = 0; i < n_heads_ && status.ok(); ++i) {
+            const std::string block = "blk." + std::to_string(head_model_->n_trunk() + i) + ".";
             const bool runs = std::any_of(head_plan_.weights.begin(), head_plan_.weights.end(),
                                           [&](const PlannedWeight & w) {
                                               return w.name.compare(0, block.size(), block) == 0;
@@ -261,7 +292,6 @@ Status Session::open(const SessionParams & params) {
                     Status::failed(Code::engine_failed,
                                    "the engine's MTP graph multiplies no weight of " + block + "*");
             }
-            n_embd_h_ = llama_model_n_embd_out(model_.get());
         }
         if (status.ok()) {
             trunk_batch_.reset(llama_batch_ext_init(trunk_.get()));
@@ -394,57 +424,150 @@ void Session::score(const int32_t * tokens, const std::vector<int32_t> & positio
             nll[k] = std::log(sum) - static_cast<double>(row[tokens[positions[k] + 1]] - top);
         }
     };
+    // joined on the way out whatever happens: a thread that cannot be started leaves its
+    // share to be redone here
     std::vector<std::thread> others;
-    for (size_t t = 1; t < std::min(n_threads, logits.size()); ++t) {
-        others.emplace_back(work, t);
-    }
+    size_t                   started = 1;
+    try {
+        others.reserve(n_threads);
+        for (; started < std::min(n_threads, logits.size()); ++started) {
+            others.emplace_back(work, started);
+        }
+    } catch (const std::exception &) {}
     work(0);
+    for (size_t t = started; t < n_threads; ++t) {
+        work(t);
+    }
     for (std::thread & other : others) {
         other.join();
     }
 }
 
-// Feeds the same positions to the head (one sequence). Slot p gets token x_p and, as its
-// state, the trunk's row of slot p-1: zeros before the first token, the last row of the
-// batch before where the chunk goes on. This is what the engine's own driver does
-// (common/speculative.cpp, common_speculative_impl_draft_mtp::process). The state goes in by
-// llama_batch_ext_set_embd_token; llama_batch_ext_set_embd_state, which llama.h names for
-// this, does nothing in this version (llama-batch.cpp).
-Status Session::decode_head(const int32_t * tokens, int32_t first, int32_t n_tokens) {
+// Keeps the trunk's rows of the last decode as the states of the slots after them: slot p of
+// the head gets token x_p and the trunk's row of slot p-1, zeros before the first token. This
+// is what the engine's own driver does (common/speculative.cpp,
+// common_speculative_impl_draft_mtp::process).
+Status Session::keep_rows(int32_t first, int32_t n_tokens) {
     const float * h = llama_get_embeddings_nextn(trunk_.get());
     const size_t  n = static_cast<size_t>(n_embd_h_);
-    if (h == nullptr || is_zero(h + (n_tokens - 1) * n, n_embd_h_)) {
+    if (h == nullptr || is_zero(h + static_cast<size_t>(n_tokens - 1) * n, n_embd_h_)) {
         return Status::failed(Code::engine_failed,
                               "the trunk of this architecture gives no rows for the head");
     }
-    llama_batch_ext_clear(head_batch_.get());
-    for (int32_t k = 0; k < n_tokens; ++k) {
-        const llama_pos p     = first + k;
-        const int32_t   index = llama_batch_ext_add_token(head_batch_.get(), 0, tokens[p]);
-        const float *   state = k == 0 ? pending_h_.data() : h + static_cast<size_t>(k - 1) * n;
-        if (index < 0 || !llama_batch_ext_set_pos(head_batch_.get(), index, &p) ||
-            !llama_batch_ext_set_embd_token(head_batch_.get(), index, {state, 1, n})) {
-            return Status::failed(Code::engine_failed, "the engine refused a row for the head");
-        }
-        llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
-    }
-    const int32_t n_heads = model_.n_nextn();
-    Status        status;
-    for (int32_t head = 0; head < n_heads && status.ok(); ++head) {
-        if (n_heads > 1) {
-            // every head keeps keys and values of its own layer for the same positions
-            llama_memory_seq_rm(llama_get_memory(head_.get()), 0, first, -1);
-            llama_set_nextn_layer_offset(head_.get(), head);
+    std::copy_n(h, static_cast<size_t>(n_tokens) * n,
+                states_[0].begin() + static_cast<ptrdiff_t>((first + 1) * n));
+    return {};
+}
+
+// Runs rows through the MTP context, in decodes of at most n_batch. With `out`, the hidden rows
+// that come back are written to it: the row of slot p as the state of slot p+1.
+//
+// The state goes in by llama_batch_ext_set_embd_token, as the engine's driver gives it;
+// llama_batch_ext_set_embd_state, which llama.h names for this, does nothing in this version
+// and returns false (llama-batch.cpp).
+Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
+                          std::vector<float> * out) {
+    const size_t n     = static_cast<size_t>(n_embd_h_);
+    const size_t batch = static_cast<size_t>(params_.n_batch);
+    for (size_t first = 0; first < rows.size(); first += batch) {
+        const size_t count = std::min(batch, rows.size() - first);
+        llama_batch_ext_clear(head_batch_.get());
+        for (size_t k = 0; k < count; ++k) {
+            const HeadRow & row = rows[first + k];
+            const int32_t index = llama_batch_ext_add_token(head_batch_.get(), row.seq, row.token);
+            if (index < 0 || !llama_batch_ext_set_pos(head_batch_.get(), index, &row.pos) ||
+                !llama_batch_ext_set_embd_token(head_batch_.get(), index, {row.state, 1, n})) {
+                return Status::failed(Code::engine_failed, "the engine refused a row for the head");
+            }
+            llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
         }
         hook_.begin_decode(false);
+        hook_.set_observing(observed);
         const int32_t rc = llama_process(head_.get(), LLAMA_PROCESS_TYPE_DECODE, head_batch_.get());
-        status           = after_decode(rc, "head");
+        hook_.set_observing(true);
+        const Status status = after_decode(rc, "head");
+        if (!status.ok()) {
+            return status;
+        }
+        for (size_t k = 0; k < count && out != nullptr; ++k) {
+            const float * h = llama_get_embeddings_nextn_ith(head_.get(), static_cast<int32_t>(k));
+            if (h == nullptr) {
+                return Status::failed(
+                    Code::engine_failed,
+                    "the head of this architecture gives no rows for the next one");
+            }
+            std::copy_n(h, n, out->begin() + (rows[first + k].pos + 1) * static_cast<ptrdiff_t>(n));
+        }
     }
-    if (n_heads > 1) {
-        llama_set_nextn_layer_offset(head_.get(), 0);
+    return {};
+}
+
+// Runs every head layer over the chunk, whose trunk rows are in states_[0].
+Status Session::run_heads(const int32_t * tokens, int32_t n_tokens) {
+    const size_t         n = static_cast<size_t>(n_embd_h_);
+    std::vector<HeadRow> rows;
+    for (int32_t p = 0; p < n_tokens; ++p) {
+        rows.push_back({tokens[p], p, 0, states_[0].data() + static_cast<size_t>(p) * n});
     }
-    std::copy_n(h + static_cast<size_t>(n_tokens - 1) * n, n, pending_h_.begin());
+    Status status;
+    for (int32_t head = 0; head < n_heads_ && status.ok(); ++head) {
+        // the cache holds one set of positions for all head layers: each starts anew
+        llama_memory_clear(llama_get_memory(head_.get()), true);
+        llama_set_nextn_layer_offset(head_.get(), head);
+        const bool feeds_next = head + 1 < n_heads_;
+        status = feed_head(rows, head == 0, head == 0 && feeds_next ? &states_[1] : nullptr);
+        if (status.ok() && head > 0) {
+            status = run_later_head(head, tokens, n_tokens);
+        }
+    }
+    llama_set_nextn_layer_offset(head_.get(), 0);
     return status;
+}
+
+// Head d >= 1 as it runs when the engine drafts (common/speculative.cpp,
+// common_speculative_impl_draft_mtp::draft, chain_heads): drafting starts d slots back, at slot
+// p-d, with the trunk's row, and slot p-d+j gets the row that head j-1 gave for the slot before.
+// Keys and values of slots up to p-d come from the trunk's rows, as process() leaves them: the
+// caller has just decoded those, as sequence 0. Tokens are the text's own (teacher forcing).
+//
+// Each slot p thus has its own view of the d slots before it, so each is a sequence of its own
+// that shares the cells of sequence 0 up to p-d. Only the rows of slot p at depth d are
+// observed; those in between, which fill keys and values for it, are not.
+Status Session::run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens) {
+    const llama_memory_t memory   = llama_get_memory(head_.get());
+    const size_t         n        = static_cast<size_t>(n_embd_h_);
+    const int32_t        together = std::min(kSlotsTogether, params_.n_batch);
+    std::vector<float> * out =
+        head + 1 < n_heads_ ? &states_[static_cast<size_t>(head) + 1] : nullptr;
+    std::vector<HeadRow> rows;
+    for (int32_t first = 0; first < n_tokens; first += together) {
+        const int32_t end = std::min(first + together, n_tokens);
+        for (int32_t p = first; p < end; ++p) {
+            if (p - head + 1 > 0) {
+                llama_memory_seq_cp(memory, 0, 1 + p - first, 0, p - head + 1);
+            }
+        }
+        for (int32_t depth = 1; depth <= head; ++depth) {
+            rows.clear();
+            for (int32_t p = first; p < end; ++p) {
+                const int32_t slot = p - head + depth;
+                if (slot >= 0) {
+                    rows.push_back({tokens[slot], slot, 1 + p - first,
+                                    states_[static_cast<size_t>(depth)].data() +
+                                        static_cast<size_t>(slot) * n});
+                }
+            }
+            const bool   last   = depth == head;
+            const Status status = feed_head(rows, last, last ? out : nullptr);
+            if (!status.ok()) {
+                return status;
+            }
+        }
+        for (int32_t seq = 1; seq <= end - first; ++seq) {
+            llama_memory_seq_rm(memory, seq, -1, -1);
+        }
+    }
+    return {};
 }
 
 // Every weight that the graphs multiply must have seen every row of the chunk.
@@ -476,11 +599,12 @@ Status Session::check_rows(int64_t n_tokens) const {
 Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                         ChunkScore * scores) {
     hook_.begin_chunk();
-    clear_last_error();
+    clear_error();
     llama_memory_clear(llama_get_memory(trunk_.get()), true);
-    if (head_ != nullptr) {
-        llama_memory_clear(llama_get_memory(head_.get()), true);
-        pending_h_.assign(static_cast<size_t>(n_embd_h_), 0.0f);
+    states_.resize(static_cast<size_t>(n_heads_));
+    for (std::vector<float> & states : states_) {
+        states.assign(static_cast<size_t>(params_.n_ctx + 1) * static_cast<size_t>(n_embd_h_),
+                      0.0f);
     }
     nll_.assign(static_cast<size_t>(n_chunks), {});
 
@@ -494,8 +618,14 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
         Status status = decode_trunk(tokens, lengths, n_chunks, first,
                                      params_.perplexity ? nll_.data() : nullptr);
         if (status.ok() && head_ != nullptr) {
-            status = decode_head(tokens, first, std::min(each, longest - first));
+            status = keep_rows(first, std::min(each, longest - first));
         }
+        if (!status.ok()) {
+            return status;
+        }
+    }
+    if (head_ != nullptr) {
+        const Status status = run_heads(tokens, longest);
         if (!status.ok()) {
             return status;
         }

@@ -81,7 +81,9 @@ struct GraphPlan {
 
 class Session {
 public:
-    explicit Session(const Model & model) : model_(model) {}
+    // `head` is the model that holds the head: the same one, or a file of its own. Both must
+    // outlive the session. NULL where no head will be asked for.
+    Session(const Model & trunk, const Model * head) : model_(trunk), head_model_(head) {}
     ~Session();
     Session(const Session &)             = delete;
     Session & operator=(const Session &) = delete;
@@ -116,6 +118,12 @@ private:
     struct FreeBatch {
         void operator()(llama_batch_ext * batch) const;
     };
+    struct HeadRow { // one row for the MTP context
+        int32_t       token;
+        int32_t       pos;
+        int32_t       seq;
+        const float * state; // [n_embd_h_]
+    };
     using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
     using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
 
@@ -126,24 +134,31 @@ private:
                    ChunkScore * scores);
     Status decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                         int32_t first, std::vector<double> * nll);
-    Status decode_head(const int32_t * tokens, int32_t first, int32_t n_tokens);
+    Status keep_rows(int32_t first, int32_t n_tokens);
+    Status run_heads(const int32_t * tokens, int32_t n_tokens);
+    Status run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
+    Status feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
     Status after_decode(int32_t rc, const char * which);
     Status check_rows(int64_t n_tokens) const;
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
                  const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
 
-    const Model &                    model_;
-    SessionParams                    params_;
-    Sums                             sums_;
-    EvalHook                         hook_{sums_};
-    ContextPtr                       trunk_;
-    ContextPtr                       head_; // freed before the trunk, which it refers to
-    BatchPtr                         trunk_batch_;
-    BatchPtr                         head_batch_;
-    GraphPlan                        trunk_plan_;
-    GraphPlan                        head_plan_;
-    std::vector<float>               pending_h_; // the trunk's last row of the batch before
-    int32_t                          n_embd_h_ = 0;
+    const Model & model_;
+    const Model * head_model_;
+    SessionParams params_;
+    Sums          sums_;
+    EvalHook      hook_{sums_};
+    ContextPtr    trunk_;
+    ContextPtr    head_; // freed before the trunk, which it refers to
+    BatchPtr      trunk_batch_;
+    BatchPtr      head_batch_;
+    GraphPlan     trunk_plan_;
+    GraphPlan     head_plan_;
+    int32_t       n_heads_  = 0;
+    int32_t       n_embd_h_ = 0; // width of the rows that go from the trunk to the head
+    // states_[d] row p is the state of slot p at depth d: zeros for slot 0; then at depth 0 the
+    // trunk's row of slot p-1, at depth d the row that head d-1 gave for slot p-1.
+    std::vector<std::vector<float>>  states_;
     std::atomic<bool>                cancelled_{false};
     std::vector<std::vector<double>> nll_; // per chunk, in the order of positions
 };

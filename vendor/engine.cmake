@@ -41,11 +41,11 @@ set(IMATRIX_ENGINE_COMMIT "${CMAKE_MATCH_1}")
 if(NOT IMATRIX_LLAMA_CPP STREQUAL "bundled")
   set(IMATRIX_ENGINE_COMMIT "unknown")
 endif()
-# the archive is no git checkout: tell the engine its commit, or it asks the git
-# repository around it and reports ours
+# The archive is no git checkout: ggml would ask the repository around it, report our commit
+# as its own and compile again after each of ours (ggml/CMakeLists.txt).
+set(ENV{GIT_DIR} "${IMATRIX_ENGINE_SOURCE}")
 set(LLAMA_BUILD_NUMBER 0)
 set(LLAMA_BUILD_COMMIT "${IMATRIX_ENGINE_COMMIT}")
-set(GGML_BUILD_COMMIT "${IMATRIX_ENGINE_COMMIT}")
 
 set(BUILD_SHARED_LIBS ON)                 # two extension modules, one set of ggml globals
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON) # a wheel holds no symlinks: one file a library
@@ -70,11 +70,13 @@ if(IMATRIX_BUILD_TOOLS)
   set(LLAMA_BUILD_COMMON ON)
 endif()
 add_subdirectory("${IMATRIX_ENGINE_SOURCE}" engine EXCLUDE_FROM_ALL)
+set(ENV{GIT_DIR})
 
 set(IMATRIX_ENGINE_LIBRARIES llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
 
 # The engine's own programs, for tests and benchmarks only: never installed.
 if(IMATRIX_BUILD_TOOLS)
+  set(CMAKE_RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
   set(_tools imatrix quantize perplexity)
   set(_programs llama-imatrix llama-quantize llama-perplexity)
   if(GGML_RPC)

@@ -67,17 +67,14 @@ def __getattr__(name: str) -> Any:
     if name not in _NATIVE:
         raise AttributeError(f"module 'imatrix' has no attribute {name!r}")
     import importlib
+    import importlib.util
 
-    try:
-        module = importlib.import_module(f"imatrix.{_NATIVE[name]}")
-    except ModuleNotFoundError as error:
-        if error.name not in ("imatrix._session", "imatrix._quantize_pybind"):
-            raise
+    if importlib.util.find_spec("imatrix._session") is None:
         raise ImportError(
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."
-        ) from error
-    value = getattr(module, name)
+        )
+    value = getattr(importlib.import_module(f"imatrix.{_NATIVE[name]}"), name)
     globals()[name] = value
     return value
 

@@ -144,7 +144,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool needs_outputs
 
     cdef cppclass CSession "imatrix::Session":
-        CSession(const CModel & model)
+        CSession(const CModel & trunk, const CModel * head)
         Status open(const SessionParams & params)
         Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                     ChunkScore * scores)

@@ -63,7 +63,8 @@ class Model:
 
 class Session:
     model: Model
-    def __init__(self, model: Model) -> None: ...
+    head: Model | None
+    def __init__(self, model: Model, head: Model | None = None) -> None: ...
     def open(
         self,
         *,

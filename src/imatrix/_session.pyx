@@ -227,11 +227,18 @@ cdef class Session:
     """Trunk and head contexts of a model, and the sums that they collect."""
 
     cdef unique_ptr[CSession] _session
-    cdef readonly Model model  # the session refers to it: keep it alive
+    # the session refers to both: keep them alive
+    cdef readonly Model model
+    cdef readonly Model head
 
-    def __init__(self, Model model not None):
+    def __init__(self, Model model not None, Model head=None):
+        """`head`: the model that holds the MTP head; None where no head will be asked for."""
         self.model = model
-        self._session.reset(new CSession(model._model.get()[0]))
+        self.head = head
+        cdef const CModel * with_head = NULL
+        if head is not None:
+            with_head = head._model.get()
+        self._session.reset(new CSession(model._model.get()[0], with_head))
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
              bint process_output, bint perplexity):

@@ -1,5 +1,8 @@
 """The version, from the package's own metadata: pyproject.toml is the one place it is written."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("imatrix")
+try:
+    __version__ = version("imatrix")
+except PackageNotFoundError:  # a source tree on the path that was never installed
+    __version__ = "0+uninstalled"

@@ -21,6 +21,7 @@ from imatrix._version import __version__
 from imatrix.errors import ModelError, NonFiniteError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 from imatrix.model_file import ModelFile
+from imatrix.mtp_files import check_fit
 
 Scores = list[tuple[float, float, int]]
 
@@ -90,6 +91,7 @@ class Collector:
 
     Args:
         model: path of a GGUF model, or of the first part of a multi-part one.
+        mtp_model: path of the head's own file, where the head was split off (`mtp-….gguf`).
         n_ctx: tokens a chunk.
         n_batch: tokens a decode; None for n_ctx * n_seq. The sums do not depend on it.
         n_ubatch: tokens a graph.
@@ -114,6 +116,7 @@ class Collector:
         self,
         model: str | os.PathLike[str],
         *,
+        mtp_model: str | os.PathLike[str] | None = None,
         n_ctx: int = 512,
         n_batch: int | None = None,
         n_ubatch: int = 512,
@@ -125,6 +128,7 @@ class Collector:
         check_tensors: bool = False,
     ) -> None:
         self._model: _session.Model | None = None
+        self._head_model: _session.Model | None = None
         self._session: _session.Session | None = None
         self._closed = True  # until all arguments are found good
         for name, value, least in (
@@ -137,6 +141,15 @@ class Collector:
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
         self._file = ModelFile.read(model)
+        self._head_file = self._file
+        if mtp_model is not None:
+            self._head_file = ModelFile.read(mtp_model)
+            if self._head_file.n_nextn == 0:
+                raise ModelError(
+                    f"{self._head_file.path}: no MTP head in it (nextn_predict_layers is absent "
+                    "or 0); give the head's own file as mtp_model, such as imatrix extract-mtp makes"
+                )
+            check_fit(self._file, self._head_file)
         self._n_ctx = n_ctx
         # a larger batch than a group of chunks is never filled
         self._n_batch = min(n_ctx * n_seq, n_ctx * n_seq if n_batch is None else n_batch)
@@ -168,8 +181,8 @@ class Collector:
 
     @property
     def n_nextn(self) -> int:
-        """MTP/NextN head blocks that the model's metadata claim; 0 for a model without a head."""
-        return self._file.n_nextn
+        """MTP/NextN head blocks that the metadata claim; 0 for a model without a head."""
+        return self._head_file.n_nextn
 
     @property
     def matrix(self) -> ImportanceMatrix:
@@ -220,6 +233,7 @@ class Collector:
         """Free the model, the contexts and the sums. Safe to call twice."""
         self._session = None
         self._model = None
+        self._head_model = None
         self._closed = True
 
     def __enter__(self) -> Collector:
@@ -305,7 +319,7 @@ class Collector:
         chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
         first = next(chunks)  # bad text is an error before any context is made
 
-        session = _session.Session(model)
+        session = _session.Session(model, self._head_model)
         session.open(
             n_ctx=self._n_ctx,
             n_batch=self._n_batch,
@@ -427,32 +441,43 @@ class Collector:
         return self._model if self._model is not None else self._load(False)
 
     def _load(self, head: bool) -> _session.Model:
+        """The trunk's model; with `head` the head's is in _head_model, else None is."""
         if head:
-            self._file.check_head()
-        if self._model is not None and (self._loaded_mtp or not head):
-            return self._model
-        self._session = None
-        self._model = None  # a reload with the head must not hold the model twice
+            self._head_file.check_head()
+        bundled = head and self._head_file is self._file
+        if self._model is None or (bundled and not self._loaded_mtp):
+            self._session = None
+            self._model = None  # a reload with the head must not hold the model twice
+            self._head_model = None
+            self._model = self._load_file(self._file, bundled)
+            self._loaded_mtp = bundled
+        if not head:
+            self._head_model = None
+        elif bundled:
+            self._head_model = self._model
+        elif self._head_model is None:
+            self._head_model = self._load_file(self._head_file, True)
+        return self._model
+
+    def _load_file(self, file: ModelFile, mtp: bool) -> _session.Model:
         model = _session.Model(
-            str(self._file.path),
-            mtp=head,
+            str(file.path),
+            mtp=mtp,
             n_gpu_layers=self._n_gpu_layers,
             use_mmap=self._use_mmap,
             check_tensors=self._check_tensors,
         )
         if not model.has_decoder:
             raise ModelError(
-                f"{self._file.path}: {self.architecture} has no decoder; only models that decode "
-                "text can be collected from"
+                f"{file.path}: {file.architecture} has no decoder; only models that decode text "
+                "can be collected from"
             )
         if 0 < model.n_ctx_train < self._n_ctx:
             warnings.warn(
                 f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
-                f"{self._file.path.name} was trained on",
-                stacklevel=3,
+                f"{file.path.name} was trained on",
+                stacklevel=4,
             )
-        self._model = model
-        self._loaded_mtp = head
         return model
 
 

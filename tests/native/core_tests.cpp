@@ -317,7 +317,7 @@ void check_session(const std::string & path) {
         std::thread other([&] {
             for (int i = 0; i < 100; ++i) {
                 set_log_sink(i % 2 == 0 ? on_line : nullptr, 1 + i % 4);
-                last_error();
+                first_error();
             }
             session.cancel();
         });
