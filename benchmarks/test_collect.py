@@ -92,9 +92,7 @@ def llama_imatrix(model_name: str, tool: Path, out: Path, *options: str) -> floa
 def test_bare_forward_pass_of_the_trunk(
     measure: Measure, native: _session.Model, model_name: str, measuring_pass: int
 ) -> None:
-    measure(
-        model_name, "bare forward pass, trunk", lambda: ours(native, mtp=False, hook=False)[0]
-    )
+    measure(model_name, "bare forward pass, trunk", lambda: ours(native, mtp=False, hook=False)[0])
 
 
 def test_bare_forward_pass_of_trunk_and_head(

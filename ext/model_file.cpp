@@ -27,6 +27,18 @@ std::string text_value(const gguf_context * gguf, const std::string & key) {
     return gguf_get_val_str(gguf, id);
 }
 
+bool is_integer(const gguf_context * gguf, int64_t id) {
+    switch (gguf_get_kv_type(gguf, id)) {
+        case GGUF_TYPE_UINT8:
+        case GGUF_TYPE_UINT16:
+        case GGUF_TYPE_INT32:
+        case GGUF_TYPE_UINT32:
+        case GGUF_TYPE_INT64:
+        case GGUF_TYPE_UINT64: return true;
+        default:               return false;
+    }
+}
+
 int64_t integer_value(const gguf_context * gguf, const std::string & key) {
     const int64_t id = gguf_find_key(gguf, key.c_str());
     if (id < 0) {
@@ -80,11 +92,18 @@ Status read_model_file(const std::string & path, ModelFile & out) {
         }
         out.tensors.push_back(std::move(entry));
     }
-    out.architecture = text_value(gguf.get(), "general.architecture");
-    out.tokenizer    = text_value(gguf.get(), "tokenizer.ggml.model");
-    out.split_count  = integer_value(gguf.get(), "split.count");
-    out.block_count  = integer_value(gguf.get(), out.architecture + ".block_count");
-    out.n_nextn      = integer_value(gguf.get(), out.architecture + ".nextn_predict_layers");
+    out.architecture         = text_value(gguf.get(), "general.architecture");
+    out.tokenizer            = text_value(gguf.get(), "tokenizer.ggml.model");
+    out.split_count          = integer_value(gguf.get(), "split.count");
+    out.block_count          = integer_value(gguf.get(), out.architecture + ".block_count");
+    const std::string prefix = out.architecture + ".";
+    for (int64_t id = 0; id < gguf_get_n_kv(gguf.get()); ++id) {
+        const std::string key = gguf_get_key(gguf.get(), id);
+        if (key.compare(0, prefix.size(), prefix) == 0 && is_integer(gguf.get(), id)) {
+            out.integers.emplace_back(key.substr(prefix.size()), integer_value(gguf.get(), key));
+        }
+    }
+    out.n_nextn = integer_value(gguf.get(), out.architecture + ".nextn_predict_layers");
     return {};
 }
 

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace imatrix {
@@ -22,6 +23,8 @@ struct ModelFile {
     int64_t                 n_nextn     = 0; // how many of them are head blocks
     int64_t                 split_count = 0; // parts of a multi-part model, 0 or 1: one file
     std::vector<FileTensor> tensors;         // of this part
+    // the architecture's own whole-number keys, such as "attention.key_length"
+    std::vector<std::pair<std::string, int64_t>> integers;
 };
 
 // Reads the header of a GGUF file with the engine's own reader and checks that the file is

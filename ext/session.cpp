@@ -186,14 +186,16 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 // Builds the graph twice without running it, with one output and with all: what differs
 // between the two is what only output rows reach.
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
-    plan                  = {};
-    const bool    output  = params_.process_output && !head;
-    const bool    gives_h = head ? n_heads_ > 1 : params_.mtp;
-    const int32_t n_tokens =
-        std::min({kProbeTokens, params_.n_ubatch, params_.n_batch, params_.n_ctx});
-    const auto add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
-        ggml_cgraph * graph = llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), 1,
-                                                  static_cast<uint32_t>(n_outputs));
+    plan               = {};
+    const bool output  = params_.process_output && !head;
+    const bool gives_h = head ? n_heads_ > 1 : params_.mtp;
+    // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
+    const int32_t n_seq     = head ? 1 : params_.n_seq;
+    const int32_t n_tokens  = kProbeTokens * n_seq;
+    const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
+        ggml_cgraph * graph =
+            llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
+                                static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
         }
@@ -221,8 +223,6 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     if (head) {
         llama_set_nextn_layer_offset(ctx, 0);
     }
-    // one token cannot tell the two graphs apart: ask for outputs then
-    plan.needs_outputs = n_tokens < 2;
     for (const PlannedWeight & all : plan.weights) {
         const auto same = std::find_if(one.begin(), one.end(), [&](const PlannedWeight & w) {
             return w.name == all.name && w.rows == all.rows;

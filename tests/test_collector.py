@@ -20,7 +20,7 @@ import numpy as np
 import oracle
 import pytest
 from conftest import Forged
-from forge import ModelSpec, make_model
+from forge import Arch, ModelSpec, make_model
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix, ModelError, NonFiniteError, _session
@@ -326,19 +326,20 @@ def test_a_token_out_of_range(token: int, plain: ModelSpec) -> None:
     with collector(plain) as made:
         with pytest.raises(ValueError, match=rf"texts\[0\]\[1\]: token id {token} is out of range"):
             made.run([[3, token, 4]])
-        # the second chunk: what came before stays
-        chunks = token_chunks(plain, 1)
-        with pytest.raises(ValueError, match=rf"texts\[1\]\[0\]: token id {token}"):
+        # further on in a stream: what was complete by then stays
+        chunks = token_chunks(plain, 4)
+        with pytest.raises(ValueError, match=rf"texts\[4\]\[0\]: token id {token}"):
             made.run([*chunks, [token] * N_CTX])
         kept = made.matrix
-        assert_same_data(made.run(chunks), kept)
+        assert kept.chunk_count >= 1
+        assert_same_data(made.run(chunks, max_chunks=kept.chunk_count), kept)
 
 
 def test_no_tokenizer(forged: Forged) -> None:
     spec = forged("llama", seed=SEED, tokenizer=None)
     with collector(spec) as made:
         for text in ("some text", ["some", "text"]):
-            with pytest.raises(ModelError, match="no tokenizer.*give token lists"):
+            with pytest.raises(ModelError, match=r"no tokenizer.*give token lists"):
                 made.run(text)
         with pytest.raises(ModelError, match="no tokenizer"):
             made.tokenize("text")
@@ -365,9 +366,10 @@ def test_closed(plain: ModelSpec) -> None:
 def test_an_open_one_says_so_when_it_is_collected(plain: ModelSpec) -> None:
     made = collector(plain)
     made.run(token_chunks(plain, 1))
+    holder = [made]
+    del made
     with pytest.warns(ResourceWarning, match="was never closed"):
-        del made
-        gc.collect()
+        holder.clear()
 
 
 def test_a_closed_one_and_a_failed_one_say_nothing(plain: ModelSpec, tmp_path: Path) -> None:
@@ -377,6 +379,11 @@ def test_a_closed_one_and_a_failed_one_say_nothing(plain: ModelSpec, tmp_path: P
         Collector(tmp_path / "missing.gguf")
     with pytest.raises(ValueError, match="n_ctx"):
         collector(plain, n_ctx=1)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(plain.path.read_bytes()[:-1000])
+    for mtp in (True, False):  # loads at once
+        with pytest.raises(ModelError):
+            collector(cut, mtp=mtp)
     gc.collect()
 
 
@@ -426,31 +433,41 @@ def test_truncated(part: float, plain: ModelSpec, tmp_path: Path) -> None:
         ("*hnorm*", "nextn.hnorm"),
     ],
 )
-def test_a_head_in_the_keys_only(arch: str, drop: str, first: str, forged: Forged) -> None:
+def test_a_head_in_the_keys_only(arch: Arch, drop: str, first: str, forged: Forged) -> None:
     spec = forged(arch, seed=SEED, n_nextn=1, drop=(drop,))
-    chunks = token_chunks(spec, 1)
+    says = rf"blk\.2\.{first}\.weight is missing"
     with collector(spec) as made:
         assert made.n_nextn == 1
-        with pytest.raises(ModelError, match=rf"blk\.2\.{first}\.weight is missing.*mtp=False"):
-            made.run(chunks, mtp=True)
-        trunk = made.run(chunks)
-    with collector(forged(arch, seed=SEED, n_nextn=1)) as made:
-        assert_same_data(trunk, made.run(chunks))
-    with pytest.raises(ModelError, match=rf"blk\.2\.{first}\.weight"):
+        with pytest.raises(ModelError, match=says):
+            made.run(token_chunks(spec, 1), mtp=True)
+    with pytest.raises(ModelError, match=says):
         collector(spec, mtp=True)
+
+
+def test_the_trunk_of_a_file_without_its_head(forged: Forged) -> None:
+    """For glm4moe the engine takes such a file for a trunk (trunk_only in src/models/glm4-moe.cpp)."""
+    spec = forged("glm4moe", seed=SEED, n_nextn=1, drop=("blk.2.*",))
+    chunks = token_chunks(spec, 2)
+    with collector(spec) as made, collector(forged("glm4moe", seed=SEED, n_nextn=1)) as whole:
+        assert_same_data(made.run(chunks), whole.run(chunks))
 
 
 @pytest.mark.parametrize("arch", ["glm4moe", "qwen35"])
 @pytest.mark.parametrize(
     "name", ["attn_q.weight", "attn_output.weight", "post_attention_norm.weight"]
 )
-def test_a_head_without_one_of_its_tensors(arch: str, name: str, forged: Forged) -> None:
+def test_a_head_without_one_of_its_tensors(arch: Arch, name: str, forged: Forged) -> None:
     spec = forged(arch, seed=SEED, n_nextn=1, drop=(f"blk.2.{name}",))
-    chunks = token_chunks(spec, 1)
-    with collector(spec) as made:
-        with pytest.raises(ModelError, match=re.escape(f"blk.2.{name}")):
-            made.run(chunks, mtp=True)
-        assert made.run(chunks).chunk_count == 1
+    with collector(spec) as made, pytest.raises(ModelError, match=re.escape(f"blk.2.{name}")):
+        made.run(token_chunks(spec, 1), mtp=True)
+
+
+def test_the_engine_wants_a_head_it_skips(forged: Forged) -> None:
+    """Other files lack a tensor of the head that the engine looks for even to leave it out, in
+    llama-imatrix too: an error that names the tensor, not a crash."""
+    spec = forged("qwen35", seed=SEED, n_nextn=1, drop=("blk.2.*",))
+    with collector(spec) as made, pytest.raises(ModelError, match=r"'blk\.2\.attn_norm\.weight'"):
+        made.run(token_chunks(spec, 1))
 
 
 def test_keys_that_contradict_each_other(tmp_path: Path) -> None:
@@ -629,7 +646,7 @@ def test_an_exception_of_progress_ends_the_run(plain: ModelSpec) -> None:
             raise RuntimeError("enough")
 
     with collector(plain) as made:
-        with pytest.raises(RuntimeError, match="^enough$"):
+        with pytest.raises(RuntimeError, match=r"^enough$"):
             made.run(chunks, progress=fail)
         kept = made.matrix
         assert kept.chunk_count == 3
@@ -647,8 +664,8 @@ def test_an_exception_of_the_stream_ends_the_run(plain: ModelSpec) -> None:
         with pytest.raises(OSError, match="the disk is gone"):
             made.run(stream())
         kept = made.matrix
-        # the next chunk is read while one runs: that one is not waited for
-        assert 2 <= kept.chunk_count <= 3
+        # the stream is read ahead while a chunk runs, and that one may not count
+        assert 1 <= kept.chunk_count <= 3
         assert_same_data(made.run(chunks, max_chunks=kept.chunk_count), kept)
 
 

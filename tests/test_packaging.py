@@ -81,7 +81,9 @@ def test_the_engine_is_found_by_a_relative_rpath(wheel: Path, tmp_path: Path) ->
         dynamic = subprocess.run(
             ["readelf", "-d", library], check=True, capture_output=True, text=True
         ).stdout
-        return next(line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "PATH" in line)
+        return next(
+            line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "PATH" in line
+        )
 
     for module in (tmp_path / "imatrix").glob("*.so"):
         assert rpath(module) == "$ORIGIN/lib"
@@ -131,7 +133,10 @@ def test_importing_an_unbuilt_tree_says_what_to_run(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert result.stdout == "0\n", result.stderr
-    assert "ImportError: imatrix.Collector needs the native part, which is not built here" in result.stderr
+    assert (
+        "ImportError: imatrix.Collector needs the native part, which is not built here"
+        in result.stderr
+    )
     assert "pip install ." in result.stderr
     assert "make dev" in result.stderr
 

@@ -414,7 +414,7 @@ def test_interrupting_ends_it_after_the_tensor_at_hand(
 
     target = tmp_path / "q.gguf"
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, target, "IQ1_S", imatrix=matrix_file, n_threads=1, progress=interrupt)
+        quantize(model, target, "IQ2_XXS", imatrix=matrix_file, n_threads=1, progress=interrupt)
     assert seen[-1] < len(tensors_of(model))
     assert list(tmp_path.iterdir()) == []
 

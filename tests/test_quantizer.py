@@ -14,8 +14,8 @@ from imatrix import Collector, ImportanceMatrix
 
 HEADS: list[Arch] = ["qwen35", "glm4moe", "qwen35moe"]
 N_CTX = 128
-# IQ2_XXS takes seconds a million weights; qwen35's one layer is a recurrent one
-SMALL: dict[str, Any] = {"n_layer": 1, "n_nextn": 1, "shared_head_head": True, "n_ff": 256}
+# IQ2_XXS takes seconds a million weights
+SMALL: dict[str, Any] = {"n_nextn": 1, "shared_head_head": True, "n_ff": 256}
 EXPERTS: dict[str, Any] = {"n_expert": 3, "n_expert_used": 2}
 
 

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 try:
     import tomllib
@@ -63,7 +64,7 @@ def check_archive(path: Path, expected: str) -> None:
         )
 
 
-def download(pin: dict, into: Path) -> Path:
+def download(pin: dict[str, Any], into: Path) -> Path:
     """Download the archive with pip into folder `into`, hash-checked; return its path."""
     requirement = f"{pin['package']}=={pin['version']}"
     # Not ":all:": that reaches into pip's isolated build environment and compiles CMake
@@ -72,7 +73,7 @@ def download(pin: dict, into: Path) -> Path:
                "--disable-pip-version-check", "--no-binary", pin["package"],
                "--dest", str(into), requirement]  # fmt: skip
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    archive = into / pin["archive"]
+    archive = into / str(pin["archive"])
     if result.returncode != 0 or not archive.is_file():
         raise FetchError(
             f"could not download the source of {requirement}:\n{result.stdout.strip()}\n"
@@ -83,19 +84,19 @@ def download(pin: dict, into: Path) -> Path:
     return archive
 
 
-def obtain(pin: dict) -> Path:
+def obtain(pin: dict[str, Any]) -> Path:
     """The archive in the cache, downloading it on the first call."""
-    cached = cache_dir() / pin["archive"]
+    cached = cache_dir() / str(pin["archive"])
     if cached.is_file():
         check_archive(cached, pin["sha256"])
         return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
-        os.replace(download(pin, Path(temporary)), cached)
+        download(pin, Path(temporary)).replace(cached)
     return cached
 
 
-def unpack(archive: Path, pin: dict, target: Path) -> None:
+def unpack(archive: Path, pin: dict[str, Any], target: Path) -> None:
     """Unpack the kept paths of the archive to `target`, all or nothing."""
     prefix = pin["folder"] + "/"
     keep = tuple(pin["keep"]) + tuple(pin["keep_for_tests"])
@@ -106,7 +107,7 @@ def unpack(archive: Path, pin: dict, target: Path) -> None:
             for member in tar:
                 if not member.isfile() or not member.name.startswith(prefix):
                     continue
-                name = member.name[len(prefix):]
+                name = member.name[len(prefix) :]
                 if not any(name == k or name.startswith(k + "/") for k in keep):
                     continue
                 if ".." in Path(name).parts:
@@ -117,21 +118,21 @@ def unpack(archive: Path, pin: dict, target: Path) -> None:
                 assert source is not None
                 with source, destination.open("wb") as out:
                     shutil.copyfileobj(source, out)
-                os.chmod(destination, 0o755 if member.mode & 0o100 else 0o644)
+                destination.chmod(0o755 if member.mode & 0o100 else 0o644)
                 # the archive's times, so that unpacking again rebuilds nothing
                 os.utime(destination, (member.mtime, member.mtime))
         if not (staging / "CMakeLists.txt").is_file():
             raise FetchError(f"{archive} holds no {prefix}CMakeLists.txt")
         (staging / STAMP).write_text(fingerprint(pin))
-        os.chmod(staging, 0o755)
+        staging.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        os.replace(staging, target)
+        staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def fingerprint(pin: dict) -> str:
+def fingerprint(pin: dict[str, Any]) -> str:
     """What vendor/llama.cpp/ was made from: a changed pin or keep list unpacks again."""
     kept = hashlib.sha256("\n".join(pin["keep"] + pin["keep_for_tests"]).encode()).hexdigest()
     return f"{pin['sha256']} {kept}\n"
@@ -141,11 +142,12 @@ def source(target: Path) -> Path:
     """Make sure that `target` holds the pinned source; return it."""
     pin = tomllib.loads(PIN.read_text())
     stamp = target / STAMP
-    if stamp.is_file() and stamp.read_text().split()[:1] == [pin["sha256"]]:
-        # our sdist carries the build's part of the source with the stamp, so a shorter
-        # keep list is fine there: only a checkout unpacks again when the list changes
-        if stamp.read_text() == fingerprint(pin) or not (HERE.parent / ".git").exists():
-            return target
+    made_from = stamp.read_text() if stamp.is_file() else ""
+    # our sdist carries the build's part of the source with the stamp, so a shorter keep list
+    # is fine there: only a checkout unpacks again when the list changes
+    in_sdist = not (HERE.parent / ".git").exists()
+    if made_from == fingerprint(pin) or (in_sdist and made_from.split()[:1] == [pin["sha256"]]):
+        return target
     unpack(obtain(pin), pin, target)
     return target
 

@@ -2,6 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 
@@ -57,6 +58,7 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         int64_t n_nextn
         int64_t split_count
         vector[FileTensor] tensors
+        vector[pair[string, int64_t]] integers
 
     Status read_model_file(const string & path, ModelFile & out)
 

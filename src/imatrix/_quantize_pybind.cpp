@@ -36,6 +36,13 @@ struct Watch {
 
 thread_local Watch * t_watch = nullptr;
 
+struct Watching {
+    explicit Watching(Watch & watch) { t_watch = &watch; }
+    ~Watching() { t_watch = nullptr; }
+    Watching(const Watching &)             = delete;
+    Watching & operator=(const Watching &) = delete;
+};
+
 std::mutex                     g_install;
 std::atomic<ggml_log_callback> g_next{nullptr}; // whoever had the log before
 std::atomic<void *>            g_next_data{nullptr};
@@ -96,7 +103,7 @@ py::dict tensor_types() {
     for (int value = 0; value < GGML_TYPE_COUNT; ++value) {
         const auto   type   = static_cast<ggml_type>(value);
         const auto * traits = ggml_get_type_traits(type);
-        const bool   plain  = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+        const bool plain = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
         // q8_1 and q8_K exist only as the other side of a dot product: nothing reads them back
         if (plain || (ggml_is_quantized(type) && traits->to_float != nullptr)) {
             out[py::str(ggml_type_name(type))] =
@@ -111,7 +118,8 @@ std::pair<int64_t, int64_t> tensor_totals(const std::string & path) {
     struct Free {
         void operator()(gguf_context * ctx) const { gguf_free(ctx); }
     };
-    const std::unique_ptr<gguf_context, Free> file(gguf_init_from_file(path.c_str(), {true, nullptr}));
+    const std::unique_ptr<gguf_context, Free> file(
+        gguf_init_from_file(path.c_str(), {true, nullptr}));
     if (file == nullptr) {
         throw std::runtime_error(path + ": not a GGUF file");
     }
@@ -176,9 +184,8 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
     {
         const py::gil_scoped_release release;
         listen_to_log();
-        t_watch = &watch;
-        failed  = llama_model_quantize(src.c_str(), dst.c_str(), &params);
-        t_watch = nullptr;
+        const Watching watching(watch);
+        failed = llama_model_quantize(src.c_str(), dst.c_str(), &params);
     }
     if (failed != 0) {
         throw std::runtime_error(watch.errors);

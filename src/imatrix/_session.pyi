@@ -10,6 +10,7 @@ class ModelHeader(TypedDict):
     n_nextn: int
     split_count: int
     tensors: dict[str, tuple[int, ...]]
+    integers: dict[str, int]
 
 class DeviceInfo(TypedDict):
     backend: str
@@ -59,7 +60,9 @@ class Model:
     def bos(self) -> int: ...
     @property
     def description(self) -> str: ...
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]: ...
+    def tokenize(
+        self, text: str, *, add_special: bool, parse_special: bool
+    ) -> NDArray[np.int32]: ...
 
 class Session:
     model: Model

@@ -92,6 +92,7 @@ def model_file(path):
         "split_count": found.split_count,
         "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
                     for t in found.tensors},
+        "integers": {_text(i.first): i.second for i in found.integers},
     }
 
 

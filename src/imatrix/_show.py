@@ -198,14 +198,15 @@ def render(
     console: Console, matrix: ImportanceMatrix, file: str, *, every_weight: bool = False
 ) -> None:
     """Print a summary, then the trunk's and the head's weights in tables."""
-    console.print(Text(file, "bold") + Text(f": GGUF importance matrix, {weights_told(matrix)}"))
+    title = Text(file, "bold") + Text(f": GGUF importance matrix, {weights_told(matrix)}")
+    console.print(title, soft_wrap=True)
     for label, text in _facts(matrix).items():
-        console.print(Text(f"  {label:<10} ", "dim") + Text(text))
+        console.print(Text(f"  {label:<10} ", "dim") + Text(text), soft_wrap=True)
     parts: Mapping[str, ImportanceMatrix] = {"trunk": matrix.trunk, "head": matrix.head}
-    for title, part in parts.items():
+    for heading, part in parts.items():
         if part:
             console.print()
-            console.print(_table(title, lines(part, every_weight=every_weight)))
+            console.print(_table(heading, lines(part, every_weight=every_weight)))
     console.print(Text(_LEGEND, "dim"))
 
 

@@ -69,11 +69,16 @@ class Terminal:
         self.warn(str(message))
 
 
+# The head's tensors are unused whenever the trunk runs alone; and chunks side by side get
+# somewhat more room than they need where their length is no multiple of 256 (llama_context).
+_NO_NEWS = ("unused tensor", "n_ctx is not divisible by n_seq_max")
+
+
 class _EngineLog(logging.Handler):
     """The engine's log on stderr.
 
-    Unless the terminal is verbose, only what is news: an error comes back as an exception that
-    carries it, and the head's tensors are unused whenever the trunk runs alone.
+    Unless the terminal is verbose, only what is news; errors come back as exceptions that carry
+    them.
     """
 
     def __init__(self, terminal: Terminal) -> None:
@@ -84,7 +89,7 @@ class _EngineLog(logging.Handler):
         line = record.getMessage()
         if self._terminal.verbose:
             self._terminal.note(line)
-        elif record.levelno == logging.WARNING and "unused tensor" not in line:
+        elif record.levelno == logging.WARNING and not any(known in line for known in _NO_NEWS):
             self._terminal.warn(f"engine: {line.strip()}")
 
 

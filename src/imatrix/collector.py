@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from imatrix import _session, corpus
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
+from imatrix.architectures import check_head, check_trunk
 from imatrix.errors import ModelError, NonFiniteError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 from imatrix.model_file import ModelFile
@@ -141,6 +142,7 @@ class Collector:
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
         self._file = ModelFile.read(model)
+        check_trunk(self._file)
         self._head_file = self._file
         if mtp_model is not None:
             self._head_file = ModelFile.read(mtp_model)
@@ -443,7 +445,7 @@ class Collector:
     def _load(self, head: bool) -> _session.Model:
         """The trunk's model; with `head` the head's is in _head_model, else None is."""
         if head:
-            self._head_file.check_head()
+            check_head(self._head_file)
         bundled = head and self._head_file is self._file
         if self._model is None or (bundled and not self._loaded_mtp):
             self._session = None

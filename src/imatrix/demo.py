@@ -110,7 +110,6 @@ def _heading(terminal: Terminal, number: int, text: str) -> None:
 
 def _collect(terminal: Terminal, model: Path, target: Path, *, mtp: bool) -> Path:
     text = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
-    # in memory, the text has no name; Path would give one, but a package may lie in an archive
     with (
         imatrix.Collector(model) as collector,
         CollectProgress(terminal, "   collecting", every=0) as bar,

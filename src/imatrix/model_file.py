@@ -26,6 +26,7 @@ class ModelFile:
         n_trunk: trunk blocks, `blk.0` to `blk.<n_trunk - 1>`.
         n_nextn: MTP/NextN head blocks that the metadata claims, `blk.<n_trunk>` on.
         tensors: shape by tensor name, ggml order: the row length first.
+        integers: the architecture's own whole-number keys, without its name in front.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class ModelFile:
     n_trunk: int
     n_nextn: int
     tensors: Mapping[str, tuple[int, ...]]
+    integers: Mapping[str, int]
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -69,24 +71,8 @@ class ModelFile:
             n_trunk=header["block_count"] - n_nextn,
             n_nextn=n_nextn,
             tensors=tensors,
+            integers=header["integers"],
         )
-
-    def check_head(self) -> None:
-        """Raise ModelError naming the first tensor of the head that the metadata claims and the
-        file lacks.
-
-        The engine takes a file without nextn.eh_proj for a trunk, loads it, and ends the process
-        when a context for the head is made (src/models/glm4-moe.cpp, deepseek2.cpp).
-        """
-        for block in range(self.n_trunk, self.n_trunk + self.n_nextn):
-            for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm"):
-                name = f"blk.{block}.{tensor}.weight"
-                if name not in self.tensors:
-                    raise ModelError(
-                        f"{self.path}: the metadata claim {self.n_nextn} MTP head block(s), but "
-                        f"the tensor {name} is missing. Was the file converted without the head? "
-                        "Convert it again with it, or collect the trunk alone (mtp=False)."
-                    )
 
 
 def _other_parts(first: Path, split_count: int) -> list[Path]:

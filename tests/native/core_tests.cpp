@@ -298,7 +298,7 @@ void check_session(const std::string & path) {
 
     std::vector<double> first;
     for (int round = 0; round < 2; ++round) {
-        Session session(model);
+        Session session(model, &model);
         status = session.open(params);
         CHECK(status.ok());
         if (!status.ok()) {

@@ -1,0 +1,95 @@
+"""What the engine can run of a model, checked on its header before anything is loaded.
+
+The engine asserts a good deal while it builds a graph, and an assertion ends the process. What
+is known to end that way is refused here first, with the condition in words.
+"""
+
+from __future__ import annotations
+
+from imatrix.errors import ModelError
+from imatrix.model_file import ModelFile
+
+# Architectures whose graph for a head runs one head block only: GGML_ASSERT(n_layer_nextn == 1)
+# in the graph_mtp of src/models/<architecture>.cpp. hy_v3, mimo2 and step35 run several.
+_ONE_HEAD = frozenset(
+    {
+        "bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "glm4moe",
+        "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next",
+    }
+)  # fmt: skip
+# Architectures that carry a head which the engine has no graph for: build_arch_graph in
+# src/models/<architecture>.cpp gives the trunk's, or throws.
+_NO_HEAD_GRAPH = frozenset(
+    {"bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4", "glm5-next"}
+)
+# Hybrids whose memory needs a recurrent layer in the trunk (src/llama-memory-hybrid.cpp)
+_HYBRIDS = frozenset({"qwen35", "qwen35moe", "qwen3next"})
+
+
+def check_trunk(file: ModelFile) -> None:
+    """Refuse a file that the engine could not run a trunk of.
+
+    Raises:
+        ModelError: it holds a head alone, or lacks what the engine asserts.
+    """
+    if file.architecture == "gemma4-assistant":
+        raise ModelError(
+            f"{file.path}: gemma4-assistant is a draft head, not a model of its own; give the "
+            "gemma4 model as the model and this file as mtp_model"
+        )
+    blocks = {int(name.split(".")[1]) for name in file.tensors if name.startswith("blk.")}
+    if file.n_trunk > 0 and 0 not in blocks:
+        raise ModelError(
+            f"{file.path}: no tensor of block 0; the file holds "
+            + ("a head alone: give its trunk as the model and this file as mtp_model"
+               if file.n_nextn else "no trunk")
+        )  # fmt: skip
+    if file.architecture in _HYBRIDS and not any(".ssm_" in name for name in file.tensors):
+        raise ModelError(
+            f"{file.path}: {file.architecture} without a recurrent layer; the engine's hybrid "
+            "memory needs at least one (a layer with ssm_* tensors) and would end the process"
+        )
+
+
+def check_head(file: ModelFile) -> None:
+    """Refuse a head that the engine could not run, in the file that holds it.
+
+    The engine takes a file without nextn.eh_proj for a trunk, loads it, and ends the process
+    when a context for the head is made (src/models/glm4-moe.cpp, deepseek2.cpp).
+
+    Raises:
+        ModelError: no graph for it, more head blocks than the graph runs, or a tensor that the
+            metadata claim is missing: the first one is named.
+    """
+    if file.architecture in _NO_HEAD_GRAPH:
+        raise ModelError(
+            f"{file.path}: the engine has no graph for the MTP head of {file.architecture}, so "
+            "nothing can reach its weights; collect the trunk alone (mtp=False) and keep the head "
+            "at a type that needs no data"
+        )
+    if file.architecture in _ONE_HEAD and file.n_nextn > 1:
+        raise ModelError(
+            f"{file.path}: {file.n_nextn} MTP head blocks, but the engine's graph for "
+            f"{file.architecture} runs 1; collect the trunk alone (mtp=False)"
+        )
+    if file.architecture == "gemma4-assistant":
+        return  # blocks of another make; a missing tensor is an error of the engine's loader
+    for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
+        for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm"):
+            name = f"blk.{block}.{tensor}.weight"
+            if name not in file.tensors:
+                raise ModelError(
+                    f"{file.path}: the metadata claim {file.n_nextn} MTP head block(s), but the "
+                    f"tensor {name} is missing. Was the file converted without the head? Convert "
+                    "it again with it, or collect the trunk alone (mtp=False)."
+                )
+    key_length = file.integers.get("attention.key_length")
+    indexer = file.integers.get("attention.indexer.key_length")
+    if file.architecture == "deepseek4" and key_length is not None and key_length == indexer:
+        # a division by zero in llama_kv_cache::build_input_k_rot (src/llama-kv-cache.cpp): the
+        # head's cache has no layer of its own, and the rotation of its keys is forced on
+        raise ModelError(
+            f"{file.path}: attention.key_length and attention.indexer.key_length are both "
+            f"{indexer}; the engine ends the process on that when it makes the context for a "
+            "deepseek4 head. Collect the trunk alone (mtp=False)."
+        )
