@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -38,8 +38,8 @@ def model_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def native(model_name: str) -> Iterator[_session.Model]:
-    yield _session.Model(
+def native(model_name: str) -> _session.Model:
+    return _session.Model(
         str(models.model(model_name)), mtp=True, n_gpu_layers=-1, use_mmap=True, check_tensors=False
     )
 

@@ -109,7 +109,7 @@ def test_the_tensor_types_are_those_that_ggml_can_write() -> None:
         ("IQ2_XXS", {}, []),
         ("Q2_K_S", {}, []),
         ("Q4_K_M", {"imatrix": None}, []),
-        ("IQ3_XXS", {"quantize_output": False}, ["--leave-output-tensor"]),
+        ("Q3_K_M", {"quantize_output": False}, ["--leave-output-tensor"]),
         ("Q4_0", {"pure": True}, ["--pure"]),
         (
             "IQ2_XXS",

@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10: pip brings its own copy of the same parser
-    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+else:  # pip brings its own copy of the same parser
+    from pip._vendor import tomli as tomllib
 
 HERE = Path(__file__).resolve().parent
 PIN = HERE / "llama.cpp.toml"

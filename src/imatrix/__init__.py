@@ -24,8 +24,9 @@ from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 
 if TYPE_CHECKING:
     from imatrix.backends import Backends, Device, backends
-    from imatrix.collector import Collector, Perplexity, Progress
+    from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.model_file import ModelFile
+    from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.quantize import quantize
 
 __all__ = [
@@ -34,18 +35,23 @@ __all__ = [
     "Device",
     "EngineError",
     "Entry",
+    "ExtractReport",
     "FormatError",
+    "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
     "Perplexity",
+    "Plan",
     "Progress",
     "Provenance",
     "RowsMissingError",
     "__version__",
     "backends",
+    "extract_mtp",
+    "graft_mtp",
     "quantize",
 ]
 
@@ -57,8 +63,13 @@ _NATIVE = {
     "backends": "backends",
     "Collector": "collector",
     "Perplexity": "collector",
+    "Plan": "collector",
     "Progress": "collector",
     "ModelFile": "model_file",
+    "ExtractReport": "mtp_files",
+    "GraftReport": "mtp_files",
+    "extract_mtp": "mtp_files",
+    "graft_mtp": "mtp_files",
     "quantize": "quantize",
 }
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,6 +60,27 @@ class Progress:
     tokens: int
     seconds: float
     perplexity: Perplexity | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would collect, read off the engine's graphs without running them.
+
+    Attributes:
+        trunk, head: rows a token by weight name, for the weights that the graph multiplies;
+            0 where rows do not follow the tokens (a compressed sequence).
+        never: weights of the model with two or more dimensions that no graph multiplies, so
+            that no data can reach them: lookup tables, convolution kernels, tensors that the
+            architecture's graph leaves out. With mtp=False the head's are among them.
+        trunk_outputs, head_outputs: whether every row is asked for logits, because the graph
+            keeps rows in its last layer only where an output is requested.
+    """
+
+    trunk: Mapping[str, int]
+    head: Mapping[str, int]
+    never: tuple[str, ...]
+    trunk_outputs: bool
+    head_outputs: bool
 
 
 class _Tally:
@@ -299,6 +320,54 @@ class Collector:
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
         """
+        model, with_head = self._prepare(mtp)
+        self._reset_run(_dataset_names(texts), with_head)
+        chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
+        first = next(chunks)  # bad text is an error before any context is made
+
+        session = self._open(model, with_head, process_output, perplexity)
+        self._session = session
+        self._drive(session, first, chunks, skip_chunks, total, progress)
+        return self.matrix
+
+    def plan(self, *, mtp: bool = False, process_output: bool = False) -> Plan:
+        """What run() would collect and what it never could. Loads the model, runs nothing.
+
+        Raises:
+            ModelError, ValueError, MemoryError: as run() does.
+        """
+        model, with_head = self._prepare(mtp)
+        session = self._open(model, with_head, process_output, False)
+        (trunk_outputs, trunk), (head_outputs, head) = (
+            session.plan["trunk"],
+            session.plan["head"],
+        )
+        tensors = self._file.tensors | self._head_file.tensors
+        never = tuple(
+            name
+            for name, shape in tensors.items()
+            if name.startswith("blk.") and len(shape) > 1 and name not in trunk and name not in head
+        )
+        return Plan(trunk, head, never, trunk_outputs, head_outputs)
+
+    def _open(
+        self, model: _session.Model, with_head: bool, process_output: bool, perplexity: bool
+    ) -> _session.Session:
+        session = _session.Session(model, self._head_model)
+        session.open(
+            n_ctx=self._n_ctx,
+            n_batch=self._n_batch,
+            n_ubatch=self._n_ubatch,
+            n_seq=self._n_seq,
+            n_threads=self._n_threads,
+            mtp=with_head,
+            process_output=process_output,
+            perplexity=perplexity,
+        )
+        return session
+
+    def _prepare(self, mtp: bool) -> tuple[_session.Model, bool]:
+        """The model, loaded for what was asked, and whether there is a head to collect."""
         if self._closed:
             raise ValueError("this Collector is closed")
         if mtp and self._n_seq != 1:
@@ -313,28 +382,10 @@ class Collector:
             warnings.warn(
                 f"{self._file.path.name} ({self.architecture}) has no MTP head "
                 "(nextn_predict_layers is absent or 0): collecting the trunk only",
-                stacklevel=2,
+                stacklevel=3,
             )
         with_head = mtp and self.n_nextn > 0
-        model = self._load(with_head)
-        self._reset_run(_dataset_names(texts), with_head)
-        chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
-        first = next(chunks)  # bad text is an error before any context is made
-
-        session = _session.Session(model, self._head_model)
-        session.open(
-            n_ctx=self._n_ctx,
-            n_batch=self._n_batch,
-            n_ubatch=self._n_ubatch,
-            n_seq=self._n_seq,
-            n_threads=self._n_threads,
-            mtp=with_head,
-            process_output=process_output,
-            perplexity=perplexity,
-        )
-        self._session = session
-        self._drive(session, first, chunks, skip_chunks, total, progress)
-        return self.matrix
+        return self._load(with_head), with_head
 
     def _drive(
         self,
