@@ -44,7 +44,7 @@ Chunks = Sequence[Sequence[int]]
 
 
 def ours(spec: ModelSpec, chunks: Chunks, **collector: Any) -> ImportanceMatrix:
-    with Collector(spec.path, n_threads=2, mtp=True, **collector) as made:
+    with Collector(spec.path, n_threads=1, mtp=True, **collector) as made:
         return made.run(chunks, mtp=True)
 
 
@@ -176,9 +176,9 @@ def test_wrong_pairings_fail_by_a_wide_margin(
     )
 
 
-def test_two_threads_or_one(forged: Forged, prose: str) -> None:
-    """Not to the bit, since the engine splits attention by threads, but as close as the oracle."""
+def test_two_threads(forged: Forged, prose: str) -> None:
+    """The other tests use one, so that a busy machine does not slow them down."""
     spec = forged("glm4moe", seed=SEEDS["glm4moe"], n_nextn=1)
     chunks = spec.chunks(prose, 128, 1)
-    with Collector(spec.path, n_ctx=128, n_threads=1) as collector:
+    with Collector(spec.path, n_ctx=128, n_threads=2) as collector:
         assert_agrees(collector.run(chunks, mtp=True), reference(spec, chunks), 2e-4)

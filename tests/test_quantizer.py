@@ -20,7 +20,7 @@ EXPERTS: dict[str, Any] = {"n_expert": 3, "n_expert_used": 2}
 
 
 def collected(spec: ModelSpec, text: Path, *, mtp: bool) -> ImportanceMatrix:
-    with Collector(spec.path, n_ctx=N_CTX, n_threads=2) as collector:
+    with Collector(spec.path, n_ctx=N_CTX, n_threads=1) as collector:
         return collector.run(text, mtp=mtp, max_chunks=8)
 
 
@@ -76,7 +76,7 @@ def test_the_quantized_model_runs(
         engine_tool("llama-quantize"),
         *("--imatrix", tmp_path / "ours.gguf", spec.path, out, "IQ2_XXS", "2"),
     )
-    with Collector(out, n_ctx=N_CTX, n_threads=2) as collector:
+    with Collector(out, n_ctx=N_CTX, n_threads=1) as collector:
         again = collector.run(prose_file, mtp=True, max_chunks=8)
     assert {name: entry.counts.tolist() for name, entry in again.items()} == {
         name: entry.counts.tolist() for name, entry in matrix.items()

@@ -22,7 +22,7 @@ def model(forged: Forged) -> Path:
 @pytest.fixture(scope="module")
 def halves(model: Path, prose_file: Path) -> tuple[ImportanceMatrix, ImportanceMatrix]:
     """Two matrices of one model, from different stretches of a text."""
-    with Collector(model, n_ctx=N_CTX, n_threads=2) as collector:
+    with Collector(model, n_ctx=N_CTX, n_threads=1) as collector:
         first = collector.run(prose_file, mtp=True, max_chunks=3)
         second = collector.run(prose_file, mtp=True, skip_chunks=3, max_chunks=4)
     return first, second
@@ -85,7 +85,7 @@ def test_their_own_file_is_read(
     run_tool(
         engine_tool("llama-imatrix"),
         *("-m", model, "-f", prose_file, "-o", out, "--no-ppl", "-c", str(N_CTX)),
-        *("--chunks", "2", "-b", str(N_CTX), "-t", "2"),
+        *("--chunks", "2", "-b", str(N_CTX), "-t", "1"),
     )
     matrix = ImportanceMatrix.load(out)
     raw = stored(out)
@@ -115,7 +115,7 @@ def test_merging_is_what_theirs_does(halves, through, tmp_path: Path) -> None:
 
 
 def test_merging_is_what_one_run_gives(halves, model: Path, prose_file: Path) -> None:
-    with Collector(model, n_ctx=N_CTX, n_threads=2) as collector:
+    with Collector(model, n_ctx=N_CTX, n_threads=1) as collector:
         whole = collector.run(prose_file, mtp=True, max_chunks=7)
     merged = halves[0] + halves[1]
     assert set(merged) == set(whole)
