@@ -37,6 +37,10 @@ bool is_wanted(const char * name, bool output_weight) {
     if (length > 4 && std::memcmp(start, "blk.", 4) == 0) {
         return true;
     }
+    // gemma4-assistant: its projections belong to no block
+    if (length > 6 && std::memcmp(start, "nextn.", 6) == 0) {
+        return true;
+    }
     return output_weight && length == 13 && std::memcmp(start, "output.weight", 13) == 0;
 }
 
@@ -64,7 +68,8 @@ std::string plain_name(const char * name) {
     return std::string(start, length);
 }
 
-std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight) {
+std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
+                                           const std::string & prefix) {
     std::vector<PlannedWeight> plan;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
@@ -72,7 +77,7 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
             !is_wanted(node->src[0]->name, output_weight)) {
             continue;
         }
-        const std::string name = plain_name(node->src[0]->name);
+        const std::string name = prefix + plain_name(node->src[0]->name);
         const auto known = std::find_if(plan.begin(), plan.end(),
                                         [&](const PlannedWeight & w) { return w.name == name; });
         if (known != plan.end()) {
@@ -105,8 +110,9 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
 
 void EvalHook::begin_chunk() { error_ = {}; }
 
-void EvalHook::begin_decode(bool output_weight) {
+void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
     output_weight_ = output_weight;
+    prefix_        = prefix;
     ++graph_;
     activations_.clear();
 }
@@ -131,7 +137,7 @@ bool EvalHook::ask(ggml_tensor * node) {
     if (rows == 0) {
         return false; // a last layer cropped to no output rows
     }
-    const size_t weight = sums_.weight(plain_name(node->src[0]->name));
+    const size_t weight = sums_.weight(prefix_ + plain_name(node->src[0]->name));
     seen_in_.resize(sums_.weights().size(), 0);
     if (seen_in_[weight] == graph_) {
         // One decode runs one graph per ubatch, and the same tensor addresses come again:
@@ -312,7 +318,7 @@ void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
 // Called after a node that ask() wanted has run and its backend was synchronized.
 void EvalHook::collect(ggml_tensor * node) {
     ++counters_.stops;
-    const size_t weight = sums_.weight(plain_name(node->src[0]->name));
+    const size_t weight = sums_.weight(prefix_ + plain_name(node->src[0]->name));
     const Shape  shape  = shape_of(node);
     if (node->src[1]->nb[0] != sizeof(float)) {
         fail(Failure::bad_layout, sums_.weights()[weight].name);

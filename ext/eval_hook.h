@@ -44,7 +44,9 @@ struct PlannedWeight {
     std::string name;
     int64_t     rows = 0; // rows, or (row, expert) pairs
 };
-std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight);
+// `prefix` is put before every name (see EvalHook::begin_decode).
+std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
+                                           const std::string & prefix);
 
 // "CUDA0#blk.0.attn_k.weight#0" -> "blk.0.attn_k.weight"; other names stay.
 // The scheduler decorates copies of tensors this way (ggml-backend.cpp).
@@ -57,8 +59,10 @@ public:
     // Matches ggml_backend_sched_eval_callback; user_data is the EvalHook.
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
-    void begin_chunk();                    // forgets the last chunk's error
-    void begin_decode(bool output_weight); // before every llama_process: a new graph comes
+    void begin_chunk(); // forgets the last chunk's error
+    // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
+    // its own, whose block numbers start again at 0, apart from the trunk's.
+    void begin_decode(bool output_weight, const std::string & prefix = {});
     void set_enabled(bool enabled) { enabled_ = enabled; }
     bool enabled() const { return enabled_; }
     // Off for graphs that only prepare keys and values.
@@ -84,7 +88,6 @@ private:
     void collect(ggml_tensor * node);
     void forget(const ggml_tensor * computed);
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
-    bool wanted(const char * name) const;
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
     void         add_rows(size_t weight, int64_t mat);
@@ -98,6 +101,7 @@ private:
     bool         observing_     = true;
     bool         grouping_      = true;
     bool         output_weight_ = false;
+    std::string  prefix_;
 
     uint64_t                                graph_ = 0; // which graph execution this is
     std::vector<uint64_t>                   seen_in_;   // per weight: the graph it was last seen in

@@ -84,6 +84,15 @@ bool Model::add_bos() const {
 }
 int32_t Model::bos() const { return llama_vocab_bos(llama_model_get_vocab(model_.get())); }
 
+// The architecture whose context the engine gives its trunk's memory (llama-model.cpp,
+// create_memory): the engine's driver learns it from the context it made, we need it before.
+bool Model::shares_memory() const {
+    char architecture[64] = "";
+    llama_model_meta_val_str(model_.get(), "general.architecture", architecture,
+                             sizeof architecture);
+    return std::strcmp(architecture, "gemma4-assistant") == 0;
+}
+
 std::string Model::description() const {
     char text[128];
     llama_model_desc(model_.get(), text, sizeof text);
@@ -158,12 +167,13 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     if (head) {
         engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
         engine.ctx_other = trunk_.get();
-        if (n_heads_ > 1) { // see run_later_head
-            engine.kv_unified    = true;
-            engine.n_seq_max     = kSlotsTogether + 1;
-            engine.n_ctx         = static_cast<uint32_t>(params_.n_ctx + kSlotsTogether * n_heads_);
-            engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
-        }
+    }
+    if (sharing_ || (head && n_heads_ > 1)) { // see run_later_head, run_sharing_head
+        engine.kv_unified    = true;
+        engine.n_seq_max     = kSlotsTogether + 1;
+        engine.n_ctx         = static_cast<uint32_t>(params_.n_ctx +
+                                             (sharing_ ? 0 : kSlotsTogether * n_heads_));
+        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
     }
     out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
     if (out == nullptr) {
@@ -189,6 +199,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     plan               = {};
     const bool output  = params_.process_output && !head;
     const bool gives_h = head ? n_heads_ > 1 : params_.mtp;
+    const std::string prefix = head && sharing_ ? kForeignHead : "";
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
     const int32_t n_tokens  = kProbeTokens * n_seq;
@@ -199,7 +210,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (graph == nullptr) {
             return false;
         }
-        for (PlannedWeight & weight : planned_weights(graph, output)) {
+        for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
         }
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
@@ -262,6 +273,7 @@ Status Session::open(const SessionParams & params) {
     trunk_.reset();
     params_  = params;
     n_heads_ = 0;
+    sharing_ = false;
 
     Status status;
     if (params.mtp && head_model_ == nullptr) {
@@ -269,7 +281,8 @@ Status Session::open(const SessionParams & params) {
     }
     try {
         if (status.ok() && params.mtp) {
-            n_heads_  = head_model_->n_nextn();
+            sharing_  = head_model_->shares_memory();
+            n_heads_  = sharing_ ? 1 : head_model_->n_nextn(); // all its blocks in one graph
             n_embd_h_ = llama_model_n_embd_out(model_.get());
         }
         if (status.ok()) {
@@ -282,7 +295,9 @@ Status Session::open(const SessionParams & params) {
             status = open_context(true, false, head_, head_plan_);
         }
         for (int32_t i = 0; i < n_heads_ && status.ok(); ++i) {
-            const std::string block = "blk." + std::to_string(head_model_->n_trunk() + i) + ".";
+            const std::string block =
+                sharing_ ? std::string(kForeignHead) + "blk.0."
+                         : "blk." + std::to_string(head_model_->n_trunk() + i) + ".";
             const bool runs = std::any_of(head_plan_.weights.begin(), head_plan_.weights.end(),
                                           [&](const PlannedWeight & w) {
                                               return w.name.compare(0, block.size(), block) == 0;
@@ -481,7 +496,7 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
             }
             llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
         }
-        hook_.begin_decode(false);
+        hook_.begin_decode(false, sharing_ ? kForeignHead : "");
         hook_.set_observing(observed);
         const int32_t rc = llama_process(head_.get(), LLAMA_PROCESS_TYPE_DECODE, head_batch_.get());
         hook_.set_observing(true);
@@ -504,6 +519,9 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
 
 // Runs every head layer over the chunk, whose trunk rows are in states_[0].
 Status Session::run_heads(const int32_t * tokens, int32_t n_tokens) {
+    if (sharing_) {
+        return run_sharing_head(tokens, n_tokens);
+    }
     const size_t         n = static_cast<size_t>(n_embd_h_);
     std::vector<HeadRow> rows;
     for (int32_t p = 0; p < n_tokens; ++p) {
@@ -570,13 +588,44 @@ Status Session::run_later_head(int32_t head, const int32_t * tokens, int32_t n_t
     return {};
 }
 
+// A head without keys and values of its own, which reads those of the trunk. The engine drafts
+// with it at the position of a token that the trunk has not seen yet (common/speculative.cpp,
+// is_mem_shared: id_last at pos0, state of pos0-1), so slot p must see the trunk's cells up to
+// p-1 and no more: a sequence of its own that shares those. Slot 0 has none to see, and the
+// engine never drafts there: it is left out.
+Status Session::run_sharing_head(const int32_t * tokens, int32_t n_tokens) {
+    const llama_memory_t memory   = llama_get_memory(trunk_.get());
+    const size_t         n        = static_cast<size_t>(n_embd_h_);
+    const int32_t        together = std::min(kSlotsTogether, params_.n_batch);
+    std::vector<HeadRow> rows;
+    for (int32_t first = 1; first < n_tokens; first += together) {
+        const int32_t end = std::min(first + together, n_tokens);
+        rows.clear();
+        for (int32_t p = first; p < end; ++p) {
+            llama_memory_seq_cp(memory, 0, 1 + p - first, 0, p);
+            rows.push_back({tokens[p], p, 1 + p - first,
+                            states_[0].data() + static_cast<size_t>(p) * n});
+        }
+        const Status status = feed_head(rows, true, nullptr);
+        for (int32_t seq = 1; seq <= end - first; ++seq) {
+            llama_memory_seq_rm(memory, seq, -1, -1);
+        }
+        if (!status.ok()) {
+            return status;
+        }
+    }
+    return {};
+}
+
 // Every weight that the graphs multiply must have seen every row of the chunk.
 Status Session::check_rows(int64_t n_tokens) const {
     for (const GraphPlan * plan : {&trunk_plan_, &head_plan_}) {
         for (const PlannedWeight & planned : plan->weights) {
             const size_t  index = sums_.find(planned.name);
             const int64_t seen  = index == Sums::npos ? 0 : sums_.weights()[index].pending_rows;
-            const int64_t want  = planned.rows * n_tokens;
+            // a head that shares the trunk's memory has no slot 0
+            const bool    short_by_one = sharing_ && plan == &head_plan_;
+            const int64_t want         = planned.rows * (n_tokens - (short_by_one ? 1 : 0));
             if (seen == want && seen > 0) {
                 continue;
             }

@@ -38,6 +38,7 @@ public:
     int32_t       n_ctx_train() const;
     bool          has_tokenizer() const;
     bool          has_decoder() const;
+    bool          shares_memory() const; // a head that reads its trunk's keys and values
     bool          add_bos() const;
     int32_t       bos() const;
     std::string   description() const;
@@ -51,6 +52,10 @@ private:
     };
     std::unique_ptr<llama_model, Free> model_;
 };
+
+// Put before the weights of a head that is a model of its own kind (gemma4-assistant): its
+// blocks are numbered from 0 like the trunk's.
+inline constexpr const char * kForeignHead = "mtp:";
 
 struct SessionParams {
     int32_t n_ctx          = 512; // tokens a chunk
@@ -139,6 +144,7 @@ private:
     Status run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
     Status feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
     Status after_decode(int32_t rc, const char * which);
+    Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
     Status check_rows(int64_t n_tokens) const;
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
                  const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
@@ -154,7 +160,8 @@ private:
     BatchPtr      head_batch_;
     GraphPlan     trunk_plan_;
     GraphPlan     head_plan_;
-    int32_t       n_heads_  = 0;
+    int32_t            n_heads_  = 0; // graphs of the head, one after the other
+    bool               sharing_  = false; // the head shares the trunk's memory
     int32_t       n_embd_h_ = 0; // width of the rows that go from the trunk to the head
     // states_[d] row p is the state of slot p at depth d: zeros for slot 0; then at depth 0 the
     // trunk's row of slot p-1, at depth d the row that head d-1 gave for slot p-1.

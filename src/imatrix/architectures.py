@@ -93,3 +93,24 @@ def check_head(file: ModelFile) -> None:
             f"{indexer}; the engine ends the process on that when it makes the context for a "
             "deepseek4 head. Collect the trunk alone (mtp=False)."
         )
+
+
+def check_assistant(trunk: ModelFile, assistant: ModelFile) -> None:
+    """Refuse a gemma4-assistant file that does not fit its gemma4 model.
+
+    Raises:
+        ModelError: another architecture, or rows of another width than the assistant takes
+            (embedding_length_out, src/models/gemma4-assistant.cpp).
+    """
+    if trunk.architecture != "gemma4":
+        raise ModelError(
+            f"{assistant.path}: gemma4-assistant drafts for gemma4; the model {trunk.path.name} "
+            f"is {trunk.architecture}"
+        )
+    takes = assistant.integers.get("embedding_length_out")
+    gives = trunk.integers.get("embedding_length")
+    if takes != gives:
+        raise ModelError(
+            f"{assistant.path}: takes rows of {takes} values (embedding_length_out), "
+            f"{trunk.path.name} gives rows of {gives} (embedding_length)"
+        )

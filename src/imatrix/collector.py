@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from imatrix import _session, corpus
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
-from imatrix.architectures import check_head, check_trunk
+from imatrix.architectures import check_assistant, check_head, check_trunk
 from imatrix.errors import ModelError, NonFiniteError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 from imatrix.model_file import ModelFile
 from imatrix.mtp_files import check_fit
 
 Scores = list[tuple[float, float, int]]
+
+_FOREIGN_HEAD = "mtp:"  # kForeignHead in ext/session.h
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,10 @@ class Collector:
                     f"{self._head_file.path}: no MTP head in it (nextn_predict_layers is absent "
                     "or 0); give the head's own file as mtp_model, such as imatrix extract-mtp makes"
                 )
-            check_fit(self._file, self._head_file)
+            if self._head_file.architecture == "gemma4-assistant":
+                check_assistant(self._file, self._head_file)
+            else:
+                check_fit(self._file, self._head_file)
         self._n_ctx = n_ctx
         # a larger batch than a group of chunks is never filled
         self._n_batch = min(n_ctx * n_seq, n_ctx * n_seq if n_batch is None else n_batch)
@@ -213,11 +218,27 @@ class Collector:
 
         After an error or KeyboardInterrupt in run() it holds every chunk that was complete.
         """
+        return self._matrix_of("")
+
+    @property
+    def mtp_matrix(self) -> ImportanceMatrix | None:
+        """What was collected of a head that is a model of its own kind, for its own file.
+
+        gemma4-assistant numbers its blocks from 0 as the trunk does, so that the two cannot share
+        a matrix. None for every other head: its entries are in `matrix`.
+        """
+        if self._head_file.architecture != "gemma4-assistant" or not self._with_head:
+            return None
+        return self._matrix_of(_FOREIGN_HEAD)
+
+    def _matrix_of(self, prefix: str) -> ImportanceMatrix:
+        """The entries whose native names start with `prefix`, without it."""
         entries: dict[str, Entry] = {}
         if self._session is not None:
             entries = {
-                name: Entry(sums, counts, name=name)
+                name.removeprefix(prefix): Entry(sums, counts, name=name)
                 for name, (sums, counts) in self._session.snapshot().items()
+                if name.startswith(_FOREIGN_HEAD) == bool(prefix)
             }
         return ImportanceMatrix(
             entries,
