@@ -149,10 +149,13 @@ void Session::set_hook_enabled(bool enabled) { hook_.set_enabled(enabled); }
 Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     clear_error();
     llama_context_params engine = llama_context_default_params();
-    engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx * params_.n_seq);
-    engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch  = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max = static_cast<uint32_t>(params_.n_seq);
+    // each sequence gets n_ctx tokens, rounded up as the engine would round the whole
+    // (llama-context.cpp), or it would round a sequence down
+    const int32_t padded = params_.n_seq > 1 ? (params_.n_ctx + 255) / 256 * 256 : params_.n_ctx;
+    engine.n_ctx         = static_cast<uint32_t>(padded * params_.n_seq);
+    engine.n_batch       = static_cast<uint32_t>(params_.n_batch);
+    engine.n_ubatch      = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
+    engine.n_seq_max     = static_cast<uint32_t>(params_.n_seq);
     // room for the logits of this many rows is reserved in every graph
     engine.n_outputs_max     = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
     engine.n_threads         = params_.n_threads;
@@ -169,10 +172,10 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
         engine.ctx_other = trunk_.get();
     }
     if (sharing_ || (head && n_heads_ > 1)) { // see run_later_head, run_sharing_head
-        engine.kv_unified    = true;
-        engine.n_seq_max     = kSlotsTogether + 1;
-        engine.n_ctx         = static_cast<uint32_t>(params_.n_ctx +
-                                             (sharing_ ? 0 : kSlotsTogether * n_heads_));
+        engine.kv_unified = true;
+        engine.n_seq_max  = kSlotsTogether + 1;
+        engine.n_ctx =
+            static_cast<uint32_t>(params_.n_ctx + (sharing_ ? 0 : kSlotsTogether * n_heads_));
         engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
     }
     out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
@@ -196,10 +199,10 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 // Builds the graph twice without running it, with one output and with all: what differs
 // between the two is what only output rows reach.
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
-    plan               = {};
-    const bool output  = params_.process_output && !head;
-    const bool gives_h = head ? n_heads_ > 1 : params_.mtp;
-    const std::string prefix = head && sharing_ ? kForeignHead : "";
+    plan                      = {};
+    const bool        output  = params_.process_output && !head;
+    const bool        gives_h = head ? n_heads_ > 1 : params_.mtp;
+    const std::string prefix  = head && sharing_ ? kForeignHead : "";
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
     const int32_t n_tokens  = kProbeTokens * n_seq;
@@ -603,8 +606,8 @@ Status Session::run_sharing_head(const int32_t * tokens, int32_t n_tokens) {
         rows.clear();
         for (int32_t p = first; p < end; ++p) {
             llama_memory_seq_cp(memory, 0, 1 + p - first, 0, p);
-            rows.push_back({tokens[p], p, 1 + p - first,
-                            states_[0].data() + static_cast<size_t>(p) * n});
+            rows.push_back(
+                {tokens[p], p, 1 + p - first, states_[0].data() + static_cast<size_t>(p) * n});
         }
         const Status status = feed_head(rows, true, nullptr);
         for (int32_t seq = 1; seq <= end - first; ++seq) {

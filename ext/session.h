@@ -160,9 +160,9 @@ private:
     BatchPtr      head_batch_;
     GraphPlan     trunk_plan_;
     GraphPlan     head_plan_;
-    int32_t            n_heads_  = 0; // graphs of the head, one after the other
-    bool               sharing_  = false; // the head shares the trunk's memory
-    int32_t       n_embd_h_ = 0; // width of the rows that go from the trunk to the head
+    int32_t       n_heads_  = 0;     // graphs of the head, one after the other
+    bool          sharing_  = false; // the head shares the trunk's memory
+    int32_t       n_embd_h_ = 0;     // width of the rows that go from the trunk to the head
     // states_[d] row p is the state of slot p at depth d: zeros for slot 0; then at depth 0 the
     // trunk's row of slot p-1, at depth d the row that head d-1 gave for slot p-1.
     std::vector<std::vector<float>>  states_;

@@ -732,12 +732,12 @@ def test_quantize_refused(model: Path, head_matrix: Path, run: Run, tmp_path: Pa
 def test_quantize_interrupted(
     model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from imatrix._terminal import TensorProgress
+    from imatrix._terminal import StepProgress
 
-    def interrupt(self: TensorProgress, done: int, total: int) -> None:
+    def interrupt(self: StepProgress, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TensorProgress, "__call__", interrupt)
+    monkeypatch.setattr(StepProgress, "__call__", interrupt)
     done = run("quantize", model, tmp_path / "q.gguf", "Q4_0")
     assert done.status == 130
     assert done.err.endswith("error: interrupted\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -141,15 +141,20 @@ class CollectProgress:
         self._terminal.note(f"{self._label}: {describe(progress)}")
 
 
-class TensorProgress:
-    """Progress of a quantization: a bar on a terminal, nothing elsewhere."""
+class StepProgress:
+    """Progress of a shorter work: a bar on a terminal, nothing elsewhere.
 
-    def __init__(self, terminal: Terminal, label: str) -> None:
+    Args:
+        told: how a position is told, from what is done and the total.
+    """
+
+    def __init__(self, terminal: Terminal, label: str, told: Callable[[int, int], str]) -> None:
         self._bar = _bar(terminal) if terminal.err.is_terminal else None
         self._label = label
+        self._told = told
         self._task: TaskID | None = None
 
-    def __enter__(self) -> TensorProgress:
+    def __enter__(self) -> StepProgress:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=None, info="reading")
@@ -160,9 +165,19 @@ class TensorProgress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how many tensors are done."""
+        """Show how much is done."""
         if self._bar is not None and self._task is not None and total:
-            self._bar.update(self._task, total=total, completed=done, info=f"tensor {done}/{total}")
+            self._bar.update(self._task, total=total, completed=done, info=self._told(done, total))
+
+
+def tensors_told(done: int, total: int) -> str:
+    """Progress of a quantization: "tensor 3/35"."""
+    return f"tensor {done}/{total}"
+
+
+def bytes_told(done: int, total: int) -> str:
+    """Progress of a copy: "1.5 of 13.7 GiB"."""
+    return f"{size(done)} of {size(total)}"
 
 
 def _bar(terminal: Terminal) -> Progress:

@@ -80,8 +80,9 @@ def check_head(file: ModelFile) -> None:
             if name not in file.tensors:
                 raise ModelError(
                     f"{file.path}: the metadata claim {file.n_nextn} MTP head block(s), but the "
-                    f"tensor {name} is missing. Was the file converted without the head? Convert "
-                    "it again with it, or collect the trunk alone (mtp=False)."
+                    f"tensor {name} is missing. Convert the model again with its head (or "
+                    "without it, so that the metadata claim none), or graft the head in with "
+                    "imatrix graft-mtp."
                 )
     key_length = file.integers.get("attention.key_length")
     indexer = file.integers.get("attention.indexer.key_length")

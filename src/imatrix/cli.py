@@ -1,4 +1,4 @@
-"""The `imatrix` command: collect, show, quantize, demo.
+"""The `imatrix` command: collect, check, show, quantize, extract-mtp, graft-mtp, demo.
 
 It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
 does nothing that `import imatrix` does not offer.
@@ -20,7 +20,15 @@ from pathlib import Path
 
 import imatrix
 from imatrix import _show
-from imatrix._terminal import CollectProgress, TensorProgress, Terminal, duration, size
+from imatrix._terminal import (
+    CollectProgress,
+    StepProgress,
+    Terminal,
+    bytes_told,
+    duration,
+    size,
+    tensors_told,
+)
 from imatrix.matrix import ImportanceMatrix
 
 __all__ = ["entry", "main"]
@@ -129,7 +137,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL", USAGE)
-    _check_output(args.output, [args.model, args.file])
+    _check_output(args.output, [args.model, args.mtp_model, args.file])
     if text is None:
         matrix = earlier[0].merge(*earlier[1:])
         _save(matrix, args.output)
@@ -149,10 +157,12 @@ def _collect_text(
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
 ) -> int:
+    mtp = args.mtp or args.mtp_model is not None
     # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
-    n_seq = 1 if args.mtp else max(1, args.batch_size // args.ctx_size)
+    n_seq = 1 if mtp else max(1, args.batch_size // args.ctx_size)
     with imatrix.Collector(
         args.model,
+        mtp_model=args.mtp_model,
         n_ctx=args.ctx_size,
         n_batch=min(args.batch_size, args.ctx_size * n_seq),
         n_ubatch=args.ubatch_size,
@@ -175,7 +185,7 @@ def _collect_text(
             with bar:
                 collector.run(
                     text,
-                    mtp=args.mtp,
+                    mtp=mtp,
                     max_chunks=args.chunks,
                     skip_chunks=args.chunk,
                     process_output=args.process_output,
@@ -189,6 +199,10 @@ def _collect_text(
         matrix = saver.finish()
         terminal.note(f"wrote {args.output}")
         _tell_matrix(matrix, terminal)
+        if (head_matrix := collector.mtp_matrix) is not None:
+            path = saver.head_path
+            _save(head_matrix, path)
+            terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
     return OK
@@ -243,6 +257,12 @@ class _Saver:
         _save(matrix, self._path)
         return matrix
 
+    @property
+    def head_path(self) -> str:
+        """Where the matrix of a head that is a model of its own kind goes."""
+        path = Path(self._path)
+        return str(path.with_name(f"{path.stem}-mtp{path.suffix}"))
+
     def rescue(self, *, interrupted: bool) -> None:
         """After an error: write what was collected before it, if anything was."""
         own = self._collector.matrix
@@ -258,6 +278,8 @@ class _Saver:
         self._terminal.note(
             f"saved what was collected so far to {self._path}: {own.chunk_count} chunk(s)"
         )
+        if (head := self._collector.mtp_matrix) is not None and head:
+            _save(head, self.head_path)
 
     def _matrix(self) -> ImportanceMatrix:
         own = self._collector.matrix
@@ -379,7 +401,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
     _check_output(args.dst, [args.imatrix])
-    with TensorProgress(terminal, "quantizing") as bar:
+    with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
             args.src,
             args.dst,
@@ -395,6 +417,39 @@ def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
     terminal.note(
         f"wrote {args.dst}: {args.type.upper()}, {size(done.bytes)}, "
         f"{done.bits_per_weight:.2f} bits per weight"
+    )
+    return OK
+
+
+def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
+    out = args.output or str(Path(args.model).parent)
+    with StepProgress(terminal, "extracting", bytes_told) as bar:
+        report = imatrix.extract_mtp(args.model, out, trunk_out=args.trunk_out, progress=bar)
+    terminal.note(
+        f"wrote {report.head}: {size(report.head_bytes)}, {report.n_nextn} head block(s) from "
+        f"block {report.n_trunk} on"
+    )
+    if report.trunk is not None and report.trunk_bytes is not None:
+        terminal.note(f"wrote {report.trunk}: {size(report.trunk_bytes)}, {report.n_trunk} blocks")
+    shared = ", ".join(report.shared)
+    terminal.note(
+        f"the split form costs {report.shared_bytes} bytes ({size(report.shared_bytes)}): {shared} "
+        "are in both files"
+    )
+    return OK
+
+
+def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
+    _check_output(args.output, [args.trunk, args.mtp_model])
+    with StepProgress(terminal, "grafting", bytes_told) as bar:
+        report = imatrix.graft_mtp(args.trunk, args.mtp_model, args.output, progress=bar)
+    terminal.note(
+        f"wrote {report.model}: {size(report.model_bytes)}, {report.n_trunk} trunk and "
+        f"{report.n_nextn} head block(s)"
+    )
+    terminal.note(
+        f"{report.shared_bytes} bytes ({size(report.shared_bytes)}) less than the two files: "
+        f"{', '.join(report.shared)} are in it once"
     )
     return OK
 
@@ -445,6 +500,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(commands)
     _add_show(commands)
     _add_quantize(commands)
+    _add_mtp_files(commands)
     _add_demo(commands)
     return parser
 
@@ -472,6 +528,12 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what to write (default: imatrix.gguf)",
     )
     add("--mtp", action="store_true", help="collect the MTP/NextN head too")
+    add(
+        "--mtp-model",
+        metavar="FILE",
+        help="the head's own file, where it is not in MODEL; collects it, as --mtp does. The "
+        "matrix of a gemma4-assistant goes to OUT with -mtp in its name",
+    )
     add(
         "-c",
         "--ctx-size",
@@ -611,6 +673,32 @@ def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
     add("-t", "--threads", metavar="N", type=_threads, help="threads (default: physical cores)")
     _add_verbose(command)
+
+
+def _add_mtp_files(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    extract = commands.add_parser(
+        "extract-mtp",
+        help="take the head out of a bundled model, into a file of its own",
+        allow_abbrev=False,
+    )
+    extract.set_defaults(run=_extract)
+    extract.add_argument("model", metavar="MODEL", help="GGUF model with a head")
+    extract.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL)",
+    )
+    extract.add_argument("--trunk-out", metavar="TRUNK", help="write the rest as well")
+    _add_verbose(extract)
+    graft = commands.add_parser(
+        "graft-mtp", help="put a head into a trunk, one bundled model", allow_abbrev=False
+    )
+    graft.set_defaults(run=_graft)
+    graft.add_argument("trunk", metavar="TRUNK", help="GGUF model without a head")
+    graft.add_argument("mtp_model", metavar="MTP", help="the head's file, or a bundled model")
+    graft.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
+    _add_verbose(graft)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import time
@@ -117,7 +118,9 @@ class Collector:
         model: path of a GGUF model, or of the first part of a multi-part one.
         mtp_model: path of the head's own file, where the head was split off (`mtp-….gguf`).
         n_ctx: tokens a chunk.
-        n_batch: tokens a decode; None for n_ctx * n_seq. The sums do not depend on it.
+        n_batch: tokens a decode; None for n_ctx * n_seq. The sums depend on it only by the
+            engine's rounding: below 64 rows its CPU attention adds in float16, which moved sums
+            by 5e-4 here and can tip a close choice of an expert.
         n_ubatch: tokens a graph.
         n_seq: chunks side by side in a decode. Must be 1 for the head.
         n_gpu_layers: layers to put on the GPU, -1 for all; ignored by a build without one.
@@ -191,9 +194,9 @@ class Collector:
         self._loaded_mtp = False
         self._tally = _Tally()
         self._reset_run([], False)
-        self._closed = False
         if mtp is not None:
             self._load(mtp and self.n_nextn > 0)
+        self._closed = False
 
     # --- what it is --------------------------------------------------------
 
@@ -363,7 +366,7 @@ class Collector:
             session.plan["trunk"],
             session.plan["head"],
         )
-        tensors = self._file.tensors | self._head_file.tensors
+        tensors = {**self._file.tensors, **self._head_file.tensors}
         never = tuple(
             name
             for name, shape in tensors.items()
@@ -423,12 +426,18 @@ class Collector:
         started = time.monotonic()
         with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
             running: Future[Scores] | None = None
+            group: list[NDArray[np.int32]] | None = next(groups)
             try:
-                group: list[NDArray[np.int32]] | None = next(groups)
                 while group is not None:
                     lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
                     running = native.submit(session.step, np.concatenate(group), lengths)
-                    following = next(groups, None)
+                    try:
+                        following = next(groups, None)
+                    except Exception:
+                        # the text failed, not the chunk that is on its way
+                        self._account(group, running.result())
+                        running = None
+                        raise
                     scores = running.result()
                     running = None
                     self._account(group, scores)
@@ -452,9 +461,9 @@ class Collector:
                 raise
             except BaseException:
                 session.cancel()
-                if running is not None:
-                    # wait for it; what it says no longer matters
-                    running.exception()
+                # it may have been done before it heard of that: then its sums count
+                if running is not None and running.exception() is None and group is not None:
+                    self._account(group, running.result())
                 session.clear_cancel()
                 raise
 
@@ -587,10 +596,11 @@ def _groups(
     first: NDArray[np.int32], rest: Iterator[NDArray[np.int32]], n_seq: int
 ) -> Iterator[list[NDArray[np.int32]]]:
     """Chunks in groups of n_seq, the last one shorter."""
-    group = [first]
-    for chunk in rest:
-        if len(group) == n_seq:
+    group: list[NDArray[np.int32]] = []
+    for chunk in itertools.chain([first], rest):
+        group.append(chunk)
+        if len(group) == n_seq:  # at once: nothing is taken from the text before its time
             yield group
             group = []
-        group.append(chunk)
-    yield group
+    if group:
+        yield group

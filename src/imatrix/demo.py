@@ -12,7 +12,7 @@ from rich.text import Text
 
 import imatrix
 from imatrix import _show
-from imatrix._terminal import CollectProgress, TensorProgress, Terminal, size
+from imatrix._terminal import CollectProgress, StepProgress, Terminal, size, tensors_told
 from imatrix.demo_model import make_demo_model
 from imatrix.matrix import ImportanceMatrix
 
@@ -92,7 +92,7 @@ def _steps(terminal: Terminal, place: Path) -> bool:
 
     _heading(terminal, 5, f"Quantize to {_TYPE} with the trunk and the head")
     target = place / f"demo-{_TYPE}.gguf"
-    with TensorProgress(terminal, "   quantizing") as bar:
+    with StepProgress(terminal, "   quantizing", tensors_told) as bar:
         done = imatrix.quantize(model, target, _TYPE, imatrix=with_head, progress=bar)
     out.print(
         Text("   done: ", "green")
@@ -123,7 +123,7 @@ def _collect(terminal: Terminal, model: Path, target: Path, *, mtp: bool) -> Pat
 def _refusal(terminal: Terminal, model: Path, place: Path, matrix: Path) -> str | None:
     """The engine's reason to refuse; None if it did not."""
     try:
-        with TensorProgress(terminal, "   quantizing") as bar:
+        with StepProgress(terminal, "   quantizing", tensors_told) as bar:
             imatrix.quantize(
                 model, place / f"demo-{_TYPE}.gguf", _TYPE, imatrix=matrix, progress=bar
             )

@@ -51,11 +51,12 @@ class ModelFile:
         if not first.exists():
             raise FileNotFoundError(errno.ENOENT, "no such model file", str(first))
         header = _session.model_file(str(first))
-        if not header["architecture"]:
-            raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
         tensors = dict(header["tensors"])
+        # before the architecture: later parts of a multi-part model have none
         for part in _other_parts(first, header["split_count"]):
             tensors.update(_session.model_file(str(part))["tensors"])
+        if not header["architecture"]:
+            raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
         n_nextn = header["n_nextn"]
         if not 0 <= n_nextn <= header["block_count"]:
             raise ModelError(

@@ -167,7 +167,7 @@ std::vector<PlannedWeight> Harness::plan(const std::vector<Rows> &    rows,
                                          const std::vector<Ids> &     ids,
                                          const std::vector<Product> & products,
                                          bool                         output_weight) {
-    return planned_weights(build(rows, ids, products)->graph, output_weight);
+    return planned_weights(build(rows, ids, products)->graph, output_weight, {});
 }
 
 } // namespace imatrix::testing
