@@ -47,6 +47,11 @@ def times() -> Iterator[Times]:
         _write(collected)
 
 
+@pytest.fixture(scope="session")
+def engine_tool() -> Callable[[str], Path]:
+    return models.engine_tools.find
+
+
 @pytest.fixture
 def measure(
     benchmark: Callable[..., object], times: Times, request: pytest.FixtureRequest

@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import engine_tools  # noqa: E402, F401 -- for conftest.py
 import forge  # noqa: E402
 
 # shapes after Qwen3.5-0.8B: three recurrent layers to one of attention, a vocabulary of 152k

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine_tools
 import numpy as np
 import pytest
 from forge import Arch, ModelSpec, make_model
-
-ROOT = Path(__file__).resolve().parents[1]
 
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
@@ -40,24 +39,13 @@ def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = 
 @pytest.fixture(scope="session")
 def engine_tool() -> EngineTool:
     """Where one of the engine's programs is, by name: llama-imatrix, llama-quantize,
-    llama-perplexity. Looked for in $IMATRIX_TOOLS, else where the build puts them."""
+    llama-perplexity. A missing one fails the test."""
 
     def find(name: str) -> Path:
-        folder = os.environ.get("IMATRIX_TOOLS")
-        if folder:
-            found = [Path(folder) / name]
-        else:
-            patterns = (f"build/*/bin/{name}", f"build/*/engine/tools/*/{name}")
-            found = [path for pattern in patterns for path in ROOT.glob(pattern)]
-        found = [path for path in found if path.is_file() and os.access(path, os.X_OK)]
-        if not found:
-            pytest.fail(
-                f"{name} is not built: run `make tools` (`make test` does), or set IMATRIX_TOOLS "
-                "to the folder with the engine's programs",
-                pytrace=False,
-            )
-        # of several builds, the one made last
-        return max(found, key=lambda path: path.stat().st_mtime)
+        try:
+            return engine_tools.find(name)
+        except LookupError as error:
+            pytest.fail(str(error), pytrace=False)
 
     return find
 
