@@ -47,9 +47,9 @@ def test_every_weight_of_the_assistant_gets_every_slot_but_the_first(
     names |= {"nextn.pre_projection.weight", "nextn.post_projection.weight"}
     assert set(head) == names
     # the engine never drafts at slot 0: there is nothing in the trunk's memory to read yet
-    assert {name: entry.counts.tolist() for name, entry in head.items()} == dict.fromkeys(
-        names, [159]
-    )
+    assert {name: entry.counts.tolist() for name, entry in head.items()} == {
+        key: [159] for key in names
+    }
     assert {entry.counts.tolist()[0] for entry in matrix.values()} == {160}
 
 

@@ -10,10 +10,12 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -43,11 +45,79 @@ struct Watching {
     Watching & operator=(const Watching &) = delete;
 };
 
+// What a dry run logs: which type every tensor would get, in the quantizer's order. Log lines
+// are the only place where llama_model_quantize tells it (the main loop in src/llama-quant.cpp).
+//
+// llama_quant_compute_types (src/llama-ext.h) would give types without a log, but not those of a
+// real run: it takes has_imatrix for false and the embeddings for tied, and both change the
+// mixture (llama_tensor_get_type_impl: IQ3_XXS, IQ4_XS, Q4_0, every untied token_embd).
+struct DryRun {
+    struct Tensor {
+        std::string name;
+        std::string source;
+        std::string target;
+    };
+
+    std::vector<Tensor> tensors;
+    int                 total = 0; // as the engine counts them
+    std::string         errors;
+
+    void read(ggml_log_level level, const std::string & text) {
+        if (level == GGML_LOG_LEVEL_ERROR) {
+            errors += text;
+        }
+        int done = 0;
+        if (std::sscanf(text.c_str(), "[%d/%d]", &done, &total) == 2) {
+            // "[   1/  35] blk.0.attn_k.weight   - [  256,   128,     1,     1], type =    f32, "
+            tensors.push_back({between(text, "] ", " - ["), between(text, "], type =", ","), ""});
+        } else if (text.compare(0, 4, "size") == 0 && !tensors.empty()) {
+            // "size = 0.12 MiB -> 0.01 MiB (iq2_xxs)", or one size for a tensor that is copied
+            Tensor & last = tensors.back();
+            last.target   = between(text, " MiB (", ")");
+            if (last.target.empty()) {
+                last.target = last.source;
+            }
+        }
+    }
+
+    bool complete() const {
+        return total > 0 && tensors.size() == static_cast<size_t>(total) &&
+               !tensors.back().target.empty();
+    }
+
+    static std::string between(const std::string & text, const char * from, const char * to) {
+        size_t start = text.find(from);
+        if (start == std::string::npos) {
+            return {};
+        }
+        start = text.find_first_not_of(' ', start + std::strlen(from));
+        // the last one: a name may hold anything
+        const size_t end = start == std::string::npos ? start : text.rfind(to);
+        if (end == std::string::npos || end <= start) {
+            return {};
+        }
+        return text.substr(start, text.find_last_not_of(' ', end - 1) + 1 - start);
+    }
+};
+
+thread_local DryRun * t_dry_run = nullptr;
+
+struct DryRunning {
+    explicit DryRunning(DryRun & run) { t_dry_run = &run; }
+    ~DryRunning() { t_dry_run = nullptr; }
+    DryRunning(const DryRunning &)             = delete;
+    DryRunning & operator=(const DryRunning &) = delete;
+};
+
 std::mutex                     g_install;
 std::atomic<ggml_log_callback> g_next{nullptr}; // whoever had the log before
 std::atomic<void *>            g_next_data{nullptr};
 
 void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
+    if (t_dry_run != nullptr) {
+        t_dry_run->read(level, text);
+        return; // nothing happens in a dry run that anybody else should hear of
+    }
     if (const ggml_log_callback next = g_next.load()) {
         next(level, text, g_next_data.load());
     }
@@ -193,6 +263,67 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
     watch.done = watch.total.load();
 }
 
+// Values and bytes of a block, by the name of the type.
+py::dict type_blocks() {
+    py::dict out;
+    for (int value = 0; value < GGML_TYPE_COUNT; ++value) {
+        const auto type = static_cast<ggml_type>(value);
+        if (ggml_blck_size(type) > 0) { // 0: a number that no type has any more
+            out[py::str(ggml_type_name(type))] =
+                py::make_tuple(ggml_blck_size(type), ggml_type_size(type));
+        }
+    }
+    return out;
+}
+
+// (name, type, type it would get) of every tensor, in the order of the quantizer, which reads
+// no weight for it. Types that lack data are given all the same: a dry run does not stop there.
+std::vector<std::tuple<std::string, std::string, std::string>> dry_run(
+    const std::string & src, int ftype, bool pure, bool quantize_output, bool has_matrix,
+    const std::vector<std::pair<std::string, int>> & tensor_types) {
+    llama_model_quantize_params params = llama_model_quantize_default_params();
+    params.ftype                       = static_cast<llama_ftype>(ftype);
+    params.nthread                     = 1;
+    params.pure                        = pure;
+    params.quantize_output_tensor      = quantize_output;
+    params.dry_run                     = true;
+
+    // the mixture depends on whether there is a matrix, not on what is in it
+    const float                    one         = 1.0F;
+    const llama_model_imatrix_data something[] = {{"", &one, 1}, {nullptr, nullptr, 0}};
+    if (has_matrix) {
+        params.imatrix = something;
+    }
+    std::vector<llama_model_tensor_override> overrides;
+    for (const auto & [pattern, type] : tensor_types) {
+        overrides.push_back({pattern.c_str(), static_cast<ggml_type>(type)});
+    }
+    if (!overrides.empty()) {
+        overrides.push_back({nullptr, GGML_TYPE_COUNT});
+        params.tt_overrides = overrides.data();
+    }
+    DryRun run;
+    // the log has one reader, and a Collector made meanwhile in another thread may take it over
+    for (int attempt = 0; attempt < 3 && !run.complete(); ++attempt) {
+        run = {};
+        const py::gil_scoped_release release;
+        listen_to_log();
+        const DryRunning running(run);
+        if (llama_model_quantize(src.c_str(), "", &params) != 0) {
+            throw std::runtime_error(run.errors);
+        }
+    }
+    if (!run.complete()) {
+        throw std::runtime_error("failed to quantize: no word of " + std::to_string(run.total) +
+                                 " tensors in the engine's log");
+    }
+    std::vector<std::tuple<std::string, std::string, std::string>> out;
+    for (const auto & tensor : run.tensors) {
+        out.emplace_back(tensor.name, tensor.source, tensor.target);
+    }
+    return out;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_quantize_pybind, m) {
@@ -206,6 +337,9 @@ PYBIND11_MODULE(_quantize_pybind, m) {
     m.def("ftypes", &ftypes);
     m.def("tensor_types", &tensor_types);
     m.def("tensor_totals", &tensor_totals, py::arg("path"));
+    m.def("type_blocks", &type_blocks);
+    m.def("dry_run", &dry_run, py::arg("src"), py::kw_only(), py::arg("ftype"), py::arg("pure"),
+          py::arg("quantize_output"), py::arg("has_matrix"), py::arg("tensor_types"));
     m.def("quantize", &quantize, py::arg("watch"), py::arg("src"), py::arg("dst"), py::kw_only(),
           py::arg("ftype"), py::arg("n_threads"), py::arg("allow_requantize"), py::arg("pure"),
           py::arg("quantize_output"), py::arg("matrix"), py::arg("tensor_types"),

@@ -12,6 +12,16 @@ class Watch:
 def ftypes() -> dict[str, int]: ...
 def tensor_types() -> dict[str, tuple[int, bool]]: ...
 def tensor_totals(path: str) -> tuple[int, int]: ...
+def type_blocks() -> dict[str, tuple[int, int]]: ...
+def dry_run(
+    src: str,
+    *,
+    ftype: int,
+    pure: bool,
+    quantize_output: bool,
+    has_matrix: bool,
+    tensor_types: Sequence[tuple[str, int]],
+) -> list[tuple[str, str, str]]: ...
 def quantize(
     watch: Watch,
     src: str,
