@@ -16,9 +16,9 @@ from rich.text import Text
 
 from imatrix._terminal import Terminal, size
 from imatrix.collector import Collector, Plan
-from imatrix.coverage import THIN, Coverage, TensorCoverage, coverage
 from imatrix.errors import ModelError
 from imatrix.matrix import ImportanceMatrix
+from imatrix.preflight import THIN, Coverage, TensorCoverage, coverage
 
 __all__ = ["add_parser", "run"]
 

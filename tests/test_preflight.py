@@ -37,7 +37,7 @@ from imatrix import (
     _check_cli,
 )
 from imatrix._terminal import Terminal
-from imatrix.coverage import THIN, Coverage, coverage
+from imatrix.preflight import THIN, Coverage, coverage
 
 TYPES = ["IQ1_S", "IQ2_XXS", "IQ2_M", "IQ3_XXS", "Q2_K_S", "Q4_K_M"]
 DATA = ["full", "trunk", "partial", "none"]

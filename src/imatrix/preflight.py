@@ -20,12 +20,12 @@ import numpy as np
 
 # `quantize` first: once it has been asked for, the package's attribute of that name stays the
 # function, also after the module is imported below.
-from imatrix import _quantize_pybind, _session, quantize  # noqa: F401
+from imatrix import _quantize_pybind, _session
 from imatrix.architectures import check_head, check_trunk
 from imatrix.errors import EngineError, ModelError
 from imatrix.matrix import Entry, ImportanceMatrix
 from imatrix.model_file import ModelFile
-from imatrix.quantize import _UNASKED, FTYPES, _near, _overrides
+from imatrix.quantizer import _UNASKED, FTYPES, _near, _overrides
 
 if TYPE_CHECKING:
     from imatrix.collector import Plan
