@@ -17,6 +17,12 @@ The loader asks for keys and tensors by name, so it passes over the ones we add:
     imatrix.collector.mtp              bool
     imatrix.collector.n_ctx            u32
     imatrix.collector.dataset_digest   string
+
+and, where chunks were left out for a NaN or infinite activation, one element a chunk:
+
+    imatrix.collector.left_out.chunks  array of u64, numbers in the text
+    imatrix.collector.left_out.tokens  array of u64, where they start in the text
+    imatrix.collector.left_out.weights array of string, what the activation reached
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from numpy.typing import NDArray
 
 from imatrix import atomic
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 
 __all__ = ["read", "write"]
 
@@ -52,6 +58,9 @@ _ENGINE = "imatrix.collector.engine"
 _MTP = "imatrix.collector.mtp"
 _N_CTX = "imatrix.collector.n_ctx"
 _DIGEST = "imatrix.collector.dataset_digest"
+_LEFT_CHUNKS = "imatrix.collector.left_out.chunks"
+_LEFT_TOKENS = "imatrix.collector.left_out.tokens"
+_LEFT_WEIGHTS = "imatrix.collector.left_out.weights"
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -208,7 +217,10 @@ def _told(error: Exception) -> str:
 
 def _decoded_fields(reader: GGUFReader) -> dict[str, Any]:
     """The keys that this module knows, as Python values."""
-    known = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST)
+    known = (
+        *(_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST),
+        *(_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
+    )
     return {key: reader.fields[key].contents() for key in known if key in reader.fields}
 
 
@@ -238,8 +250,36 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
             mtp=_field(fields, _MTP, bool),
             n_ctx=_field(fields, _N_CTX, int),
             dataset_digest=_field(fields, _DIGEST, str),
+            left_out=left_out_from(fields),
         ),
     )
+
+
+def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
+    """The chunks left out, from decoded keys; none where the keys are absent.
+
+    Raises:
+        ValueError: the keys are of the wrong type, or of different lengths.
+    """
+    lists = [fields.get(key, []) for key in (_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS)]
+    if not all(isinstance(values, list) for values in lists) or len(set(map(len, lists))) != 1:
+        raise ValueError(f"{_LEFT_CHUNKS}, .tokens and .weights must be arrays of one length")
+    for chunk, token, weight in zip(*lists, strict=True):
+        if not isinstance(chunk, int) or not isinstance(token, int) or not isinstance(weight, str):
+            raise ValueError(f"{_LEFT_CHUNKS} and .tokens must hold integers, .weights strings")
+    return tuple(LeftOut(*values) for values in zip(*lists, strict=True))
+
+
+def add_left_out(writer: GGUFWriter, left_out: tuple[LeftOut, ...]) -> None:
+    """Write the keys that left_out_from() reads; none of them where nothing was left out."""
+    if not left_out:
+        return
+    for key, kind, values in (
+        (_LEFT_CHUNKS, GGUFValueType.UINT64, [one.chunk for one in left_out]),
+        (_LEFT_TOKENS, GGUFValueType.UINT64, [one.token for one in left_out]),
+        (_LEFT_WEIGHTS, GGUFValueType.STRING, [one.weight for one in left_out]),
+    ):
+        writer.add_key_value(key, values, GGUFValueType.ARRAY, kind)
 
 
 def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -292,6 +332,7 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
         writer.add_bool(_MTP, made.mtp)
     if made.n_ctx is not None:
         writer.add_uint32(_N_CTX, _u32(_N_CTX, made.n_ctx))
+    add_left_out(writer, made.left_out)
 
 
 def _u32(key: str, value: int) -> int:
