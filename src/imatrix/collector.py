@@ -400,7 +400,7 @@ class Collector:
             keeper = Keeper(checkpoint, checkpoint_every, lambda: self._checkpoint(settings))
             found = None if restart else keeper.load(settings)
         if found is not None:
-            self._take_over(found, chunks, os.fspath(keeper.path) if keeper else "")
+            self._read_past(found, chunks, checkpoint)
         # bad text is an error before any context is made
         first = next(chunks, None)
 
@@ -409,8 +409,7 @@ class Collector:
         else:
             session = self._open(model, with_head, process_output, perplexity)
         if found is not None:
-            for group in found.groups:
-                session.restore(*group)
+            self._take_over(found, session)
             found = None  # as large as the sums
         self._session = session
         report = self._reporter(progress, total)
@@ -636,16 +635,20 @@ class Collector:
             groups=[] if self._session is None else self._session.groups(),
         )
 
-    def _take_over(
-        self, found: Checkpoint, chunks: Iterator[NDArray[np.int32]], path: str
+    def _read_past(
+        self,
+        found: Checkpoint,
+        chunks: Iterator[NDArray[np.int32]],
+        path: str | os.PathLike[str] | None,
     ) -> None:
-        """Read past the chunks that are done, and stand where they ended."""
+        """Take the chunks that are done off the text, and see that they are the same."""
         left_out = {one.chunk - self._skipped for one in found.left_out}
         for number in range(found.done):
             chunk = next(chunks, None)
             if chunk is None:
                 raise CheckpointError(
-                    f"{path} has {found.done} chunks, the text only {number}: {OTHER_RUN}"
+                    f"{path} is of another text: {found.done} chunks of it are done, this one "
+                    f"has {number}. {OTHER_RUN}"
                 )
             tokens = chunk.astype("<i4").tobytes()
             self._text_digest.update(tokens)
@@ -655,6 +658,11 @@ class Collector:
             raise CheckpointError(
                 f"{path} is of another text: the first {found.done} chunks differ. {OTHER_RUN}"
             )
+
+    def _take_over(self, found: Checkpoint, session: _session.Session) -> None:
+        """Stand where the checkpoint was written."""
+        for group in found.groups:
+            session.restore(*group)
         self._done = self._resumed = found.done
         self._chunks = found.done - len(found.left_out)
         self._tokens = found.tokens
