@@ -442,9 +442,7 @@ def test_an_input_that_is_the_output_too_counts_once(
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_nan_can_be_left_out(
-    poisoned: tuple[Path, Path], run: Run, tmp_path: Path
-) -> None:
+def test_a_nan_can_be_left_out(poisoned: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
     model, text = poisoned
     out = tmp_path / "out.gguf"
     common = ["-m", model, "-f", text, "-o", out, *one_at_a_time()]
@@ -523,7 +521,9 @@ def test_one_run_an_output(model: Path, text: Path, run: Run, tmp_path: Path) ->
         for name in (out, link):
             done = run("collect", *common, "-o", name)
             assert done.status == 2
-            assert f"error: process {holder.pid} is writing {name} (it holds {out}.lock)" in done.err
+            assert (
+                f"error: process {holder.pid} is writing {name} (it holds {out}.lock)" in done.err
+            )
         assert not out.exists()
         assert run("collect", *common, "-o", tmp_path / "other.gguf").status == 0
         # left by one that was killed: the lock goes with the process

@@ -95,9 +95,7 @@ def test_across_several_interruptions(headed: ModelSpec, tmp_path: Path) -> None
         assert made.run(iter(chunks), mtp=True, checkpoint=path) == whole
         # and all of it from zero where that is asked for
         reports: list[Progress] = []
-        again = made.run(
-            chunks, mtp=True, checkpoint=path, restart=True, progress=reports.append
-        )
+        again = made.run(chunks, mtp=True, checkpoint=path, restart=True, progress=reports.append)
         assert again == whole
         assert [(at.chunks, at.resumed) for at in reports] == [
             (n, 0) for n in range(1, N_CHUNKS + 1)
@@ -312,9 +310,9 @@ def test_a_matrix_is_no_checkpoint(headed: ModelSpec, interrupted: Path, tmp_pat
     path = tmp_path / "matrix.gguf"
     with collector(headed) as made:
         made.run(token_chunks(headed, 1)).save(path)
-        with pytest.raises(CheckpointError, match="expected .*'imatrix-checkpoint', .*'imatrix'"):
+        with pytest.raises(CheckpointError, match=r"expected .*'imatrix-checkpoint', .*'imatrix'"):
             made.run(token_chunks(headed, 1), checkpoint=path)
-    with pytest.raises(FormatError, match="expected .*'imatrix', .*'imatrix-checkpoint'"):
+    with pytest.raises(FormatError, match=r"expected .*'imatrix', .*'imatrix-checkpoint'"):
         ImportanceMatrix.load(interrupted)
 
 

@@ -67,7 +67,9 @@ class Keeper:
             and not (name.startswith("text_") and (name in settings) != (name in found.settings))
         ]
         if differing:
-            raise CheckpointError(f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}")
+            raise CheckpointError(
+                f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}"
+            )
         self._saved = found.done
         return found
 

@@ -267,15 +267,17 @@ def _signals(terminal: Terminal) -> Iterator[None]:
         seen.append(number)
         raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    taken = [number for number, handler in usual.items() if signal.getsignal(number) is handler]
-    for number in taken:
-        signal.signal(number, handle)
+    taken = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler in (signal.default_int_handler, signal.SIG_DFL):
+            taken[number] = handler
+            signal.signal(number, handle)
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, usual[number])
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class _Saver:

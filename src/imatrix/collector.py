@@ -381,9 +381,7 @@ class Collector:
             raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
         model, with_head = self._prepare(mtp, process_output, perplexity)
         self._reset_run(_dataset_names(texts), with_head, skip_chunks, on_nonfinite == "skip")
-        chunks, total, text = self._chunks_of(
-            model, texts, parse_special, skip_chunks, max_chunks
-        )
+        chunks, total, text = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
         keeper = None
         found = None
         if checkpoint is not None:
