@@ -594,7 +594,7 @@ class Collector:
         self._done = 0  # those, and those left out
         self._resumed = 0  # of them, taken over from a checkpoint
         self._tokens = 0
-        self._seconds = 0.0
+        self._seconds: float = 0.0
         self._left_out: list[LeftOut] = []
         self._digest = hashlib.sha256()  # of the chunks that count
         self._text_digest = hashlib.sha256()  # of all that are done

@@ -139,7 +139,7 @@ def _add_metadata(writer: gguf.Writer, checkpoint: Checkpoint) -> None:
         writer.add_uint64(_KEY + name, getattr(checkpoint, name))
     for name in ("seconds", "nll", "nll_sq"):
         writer.add_float64(_KEY + name, getattr(checkpoint, name))
-    writer.add_string(f"{_KEY}text_digest", checkpoint.text_digest)
+    writer.add_key_value(f"{_KEY}text_digest", checkpoint.text_digest, GGUFValueType.STRING)
     for name, value in checkpoint.settings.items():
         if isinstance(value, bool):
             kind = GGUFValueType.BOOL
