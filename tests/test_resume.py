@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from forge_any import make_any
 from test_collector import N_CTX, SEED, assert_same_data, poisoned, token_chunks
 
 import imatrix
-from imatrix import CheckpointError, Collector, ImportanceMatrix, LeftOut, NonFiniteError
+from imatrix import CheckpointError, Collector, ImportanceMatrix, LeftOut, NonFiniteError, _session
 from imatrix import _keeper as keeper
 from imatrix.collector import Progress
 from imatrix.formats import FormatError
@@ -452,3 +453,38 @@ def test_bad_arguments(headed: ModelSpec) -> None:
         with pytest.raises(ValueError, match="checkpoint_every must be 0 or more, got -1"):
             made.run([[1, 2]], checkpoint_every=-1)
     assert issubclass(imatrix.CheckpointError, ValueError)
+
+
+# --- the native side -----------------------------------------------------------------------------
+
+
+def test_weights_that_shared_their_rows_may_come_back_alone(
+    headed: ModelSpec, interrupted: Path, tmp_path: Path
+) -> None:
+    """As after a run whose groups fell apart: the first chunk finds out, and is done again."""
+    found = file.read(interrupted)
+    assert any(len(names) > 1 for names, _, _ in found.groups)
+    alone = [([name], *data) for names, *data in found.groups for name in names]
+    path = tmp_path / "alone.checkpoint"
+    file.write(replace(found, groups=alone), path)
+    with collector(headed) as made:
+        whole = made.run(token_chunks(headed, N_CHUNKS), mtp=True)
+        assert made.run(token_chunks(headed, N_CHUNKS), mtp=True, checkpoint=path) == whole
+    assert len(file.read(path).groups) == len(alone)
+
+
+def test_nothing_is_put_back_twice(headed: ModelSpec) -> None:
+    model = _session.Model(
+        str(headed.path), mtp=False, n_gpu_layers=0, use_mmap=True, check_tensors=False
+    )
+    session = _session.Session(model)
+    sums, counts = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([5, 0])
+    session.restore(["a", "b"], sums, counts)
+    [(names, found_sums, found_counts)] = session.groups()
+    assert names == ["a", "b"]
+    assert (found_sums.tolist(), found_counts.tolist()) == (sums.tolist(), [5, 0])
+    with pytest.raises(ValueError, match="has sums already"):
+        session.restore(["c", "a"], sums, counts)
+    assert set(session.snapshot()) == {"a", "b"}
+    with pytest.raises(ValueError, match="do not fit together"):
+        session.restore(["c"], sums, np.array([1, 2, 3]))

@@ -205,6 +205,7 @@ class Collector:
         self._rehearsed: set[tuple[bool, bool, bool]] = set()
         self._loaded_mtp = False
         self._tally = _Tally()
+        self._seconds = 0.0
         self._reset_run([], False)
         if mtp is not None:
             self._load(mtp and self.n_nextn > 0)
@@ -594,7 +595,7 @@ class Collector:
         self._done = 0  # those, and those left out
         self._resumed = 0  # of them, taken over from a checkpoint
         self._tokens = 0
-        self._seconds: float = 0.0
+        self._seconds = 0.0
         self._left_out: list[LeftOut] = []
         self._digest = hashlib.sha256()  # of the chunks that count
         self._text_digest = hashlib.sha256()  # of all that are done
