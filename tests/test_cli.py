@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -494,6 +495,42 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
                     process.send_signal(number)
                     break
             assert process.wait(30) == status
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGABRT, "ended by SIGABRT; what the engine said is above"),
+        (signal.SIGKILL, "killed (SIGKILL), as the system does where memory runs out"),
+    ],
+)
+def test_a_process_of_its_own(
+    number: int, says: str, model: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 40, encoding="utf-8")
+    common = [*one_at_a_time(), "-ofreq", 1, "--isolate", "-m", model]
+    command = [sys.executable, "-m", "imatrix", "collect", *common, "-f", long, "-o", out]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("collecting: chunk 3"):
+                break
+        worker = int((tmp_path / "out.gguf.lock").read_text())
+        assert worker != process.pid
+        os.kill(worker, number)
+        rest = process.stderr.read()
+        assert process.wait(60) == 1
+    found = re.search(r"checkpoint holds (\d+) chunk\(s\) and is 0:\d\d old", rest)
+    assert f"error: the run was {says}. " in rest
+    assert found is not None
+    assert int(found[1]) >= 3
+    # one that goes well is as ever, and so is one that does not
+    done = spawn("collect", *common, "-f", text, "-o", whole, "--chunks", 2)
+    assert (done.returncode, ImportanceMatrix.load(whole).chunk_count) == (0, 2)
+    assert spawn("collect", *common, "-f", tmp_path / "none", "-o", whole).returncode == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import imatrix
 from imatrix import _check_cli, _show, atomic
+from imatrix._isolate import isolated
 from imatrix._lock import LockedError, locked
 from imatrix._terminal import (
     CollectProgress,
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
         return stop.code if isinstance(stop.code, int) else USAGE
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
         return _version(terminal)
@@ -140,6 +142,9 @@ def _told(error: Exception) -> str:
 
 
 def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
+    if args.isolate:
+        argv = [arg for arg in args.argv if arg != "--isolate"]
+        return isolated(argv, _checkpoint_path(args), terminal)
     earlier = [ImportanceMatrix.load(path) for path in args.in_file]
     text = _text(args)
     if text is None and not earlier:
@@ -732,6 +737,12 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="stop",
         help="what a NaN or infinite activation does: end the run, or leave out its chunk "
         "(default: stop)",
+    )
+    add(
+        "--isolate",
+        action="store_true",
+        help="run in a process of its own: if the engine or the system ends it, say what is left "
+        "and how to go on",
     )
     add(
         "--output-format",
