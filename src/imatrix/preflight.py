@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-# `quantize` first: once it has been asked for, the package's attribute of that name stays the
-# function, also after the module is imported below.
 from imatrix import _quantize_pybind, _session
 from imatrix.architectures import check_head, check_trunk
 from imatrix.errors import EngineError, ModelError
 from imatrix.matrix import Entry, ImportanceMatrix
 from imatrix.model_file import ModelFile
-from imatrix.quantizer import _UNASKED, FTYPES, _near, _overrides
+from imatrix.quantizer import FTYPES, UNASKED, near, overrides_of
 
 if TYPE_CHECKING:
     from imatrix.collector import Plan
@@ -228,7 +226,7 @@ def coverage(
     name = ftype.upper()
     if name not in FTYPES:
         raise ValueError(
-            f"unknown type {ftype!r}{_near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
+            f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
         )
     file = ModelFile.read(model)
     if isinstance(matrix, (str, os.PathLike)):
@@ -269,7 +267,7 @@ def _in_order(tensors: Sequence[TensorCoverage], has_matrix: bool) -> tuple[Tens
     """
     failing = [tensor for tensor in tensors if tensor.status in _STOPS]
     if not has_matrix:
-        failing.sort(key=lambda tensor: tensor.status != "missing" or tensor.name in _UNASKED)
+        failing.sort(key=lambda tensor: tensor.status != "missing" or tensor.name in UNASKED)
     return tuple(failing)
 
 
@@ -311,7 +309,7 @@ class _Check:
                 pure=pure,
                 quantize_output=self._quantize_output,
                 has_matrix=self.matrix is not None,
-                tensor_types=[(p, number) for p, (number, _) in _overrides(tensor_types).items()],
+                tensor_types=[(p, number) for p, (number, _) in overrides_of(tensor_types).items()],
             )
         except RuntimeError as error:
             reason = str(error).rpartition("failed to quantize: ")[2].strip() or str(error)
@@ -348,7 +346,7 @@ class _Check:
         )
 
     def _asks(self, name: str, target: str) -> bool:
-        if name in _UNASKED:
+        if name in UNASKED:
             return False
         return target in _ASKING or (target == "q2_K" and self._ftype == "Q2_K_S")
 
@@ -357,7 +355,7 @@ class _Check:
         converted = source != target
         entry = self.matrix.get(name) if self.matrix is not None else None
         asks = self._asks(name, target)
-        needs = asks or (name in _UNASKED and self._convertible.get(target, (0, False))[1])
+        needs = asks or (name in UNASKED and self._convertible.get(target, (0, False))[1])
         status, detail = self._status(name, source, target, entry, asks, needs)
         if not converted:
             status, detail = ("missing", detail) if asked else ("kept", "")
@@ -393,7 +391,7 @@ class _Check:
         other_size = ""
         if entry is not None and entry.sums.size != expected:
             other_size = f"the entry has {entry.sums.size} values, the weight needs {expected}"
-            if name not in _UNASKED[:2]:
+            if name not in UNASKED[:2]:
                 return "wrong size", other_size
             entry = None  # passed over for embeddings only
             other_size += "; ignored"
@@ -488,7 +486,7 @@ class _Check:
         for tensor in missing:
             # a run that had everything else of this part would have had this one
             skipped = tensor.collectable is None and tensor.in_head in covered
-            if tensor.collectable is False or skipped or tensor.name in _UNASKED[:2]:
+            if tensor.collectable is False or skipped or tensor.name in UNASKED[:2]:
                 never.append(tensor)
             else:
                 reachable.append(tensor)
