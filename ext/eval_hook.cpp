@@ -115,6 +115,9 @@ void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
     prefix_        = prefix;
     ++graph_;
     activations_.clear();
+    // slots that were restored and not made here: of no graph
+    slot_made_in_.resize(sums_.slots().size(), 0);
+    slot_fed_in_.resize(sums_.slots().size(), 0);
 }
 
 void EvalHook::fail(Failure kind, const std::string & weight, int64_t mat, int64_t channel) {

@@ -75,6 +75,7 @@ Status read_model_file(const std::string & path, ModelFile & out) {
         return Status::failed(Code::bad_model, error.message());
     }
     const size_t data = gguf_get_data_offset(gguf.get());
+    out.data_offset   = static_cast<int64_t>(data);
     for (int64_t i = 0; i < gguf_get_n_tensors(gguf.get()); ++i) {
         const char *        name   = gguf_get_tensor_name(gguf.get(), i);
         const ggml_tensor * tensor = ggml_get_tensor(shapes, name);

@@ -22,6 +22,7 @@ struct ModelFile {
     int64_t                 block_count = 0; // trunk and head blocks together
     int64_t                 n_nextn     = 0; // how many of them are head blocks
     int64_t                 split_count = 0; // parts of a multi-part model, 0 or 1: one file
+    int64_t                 data_offset = 0; // bytes before the first tensor's data
     std::vector<FileTensor> tensors;         // of this part
     // the architecture's own whole-number keys, such as "attention.key_length"
     std::vector<std::pair<std::string, int64_t>> integers;

@@ -705,6 +705,18 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
     return hook_.enabled() ? check_rows(total) : Status{};
 }
 
+Status Session::restore(const std::vector<std::string> & names, const Shape & shape,
+                        const double * sums, const int64_t * counts) {
+    try {
+        if (!sums_.restore(names, shape, sums, counts)) {
+            return Status::failed(Code::bad_argument, "a weight to restore has sums already");
+        }
+    } catch (const std::bad_alloc &) {
+        return Status::failed(Code::out_of_memory, "out of memory for the sums to restore");
+    }
+    return {};
+}
+
 Status Session::step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                      ChunkScore * scores) {
     if (trunk_ == nullptr) {

@@ -102,6 +102,11 @@ public:
     Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                 ChunkScore * scores);
 
+    // Puts back what an earlier session had committed for weights that shared their activation;
+    // before the first step(). Should they not share it here, the first chunk finds out.
+    Status restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
+                   const int64_t * counts);
+
     // From any thread: ends the running step() early with Code::cancelled.
     void cancel() { cancelled_ = true; }
     void clear_cancel() { cancelled_ = false; }

@@ -92,6 +92,24 @@ void Sums::discard() {
     }
 }
 
+bool Sums::restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
+                   const int64_t * counts) {
+    for (const std::string & name : names) {
+        const size_t known = find(name);
+        if (known != npos && weights_[known].slot != npos) {
+            return false;
+        }
+    }
+    const size_t index = add_slot(shape);
+    Slot &       slot  = slots_[index];
+    std::copy_n(sums, slot.total.size(), slot.total.begin());
+    std::copy_n(counts, slot.total_counts.size(), slot.total_counts.begin());
+    for (const std::string & name : names) {
+        weights_[weight(name)].slot = index;
+    }
+    return true;
+}
+
 void Sums::ungroup() {
     discard();
     std::vector<uint8_t> taken(slots_.size(), 0);

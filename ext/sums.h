@@ -64,6 +64,11 @@ public:
     void commit();
     void discard();
 
+    // Makes a slot that holds committed sums [n_mat, n_in] and counts [n_counts], and gives it
+    // to all `names`. False, and nothing is changed, if one of them has a slot already.
+    bool restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
+                 const int64_t * counts);
+
     // Gives every weight its own slot: a copy of the committed part of the one it shared.
     // Call it between chunks.
     void ungroup();

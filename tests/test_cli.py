@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -337,10 +338,14 @@ def test_ctrl_c_saves_what_there_is(model: Path, tmp_path: Path) -> None:
     matrix = ImportanceMatrix.load(out)
     assert matrix.chunk_count >= 1
     assert len(matrix.head) == 12
-    assert f"saved what was collected so far to {out}: {matrix.chunk_count} chunk(s)\n" in rest
+    checkpoint = tmp_path / "out.gguf.checkpoint"
+    assert (
+        f"saved what was collected so far to {out}: {matrix.chunk_count} chunk(s); run the same "
+        f"command again to go on from {checkpoint}\n"
+    ) in rest
     assert rest.endswith("error: interrupted\n")
     assert "Traceback" not in rest
-    assert sorted(tmp_path.iterdir()) == [long, out]
+    assert sorted(tmp_path.iterdir()) == [long, out, checkpoint]
 
 
 def test_ctrl_c_before_the_first_chunk(
@@ -355,6 +360,221 @@ def test_ctrl_c_before_the_first_chunk(
     assert done.status == 130
     assert f"no chunk was finished; {out} is not written\nerror: interrupted\n" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- collect: going on ---------------------------------------------------------------------------
+
+
+def interrupting(monkeypatch: pytest.MonkeyPatch, chunks: int, signal_: int) -> None:
+    """Send this process a signal when a run has so many chunks."""
+    collect = imatrix.Collector._collect
+
+    def and_signal(self: imatrix.Collector, *args: Any) -> None:
+        collect(self, *args)
+        if self._chunks == chunks:
+            signal.raise_signal(signal_)
+
+    monkeypatch.setattr(imatrix.Collector, "_collect", and_signal)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_same_command_goes_on(
+    number: int, status: int, model: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    checkpoint = tmp_path / "out.gguf.checkpoint"
+    common = ["-m", model, "-f", text, *one_at_a_time(), "--mtp", "--chunks", 8, "-ofreq", 3]
+    assert run("collect", *common, "-o", whole).status == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, 4, number)
+        done = run("collect", *common, "-o", out)
+    assert done.status == status
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    there = ImportanceMatrix.load(out).chunk_count
+    assert 4 <= there < 8
+    assert checkpoint.exists()
+    done = run("collect", *common, "-o", out)
+    assert done.status == 0
+    assert f"going on from {checkpoint}: {there} of 8 chunk(s) are done" in done.err
+    assert out.read_bytes() == whole.read_bytes()
+    estimate = re.search(r"Final estimate: .*", done.err)
+    assert estimate is not None
+    assert estimate[0] in run("collect", *common, "-o", whole).err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_restart(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    checkpoint = tmp_path / "out.gguf.checkpoint"
+    common = ["-m", model, "-f", text, "-o", out, *one_at_a_time(), "--chunks", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, 2, signal.SIGINT)
+        assert run("collect", *common).status == 130
+    done = run("collect", *common, "--process-output")
+    assert done.status == 2
+    assert "process_output is False there and True here" in done.err
+    assert "--restart" in done.err
+    assert checkpoint.exists()
+    done = run("collect", *common, "--process-output", "--restart")
+    assert done.status == 0
+    assert "going on" not in done.err
+    assert not checkpoint.exists()
+    assert "output.weight" in ImportanceMatrix.load(out)
+
+
+def test_an_input_that_is_the_output_too_counts_once(
+    model: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 4, "-ofreq", 1]
+    run("collect", *common, "-o", whole)
+    out.write_bytes(whole.read_bytes())
+    earlier = out.read_bytes()
+    run("collect", *common, "-o", whole, "--in-file", whole)
+    common += ["-o", out, "--in-file", out]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, 2, signal.SIGINT)
+        done = run("collect", *common)
+    assert done.status == 130
+    assert f"{out} stays as it was, being an input too; run the same command again" in done.err
+    assert out.read_bytes() == earlier
+    assert run("collect", *common).status == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_nan_can_be_left_out(poisoned: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    model, text = poisoned
+    out = tmp_path / "out.gguf"
+    common = ["-m", model, "-f", text, "-o", out, *one_at_a_time()]
+    done = run("collect", *common)
+    assert done.status == 1
+    assert "--on-nonfinite skip" in done.err
+    before = ImportanceMatrix.load(out).chunk_count
+    done = run("collect", *common, "--on-nonfinite", "skip")
+    assert done.status == 0
+    assert f"going on from {out}.checkpoint: {before} of " in done.err
+    assert f"warning: left out for NaN or infinite activations: chunk {before} (from" in done.err
+    matrix = ImportanceMatrix.load(out)
+    assert matrix.chunk_count > before
+    assert matrix.provenance is not None
+    assert [one.chunk for one in matrix.provenance.left_out] == [before]
+    assert re.search(rf"left out +1 chunk with NaN .*: {before} \(blk", run("show", out).out)
+    told = json.loads(run("show", out, "--json").out)["provenance"]["left_out"]
+    assert [one["chunk"] for one in told] == [before]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
+    """The second one ends the run while it waits for the chunk or saves."""
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 40, encoding="utf-8")
+    out = tmp_path / "out.gguf"
+    # a save that takes its time
+    script = """
+        import sys, time
+        from imatrix import cli, ImportanceMatrix
+        from imatrix.formats import checkpoint
+        def slow(*_):
+            print("saving", file=sys.stderr, flush=True)
+            time.sleep(60)
+        checkpoint.write = slow
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    command = [
+        sys.executable, "-c", textwrap.dedent(script), "collect", "-m", str(model), "-f",
+        str(long), "-o", str(out), "-c", "64", "-ofreq", "0",
+    ]  # fmt: skip
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith("collecting: chunk "):
+                    process.send_signal(number)
+                elif line == "saving\n":
+                    process.send_signal(number)
+                    break
+            assert process.wait(30) == status
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGABRT, "ended by SIGABRT; what the engine said is above"),
+        (signal.SIGKILL, "killed (SIGKILL), as the system does where memory runs out"),
+    ],
+)
+def test_a_process_of_its_own(
+    number: int, says: str, model: Path, text: Path, run: Run, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 40, encoding="utf-8")
+    common = [*one_at_a_time(), "-ofreq", 1, "--isolate", "-m", model]
+    command = [sys.executable, "-m", "imatrix", "collect", *common, "-f", long, "-o", out]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("collecting: chunk 3"):
+                break
+        worker = int((tmp_path / "out.gguf.lock").read_text())
+        assert worker != process.pid
+        os.kill(worker, number)
+        rest = process.stderr.read()
+        assert process.wait(60) == 1
+    found = re.search(r"checkpoint holds (\d+) chunk\(s\) and is 0:\d\d old", rest)
+    assert f"error: the run was {says}. " in rest
+    assert found is not None
+    assert int(found[1]) >= 3
+    # one that goes well is as ever, and so is one that does not
+    done = spawn("collect", *common, "-f", text, "-o", whole, "--chunks", 2)
+    assert (done.returncode, ImportanceMatrix.load(whole).chunk_count) == (0, 2)
+    assert spawn("collect", *common, "-f", tmp_path / "none", "-o", whole).returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks")
+def test_one_run_an_output(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    from imatrix._lock import locked
+
+    out = tmp_path / "out.gguf"
+    link = tmp_path / "link.gguf"
+    link.symlink_to(out)
+    common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 1]
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from imatrix._lock import locked\n"
+            "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+            str(out),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        for name in (out, link):
+            done = run("collect", *common, "-o", name)
+            assert done.status == 2
+            assert (
+                f"error: process {holder.pid} is writing {name} (it holds {out}.lock)" in done.err
+            )
+        assert not out.exists()
+        assert run("collect", *common, "-o", tmp_path / "other.gguf").status == 0
+        # left by one that was killed: the lock goes with the process
+        holder.kill()
+    assert (tmp_path / "out.gguf.lock").exists()
+    (tmp_path / ".out.gguf.0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / ".out.gguf.checkpoint.0123456789abcdef.tmp").write_bytes(b"half")
+    (tmp_path / ".not.gguf.0123456789abcdef.tmp").write_bytes(b"half")
+    assert run("collect", *common, "-o", out).status == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".not.gguf.0123456789abcdef.tmp", "link.gguf", "other.gguf", "out.gguf"
+    ]  # fmt: skip
+    with locked(out):
+        pass
 
 
 # --- collect: errors -----------------------------------------------------------------------------
@@ -386,7 +606,7 @@ def test_a_nan_keeps_the_chunks_before_it(
     assert done.status == 1
     chunks = ImportanceMatrix.load(out).chunk_count
     assert chunks >= 2
-    assert f"saved what was collected so far to {out}: {chunks} chunk(s)\nerror: " in done.err
+    assert f"saved what was collected so far to {out}: {chunks} chunk(s); run the " in done.err
     assert re.search(
         rf"error: a NaN or infinite activation reached blk\.0\.attn_\w+\.weight in chunk {chunks} "
         rf"\(channel 0\)\. That chunk was discarded; the {chunks} before it are kept",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from imatrix._version import __version__
 from imatrix.errors import (
+    CheckpointError,
     EngineError,
     ImatrixError,
     ModelError,
@@ -20,7 +21,7 @@ from imatrix.errors import (
     RowsMissingError,
 )
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backends",
+    "CheckpointError",
     "Collector",
     "Coverage",
     "Device",
@@ -42,6 +44,7 @@ __all__ = [
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LeftOut",
     "ModelError",
     "ModelFile",
     "NonFiniteError",

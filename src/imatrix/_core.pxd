@@ -57,6 +57,7 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         int64_t block_count
         int64_t n_nextn
         int64_t split_count
+        int64_t data_offset
         vector[FileTensor] tensors
         vector[pair[string, int64_t]] integers
 
@@ -151,6 +152,8 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         Status open(const SessionParams & params)
         Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                     ChunkScore * scores)
+        Status restore(const vector[string] & names, const Shape & shape, const double * sums,
+                       const int64_t * counts)
         void cancel()
         void clear_cancel()
         void set_hook_enabled(cbool enabled)

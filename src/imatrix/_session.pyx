@@ -90,6 +90,7 @@ def model_file(path):
         "block_count": found.block_count,
         "n_nextn": found.n_nextn,
         "split_count": found.split_count,
+        "data_offset": found.data_offset,
         "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
                     for t in found.tensors},
         "integers": {_text(i.first): i.second for i in found.integers},
@@ -314,6 +315,50 @@ cdef class Session:
             memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
             out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
         return out
+
+    def groups(self):
+        """[(names, sums float64 [n_mat, n_in], counts int64 [n_counts])], copies: what weights
+        fed by one activation share is there once. Weights without rows are left out."""
+        cdef const _core.Slot * slot
+        cdef double[:, ::1] sums_view
+        cdef int64_t[::1] counts_view
+        names = {}
+        for w in range(self._session.get().sums().weights().size()):
+            index = self._session.get().sums().weights()[w].slot
+            if index != <size_t>-1:
+                names.setdefault(index, []).append(
+                    _text(self._session.get().sums().weights()[w].name))
+        out = []
+        for index, shared in names.items():
+            slot = &self._session.get().sums().slots()[<size_t>index]
+            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
+            counts_view = counts
+            memcpy(&counts_view[0], slot.total_counts.data(),
+                   slot.total_counts.size() * sizeof(int64_t))
+            if not counts.any():
+                continue
+            sums = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
+            sums_view = sums
+            memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
+            out.append((shared, sums, counts))
+        return out
+
+    def restore(self, names, const double[:, ::1] sums not None,
+                const int64_t[::1] counts not None):
+        """Put back one element of groups(), bit for bit; before the first step."""
+        cdef _core.Shape shape
+        cdef Status status
+        cdef vector[string] native
+        if sums.shape[0] == 0 or sums.shape[1] == 0 or counts.shape[0] not in (1, sums.shape[0]):
+            raise ValueError("sums and counts do not fit together")
+        shape.n_mat = sums.shape[0]
+        shape.n_in = sums.shape[1]
+        shape.n_counts = counts.shape[0]
+        for name in names:
+            native.push_back(name.encode("utf-8"))
+        with nogil:
+            status = self._session.get().restore(native, shape, &sums[0, 0], &counts[0])
+        _check(status)
 
     @property
     def counters(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -226,9 +226,18 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
         facts["text"] = ", ".join(matrix.datasets)
     if made is not None and made.dataset_digest:
         facts["tokens"] = f"SHA-256 {made.dataset_digest[:16]}..."
+    if made is not None and made.left_out:
+        facts["left out"] = left_out_told(made.left_out)
     if told := experts_told(experts(matrix)):
         facts["experts"] = told
     return facts
+
+
+def left_out_told(left_out: Sequence[LeftOut]) -> str:
+    """The chunks that do not count and why, the first few by number."""
+    first = ", ".join(f"{one.chunk} ({one.weight})" for one in left_out[:3])
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f"{_plural(len(left_out), 'chunk')} with NaN or infinite activations: {first}{more}"
 
 
 def _table(part: str, found: list[Line]) -> Table:

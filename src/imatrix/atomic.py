@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["clear", "replacing"]
+
+# Of a file's name in a temporary one. Cut, so that with its ending it stays below the usual 255
+# bytes, 4 bytes a character at worst.
+_NAME = 40
 
 
 @contextmanager
@@ -41,8 +47,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     mode = _mode_of(target)
     # os.open and not tempfile: tempfile makes files that only the owner can read, and the umask
     # cannot be asked for without changing it for every thread.
-    # Cut, so that with its ending it stays below the usual 255 bytes, 4 bytes a character at worst.
-    temporary = folder / f".{target.name[:40]}.{secrets.token_hex(8)}.tmp"
+    temporary = folder / f".{target.name[:_NAME]}.{secrets.token_hex(8)}.tmp"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
@@ -55,6 +60,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if os.name != "nt":  # Windows cannot open a folder; its rename is journaled
         _flush(folder, os.O_RDONLY)
+
+
+def clear(path: str | os.PathLike[str]) -> None:
+    """Remove the temporary files of processes that were killed while they replaced ``path``.
+
+    For who knows that nobody is writing it now. Of a name that is cut in temporary ones nothing
+    is removed: they may be another file's.
+    """
+    target = Path(os.path.realpath(path))
+    if len(target.name) > _NAME:
+        return
+    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp")
+    with contextlib.suppress(OSError):  # a courtesy
+        for left in target.parent.iterdir():
+            if pattern.fullmatch(left.name):
+                left.unlink(missing_ok=True)
 
 
 def _mode_of(target: Path) -> int | None:

@@ -4,7 +4,8 @@ It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in 
 does nothing that `import imatrix` does not offer.
 
 Messages and progress go to stderr, data to stdout. Exit status: 0 done, 1 it failed, 2 wrong
-usage or bad input, 130 interrupted.
+usage or bad input, 130 interrupted (SIGINT, Ctrl-C), 143 terminated (SIGTERM). `collect` saves
+what there is on either; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _show
+from imatrix import _check_cli, _show, atomic
+from imatrix._isolate import isolated
+from imatrix._lock import LockedError, locked
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -34,6 +40,11 @@ from imatrix.matrix import ImportanceMatrix
 __all__ = ["entry", "main"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+TERMINATED = 143
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came; treated as Ctrl-C is."""
 
 
 class _Stopped(Exception):
@@ -63,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
         return stop.code if isinstance(stop.code, int) else USAGE
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
         return _version(terminal)
@@ -80,6 +92,9 @@ def _run(
 ) -> int:
     try:
         return command(args, terminal)
+    except _Terminated:
+        terminal.error("terminated")
+        return TERMINATED
     except KeyboardInterrupt:
         terminal.error("interrupted")
         return INTERRUPTED
@@ -127,6 +142,9 @@ def _told(error: Exception) -> str:
 
 
 def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
+    if args.isolate:
+        argv = [arg for arg in args.argv if arg != "--isolate"]
+        return isolated(argv, _checkpoint_path(args), terminal)
     earlier = [ImportanceMatrix.load(path) for path in args.in_file]
     text = _text(args)
     if text is None and not earlier:
@@ -138,6 +156,23 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL", USAGE)
     _check_output(args.output, [args.model, args.mtp_model, args.file])
+    try:
+        lock = locked(args.output)
+    except LockedError as error:
+        raise _Stopped(str(error), USAGE) from None
+    with lock, _signals(terminal):
+        # what a killed run left half written; nobody else writes these now
+        for path in (args.output, _checkpoint_path(args)):
+            atomic.clear(path)
+        return _collect_locked(args, text, earlier, terminal)
+
+
+def _collect_locked(
+    args: argparse.Namespace,
+    text: str | Path | None,
+    earlier: list[ImportanceMatrix],
+    terminal: Terminal,
+) -> int:
     if text is None:
         matrix = earlier[0].merge(*earlier[1:])
         _save(matrix, args.output)
@@ -158,6 +193,7 @@ def _collect_text(
     terminal: Terminal,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
+    checkpoint = _checkpoint_path(args)
     # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
     n_seq = 1 if mtp else max(1, args.batch_size // args.ctx_size)
     with imatrix.Collector(
@@ -191,6 +227,10 @@ def _collect_text(
                     process_output=args.process_output,
                     parse_special=args.parse_special,
                     perplexity=args.ppl,
+                    on_nonfinite=args.on_nonfinite,
+                    checkpoint=checkpoint,
+                    checkpoint_every=args.output_frequency,
+                    restart=args.restart,
                     progress=on_step,
                 )
         except BaseException as error:
@@ -203,9 +243,46 @@ def _collect_text(
             path = saver.head_path
             _save(head_matrix, path)
             terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
+        checkpoint.unlink(missing_ok=True)  # all it held is safe now
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
     return OK
+
+
+def _checkpoint_path(args: argparse.Namespace) -> Path:
+    return Path(f"{args.output}.checkpoint")
+
+
+@contextmanager
+def _signals(terminal: Terminal) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run in good order, the second one at once.
+
+    Signals that were ignored stay so, as under nohup.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if seen:
+            # files are replaced in one step, so that nothing half written is left in their place
+            terminal.err.show_cursor(True)
+            os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+        seen.append(number)
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    taken = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler in (signal.default_int_handler, signal.SIG_DFL):
+            taken[number] = handler
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class _Saver:
@@ -219,6 +296,7 @@ class _Saver:
         terminal: Terminal,
     ) -> None:
         self.progress: imatrix.Progress | None = None
+        self._args = args
         self._path: str = args.output
         self._every: int = args.output_frequency
         self._every_copy: int = args.save_frequency
@@ -231,14 +309,24 @@ class _Saver:
             size_ = self._earlier.chunk_size or args.ctx_size
             self._chunks = round(self._earlier.chunk_count * size_ / args.ctx_size)
         self._before = self._chunks
+        # Written early, it would be added a second time by the run that goes on from here.
+        self._only_at_the_end = any(_same_file(path, args.output) for path in args.in_file)
 
     def step(self, progress: imatrix.Progress) -> None:
         """After a step: write what is due. A failure is told, and the run goes on: the disk may
         have room again by the end of a long run."""
-        self.progress = progress
+        first, self.progress = self.progress is None, progress
         before, self._chunks = self._chunks, self._before + progress.chunks
+        if first and progress.resumed:
+            total = f" of {progress.total}" if progress.total else ""
+            self._terminal.note(
+                f"going on from {_checkpoint_path(self._args)}: {progress.resumed}{total} chunk(s) "
+                "are done (--restart starts from zero)"
+            )
+            if progress.chunks <= progress.resumed:
+                return  # taken over, nothing new to write
         due = []
-        if _crossed(self._every, before, self._chunks):
+        if not self._only_at_the_end and _crossed(self._every, before, self._chunks):
             due.append(self._path)
         if _crossed(self._every_copy, before, self._chunks):
             due.append(f"{self._path}.at_{self._chunks}")
@@ -270,6 +358,15 @@ class _Saver:
             if interrupted:
                 self._terminal.note(f"no chunk was finished; {self._path} is not written")
             return
+        checkpoint = _checkpoint_path(self._args)
+        go_on = f"; run the same command again to go on from {checkpoint}"
+        if self._only_at_the_end:
+            if checkpoint.exists():
+                self._terminal.note(
+                    f"{own.chunk_count} chunk(s) so far are in the checkpoint; {self._path} stays as "
+                    f"it was, being an input too{go_on}"
+                )
+            return
         try:
             matrix = self._matrix()
         except ValueError:
@@ -277,6 +374,7 @@ class _Saver:
         _save(matrix, self._path)
         self._terminal.note(
             f"saved what was collected so far to {self._path}: {own.chunk_count} chunk(s)"
+            + (go_on if checkpoint.exists() else "")
         )
         if (head := self._collector.mtp_matrix) is not None and head:
             _save(head, self.head_path)
@@ -294,6 +392,10 @@ class _Saver:
             chunk_size=both.chunk_size,
             provenance=both.provenance,
         )
+
+
+def _same_file(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _crossed(every: int, before: int, after: int) -> bool:
@@ -614,7 +716,8 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         type=_at_least(0),
         default=10,
-        help="write OUT every N chunks (default: 10; 0: at the end only)",
+        help="write OUT and OUT.checkpoint every N chunks (default: 10; 0: OUT at the end only, "
+        "OUT.checkpoint every three minutes)",
     )
     add(
         "--save-frequency",
@@ -622,6 +725,24 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_at_least(0),
         default=0,
         help="keep a copy OUT.at_<chunks> every N chunks (default: 0, never)",
+    )
+    add(
+        "--restart",
+        action="store_true",
+        help="start from zero, though OUT.checkpoint is there to go on from",
+    )
+    add(
+        "--on-nonfinite",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a NaN or infinite activation does: end the run, or leave out its chunk "
+        "(default: stop)",
+    )
+    add(
+        "--isolate",
+        action="store_true",
+        help="run in a process of its own: if the engine or the system ends it, say what is left "
+        "and how to go on",
     )
     add(
         "--output-format",

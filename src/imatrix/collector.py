@@ -9,21 +9,23 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _session, corpus
+from imatrix._keeper import OTHER_RUN, Keeper
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
 from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
-from imatrix.errors import ModelError, NonFiniteError
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.errors import CheckpointError, ModelError, NonFiniteError
+from imatrix.formats.checkpoint import Checkpoint, Setting
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 from imatrix.model_file import ModelFile
 from imatrix.mtp_files import check_fit
 
@@ -56,8 +58,9 @@ class Progress:
         chunks: chunks collected so far.
         total: chunks there will be, None where the text is a stream of unknown length.
         tokens: tokens collected so far.
-        seconds: since the first chunk started.
+        seconds: spent on chunks, in an interrupted run that this one goes on from too.
         perplexity: of the chunks so far, None unless asked for.
+        resumed: chunks taken over from a checkpoint, those left out among them; 0 if none were.
     """
 
     chunks: int
@@ -65,6 +68,7 @@ class Progress:
     tokens: int
     seconds: float
     perplexity: Perplexity | None
+    resumed: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,7 @@ class Collector:
         self._rehearsed: set[tuple[bool, bool, bool]] = set()
         self._loaded_mtp = False
         self._tally = _Tally()
+        self._seconds = 0.0
         self._reset_run([], False)
         if mtp is not None:
             self._load(mtp and self.n_nextn > 0)
@@ -262,6 +267,7 @@ class Collector:
                 mtp=self._with_head,
                 n_ctx=self._n_ctx,
                 dataset_digest=self._digest.hexdigest(),
+                left_out=tuple(self._left_out),
             ),
         )
 
@@ -324,9 +330,14 @@ class Collector:
         process_output: bool = False,
         parse_special: bool = False,
         perplexity: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        restart: bool = False,
         progress: Callable[[Progress], object] | None = None,
     ) -> ImportanceMatrix:
-        """Collect a matrix from texts. Every run starts from zero; add matrices with `+`.
+        """Collect a matrix from texts. Every run starts from zero, or from a checkpoint of its
+        own; add matrices with `+`.
 
         Args:
             texts: a string, an open file, a path, or an iterable of strings or of token lists;
@@ -337,8 +348,19 @@ class Collector:
             process_output: collect output.weight too (the trunk's rows only).
             parse_special: read special tokens that the text spells out as such.
             perplexity: score the text as it runs; see the property `perplexity`.
-            progress: called with a Progress after every step, in this thread. An exception that
-                it raises ends the run.
+            on_nonfinite: what a NaN or Inf activation does: end the run, or leave out its chunk,
+                which the matrix then remembers (Provenance.left_out).
+            checkpoint: file to go on from if the run is interrupted. It is written every
+                `checkpoint_every` chunks, every three minutes at least, at the end, and where an
+                error or Ctrl-C ends the run. Where there is one, the run goes on from it and gives
+                the same matrix, bit for bit, as without the interruption (on one backend, with
+                one number of threads); give the same model, texts and settings. It stays: remove
+                it when the matrix is safe. See docs/checkpoints.md.
+            checkpoint_every: chunks between two checkpoints; 0 for the other occasions only.
+            restart: start from zero, whatever there is at `checkpoint`.
+            progress: called with a Progress after every step, in this thread, and before the
+                first one where a checkpoint was taken over. An exception that it raises ends the
+                run.
 
         Returns:
             The matrix. The property `matrix` gives what there is so far, during a run and after
@@ -348,18 +370,61 @@ class Collector:
             ValueError: no tokens, a bad number, or mtp with n_seq other than 1.
             ModelError: the head that the metadata claim is not in the file, or text was given to
                 a model without a tokenizer.
+            CheckpointError (a ValueError): the checkpoint is of another model, text or setting,
+                or damaged.
             NonFiniteError: a NaN or Inf activation; that chunk is discarded, the earlier ones stay.
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
         """
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
+        if checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
         model, with_head = self._prepare(mtp, process_output, perplexity)
-        self._reset_run(_dataset_names(texts), with_head)
-        chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
-        first = next(chunks)  # bad text is an error before any context is made
+        self._reset_run(_dataset_names(texts), with_head, skip_chunks, on_nonfinite == "skip")
+        chunks, total, text = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
+        keeper = None
+        found = None
+        if checkpoint is not None:
+            settings: dict[str, Setting] = {
+                **self._identity(),
+                "mtp": with_head,
+                "process_output": process_output,
+                "parse_special": parse_special,
+                "perplexity": perplexity,
+                "skip_chunks": skip_chunks,
+                "max_chunks": -1 if max_chunks is None else max_chunks,
+                **text,
+            }
+            keeper = Keeper(checkpoint, checkpoint_every, lambda: self._checkpoint(settings))
+            found = None if restart else keeper.load(settings)
+        if found is not None:
+            self._read_past(found, chunks, checkpoint)
+        # bad text is an error before any context is made
+        first = next(chunks, None)
 
-        session = self._open(model, with_head, process_output, perplexity)
+        if first is None:  # the checkpoint is of a run that was done
+            session = _session.Session(model, self._head_model)
+        else:
+            session = self._open(model, with_head, process_output, perplexity)
+        if found is not None:
+            self._take_over(found, session)
+            found = None  # as large as the sums
         self._session = session
-        self._drive(session, first, chunks, skip_chunks, total, progress)
+        report = self._reporter(progress, total)
+        if self._resumed:
+            report()
+        try:
+            if first is not None:
+                self._drive(session, itertools.chain([first], chunks), keeper, report)
+        except BaseException:
+            if keeper is not None:
+                keeper.save(self._done)
+            raise
+        if keeper is not None:
+            keeper.save(self._done)
+        if self._left_out:
+            warnings.warn(_left_out_told(self._left_out), stacklevel=2)
         return self.matrix
 
     def plan(self, *, mtp: bool = False, process_output: bool = False) -> Plan:
@@ -440,74 +505,171 @@ class Collector:
     def _drive(
         self,
         session: _session.Session,
-        first: NDArray[np.int32],
-        rest: Iterator[NDArray[np.int32]],
-        skipped: int,
-        total: int | None,
-        progress: Callable[[Progress], object] | None,
+        chunks: Iterator[NDArray[np.int32]],
+        keeper: Keeper | None,
+        report: Callable[[], None],
     ) -> None:
         """Native steps run in a second thread: the next chunk is tokenized meanwhile, and
-        Ctrl-C reaches this one, which then tells the engine to stop."""
-        groups = _groups(first, rest, self._n_seq)
+        Ctrl-C reaches this one, which then tells the engine to stop. What a step adds is counted
+        in that thread too, where no signal can come between the two."""
+        groups = _groups(chunks, self._n_seq, self._done)
+        before = self._seconds
         started = time.monotonic()
         with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
-            running: Future[Scores] | None = None
-            group: list[NDArray[np.int32]] | None = next(groups)
+            running: Future[None] | None = None
             try:
+                group = next(groups, None)
                 while group is not None:
-                    lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
-                    running = native.submit(session.step, np.concatenate(group), lengths)
+                    running = native.submit(self._collect, session, group)
                     try:
                         following = next(groups, None)
                     except Exception:
-                        # the text failed, not the chunk that is on its way
-                        self._account(group, running.result())
-                        running = None
+                        running.result()  # the text failed, not the chunk that is on its way
                         raise
-                    scores = running.result()
-                    running = None
-                    self._account(group, scores)
-                    if progress is not None:
-                        seconds = time.monotonic() - started
-                        progress(
-                            Progress(
-                                self._chunks, total, self._tokens, seconds, self._tally.perplexity
-                            )
-                        )
+                    running.result()
+                    self._seconds = before + time.monotonic() - started
+                    if keeper is not None:
+                        keeper.step(self._done)
+                    report()
                     group = following
-            except NonFiniteError as error:
-                error.chunk = skipped + self._chunks
-                where = f"channel {error.channel}"
-                if error.expert is not None:
-                    where = f"expert {error.expert}, {where}"
-                error.args = (
-                    f"{error.args[0]} in chunk {error.chunk} ({where}). That chunk was discarded; "
-                    f"the {self._chunks} before it are kept in Collector.matrix.",
-                )
-                raise
             except BaseException:
-                session.cancel()
-                # it may have been done before it heard of that: then its sums count
-                if running is not None and running.exception() is None and group is not None:
-                    self._account(group, running.result())
-                session.clear_cancel()
+                if running is not None:
+                    _settle(session, running)
                 raise
 
-    def _account(self, group: list[NDArray[np.int32]], scores: Scores) -> None:
+    def _collect(self, session: _session.Session, group: list[NDArray[np.int32]]) -> None:
+        """Collect chunks side by side and count them; in the native thread."""
+        lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
+        try:
+            scores = session.step(np.concatenate(group), lengths)
+        except NonFiniteError as error:
+            if len(group) > 1:  # which of them it was shows when each runs by itself
+                for chunk in group:
+                    self._collect(session, [chunk])
+                return
+            error.chunk = self._skipped + self._done
+            if not self._skip_nonfinite:
+                _tell_where(error, self._chunks)
+                raise
+            token = error.chunk * self._n_ctx
+            self._left_out.append(LeftOut(error.chunk, token, error.weight))
+        else:
+            for chunk in group:
+                self._digest.update(chunk.astype("<i4").tobytes())
+                self._chunks += 1
+                self._tokens += len(chunk)
+            self._tally.add(scores)
         for chunk in group:
-            self._digest.update(chunk.astype("<i4").tobytes())
-            self._chunks += 1
-            self._tokens += len(chunk)
-        self._tally.add(scores)
+            self._text_digest.update(chunk.astype("<i4").tobytes())
+            self._done += 1
 
-    def _reset_run(self, datasets: list[str], with_head: bool) -> None:
+    def _reporter(
+        self, progress: Callable[[Progress], object] | None, total: int | None
+    ) -> Callable[[], None]:
+        def report() -> None:
+            if progress is not None:
+                done = Progress(
+                    self._chunks,
+                    total,
+                    self._tokens,
+                    self._seconds,
+                    self._tally.perplexity,
+                    self._resumed,
+                )
+                progress(done)
+
+        return report
+
+    def _reset_run(
+        self,
+        datasets: list[str],
+        with_head: bool,
+        skipped: int = 0,
+        skip_nonfinite: bool = False,
+    ) -> None:
         self._session = None
         self._datasets = datasets
         self._with_head = with_head
-        self._chunks = 0
+        self._skipped = skipped  # chunks, at the start of the text
+        self._skip_nonfinite = skip_nonfinite
+        self._chunks = 0  # that count
+        self._done = 0  # those, and those left out
+        self._resumed = 0  # of them, taken over from a checkpoint
         self._tokens = 0
-        self._digest = hashlib.sha256()
+        self._seconds = 0.0
+        self._left_out: list[LeftOut] = []
+        self._digest = hashlib.sha256()  # of the chunks that count
+        self._text_digest = hashlib.sha256()  # of all that are done
         self._tally = _Tally()
+
+    # --- checkpoints -------------------------------------------------------
+
+    def _identity(self) -> dict[str, Setting]:
+        """What decides the numbers, apart from the arguments of run()."""
+        found: dict[str, Setting] = {
+            "collector": f"imatrix {__version__}",
+            "engine": engine_name(),
+            "model_size": self._file.size,
+            "model_fingerprint": self._file.fingerprint(),
+            "n_ctx": self._n_ctx,
+            "n_batch": self._n_batch,
+            "n_ubatch": self._n_ubatch,
+            "n_seq": self._n_seq,
+        }
+        if self._with_head and self._head_file is not self._file:
+            found["mtp_model_size"] = self._head_file.size
+            found["mtp_model_fingerprint"] = self._head_file.fingerprint()
+        return found
+
+    def _checkpoint(self, settings: dict[str, Setting]) -> Checkpoint:
+        return Checkpoint(
+            done=self._done,
+            tokens=self._tokens,
+            seconds=self._seconds,
+            nll=self._tally.nll,
+            nll_sq=self._tally.nll_sq,
+            scored=self._tally.n,
+            text_digest=self._text_digest.hexdigest(),
+            settings=settings,
+            left_out=tuple(self._left_out),
+            groups=[] if self._session is None else self._session.groups(),
+        )
+
+    def _read_past(
+        self,
+        found: Checkpoint,
+        chunks: Iterator[NDArray[np.int32]],
+        path: str | os.PathLike[str] | None,
+    ) -> None:
+        """Take the chunks that are done off the text, and see that they are the same."""
+        left_out = {one.chunk - self._skipped for one in found.left_out}
+        for number in range(found.done):
+            chunk = next(chunks, None)
+            if chunk is None:
+                raise CheckpointError(
+                    f"{path} is of another text: {found.done} chunks of it are done, this one "
+                    f"has {number}. {OTHER_RUN}"
+                )
+            tokens = chunk.astype("<i4").tobytes()
+            self._text_digest.update(tokens)
+            if number not in left_out:
+                self._digest.update(tokens)
+        if self._text_digest.hexdigest() != found.text_digest:
+            raise CheckpointError(
+                f"{path} is of another text: the first {found.done} chunks differ. {OTHER_RUN}"
+            )
+
+    def _take_over(self, found: Checkpoint, session: _session.Session) -> None:
+        """Stand where the checkpoint was written."""
+        for group in found.groups:
+            session.restore(*group)
+        self._done = self._resumed = found.done
+        self._chunks = found.done - len(found.left_out)
+        self._tokens = found.tokens
+        self._seconds = found.seconds
+        self._left_out = list(found.left_out)
+        self._tally.nll, self._tally.nll_sq = found.nll, found.nll_sq
+        self._tally.n = found.scored
 
     def _chunks_of(
         self,
@@ -516,15 +678,19 @@ class Collector:
         parse_special: bool,
         skip_chunks: int,
         max_chunks: int | None,
-    ) -> tuple[Iterator[NDArray[np.int32]], int | None]:
-        """The chunks, and how many there will be if that can be known."""
+    ) -> tuple[Iterator[NDArray[np.int32]], int | None, dict[str, Setting]]:
+        """The chunks; how many there will be, and what tells the text from another, as far as
+        that can be known before it is read."""
         total = None
+        text: dict[str, Setting] = {}
         if isinstance(texts, (str, os.PathLike, corpus.TextFile)):
             self._check_tokenizer()
             tokens = np.concatenate(
                 [np.empty(0, np.int32), *corpus.pieces(texts, model, parse_special)]
             )
             texts = [tokens]
+            text["text_tokens"] = len(tokens)
+            text["text_digest"] = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
             total = max(1, len(tokens) // self._n_ctx) - skip_chunks
             total = total if max_chunks is None else min(total, max_chunks)
         chunks = corpus.chunks(
@@ -535,7 +701,7 @@ class Collector:
             skip_chunks=skip_chunks,
             max_chunks=max_chunks,
         )
-        return chunks, total
+        return chunks, total, text
 
     def _check_tokenizer(self) -> None:
         if not self._file.has_tokenizer:
@@ -619,14 +785,50 @@ def _dataset_names(texts: corpus.Texts) -> list[str]:
 
 
 def _groups(
-    first: NDArray[np.int32], rest: Iterator[NDArray[np.int32]], n_seq: int
+    chunks: Iterator[NDArray[np.int32]], n_seq: int, done: int
 ) -> Iterator[list[NDArray[np.int32]]]:
-    """Chunks in groups of n_seq, the last one shorter."""
+    """Chunks in groups of n_seq, the last one shorter.
+
+    Where `done` ends inside a group, that group had a chunk with a NaN and ran chunk by chunk:
+    so does the rest of it.
+    """
+    for chunk in itertools.islice(chunks, -done % n_seq):
+        yield [chunk]
     group: list[NDArray[np.int32]] = []
-    for chunk in itertools.chain([first], rest):
+    for chunk in chunks:
         group.append(chunk)
         if len(group) == n_seq:  # at once: nothing is taken from the text before its time
             yield group
             group = []
     if group:
         yield group
+
+
+def _settle(session: _session.Session, running: Future[None]) -> None:
+    """End the running step, and wait until it has: its sums count or they do not."""
+    session.cancel()
+    while not running.done():
+        try:
+            wait([running])
+        except KeyboardInterrupt:
+            continue  # on its way already
+    session.clear_cancel()
+
+
+def _tell_where(error: NonFiniteError, kept: int) -> None:
+    where = f"channel {error.channel}"
+    if error.expert is not None:
+        where = f"expert {error.expert}, {where}"
+    error.args = (
+        f"{error.args[0]} in chunk {error.chunk} ({where}). That chunk was discarded; the {kept} "
+        "before it are kept in Collector.matrix. on_nonfinite='skip' (--on-nonfinite skip) leaves "
+        "such chunks out and goes on.",
+    )
+
+
+def _left_out_told(left_out: list[LeftOut]) -> str:
+    first = ", ".join(
+        f"chunk {one.chunk} (from token {one.token}, at {one.weight})" for one in left_out[:3]
+    )
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f"left out for NaN or infinite activations: {first}{more}"

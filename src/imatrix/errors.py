@@ -20,6 +20,10 @@ class RowsMissingError(EngineError):
     """A weight that the graph multiplies did not see every row of a chunk."""
 
 
+class CheckpointError(ImatrixError, ValueError):
+    """A checkpoint that a run cannot go on from: of another run, or damaged."""
+
+
 class NonFiniteError(ImatrixError, ArithmeticError):
     """A NaN or infinite activation reached a weight. What was collected before stays usable.
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Entry", "ImportanceMatrix", "Provenance"]
+__all__ = ["Entry", "ImportanceMatrix", "LeftOut", "Provenance"]
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 _HEAD_BLOCK = re.compile(r"blk\.([0-9]+)\.nextn\.")
@@ -112,15 +112,31 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A chunk that a run left out because a NaN or infinite activation came up in it.
+
+    Attributes:
+        chunk: its number in the text, from 0, chunks skipped at the start counted.
+        token: where it starts in the text, in tokens.
+        weight: the weight that the activation reached.
+    """
+
+    chunk: int
+    token: int
+    weight: str
+
+
+@dataclass(frozen=True)
 class Provenance:
-    """How a matrix was made. Every field may be None: not known.
+    """How a matrix was made. Every field but the last may be None: not known.
 
     Attributes:
         collector: the program that collected it, such as "imatrix 0.1.0".
         engine: what ran the model, such as "llama.cpp 0.5.0 (0c1e57098)".
         mtp: whether the MTP/NextN head was collected.
         n_ctx: tokens in a chunk.
-        dataset_digest: SHA-256 of the tokens fed, in hexadecimal.
+        dataset_digest: SHA-256 of the tokens that count, in hexadecimal.
+        left_out: chunks that do not count, in the order of the text.
     """
 
     collector: str | None = None
@@ -128,6 +144,7 @@ class Provenance:
     mtp: bool | None = None
     n_ctx: int | None = None
     dataset_digest: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class ImportanceMatrix(Mapping[str, Entry]):
@@ -258,8 +275,9 @@ class ImportanceMatrix(Mapping[str, Entry]):
 
         Dataset names are joined, each once. The chunk size is the first one known; chunks of
         another size are converted to it by their tokens, rounded to the nearest whole chunk.
-        Provenance keeps what all agree on; mtp is true if one of them has the head, and the
-        digest goes, since the sum is not the work of one stream of tokens.
+        Provenance keeps what all agree on; mtp is true if one of them has the head, left_out
+        lists the chunks of all, and the digest goes, since the sum is not the work of one stream
+        of tokens.
 
         Raises:
             ValueError: the shapes of a weight do not fit together.
@@ -445,6 +463,7 @@ def _merged_provenance(parts: Sequence[Provenance]) -> Provenance:
         mtp=True if True in mtp else _agreed(mtp),
         n_ctx=_agreed([part.n_ctx for part in parts]),
         dataset_digest=None,
+        left_out=tuple(chunk for part in parts for chunk in part.left_out),
     )
 
 

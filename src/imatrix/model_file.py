@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from pathlib import Path
 
 from imatrix import _session
 from imatrix.errors import ModelError
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -27,6 +31,7 @@ class ModelFile:
         n_nextn: MTP/NextN head blocks that the metadata claims, `blk.<n_trunk>` on.
         tensors: shape by tensor name, ggml order: the row length first.
         integers: the architecture's own whole-number keys, without its name in front.
+        parts: every file, the first part first, and how many bytes its header has.
     """
 
     path: Path
@@ -36,6 +41,7 @@ class ModelFile:
     n_nextn: int
     tensors: Mapping[str, tuple[int, ...]]
     integers: Mapping[str, int]
+    parts: tuple[tuple[Path, int], ...] = ()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -53,8 +59,11 @@ class ModelFile:
         header = _session.model_file(str(first))
         tensors = dict(header["tensors"])
         # before the architecture: later parts of a multi-part model have none
+        parts = [(first, header["data_offset"])]
         for part in _other_parts(first, header["split_count"]):
-            tensors.update(_session.model_file(str(part))["tensors"])
+            other = _session.model_file(str(part))
+            tensors.update(other["tensors"])
+            parts.append((part, other["data_offset"]))
         if not header["architecture"]:
             raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
         n_nextn = header["n_nextn"]
@@ -73,7 +82,30 @@ class ModelFile:
             n_nextn=n_nextn,
             tensors=tensors,
             integers=header["integers"],
+            parts=tuple(parts),
         )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all parts together."""
+        return sum(path.stat().st_size for path, _ in self.parts)
+
+    def fingerprint(self) -> str:
+        """What tells this model from another, in hexadecimal, without reading it all.
+
+        SHA-256 over each part's size, its header, and 64 samples of 4 KiB spread evenly over its
+        data: two fine-tunes of one model have the same header. Paths and times do not count.
+        """
+        digest = hashlib.sha256()
+        for path, header in self.parts:
+            size = path.stat().st_size
+            digest.update(f"{size} {header}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(header))
+                for sample in range(_SAMPLES):
+                    file.seek(header + (size - header) * sample // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
 
 
 def _other_parts(first: Path, split_count: int) -> list[Path]:

@@ -17,12 +17,18 @@ The loader asks for keys and tensors by name, so it passes over the ones we add:
     imatrix.collector.mtp              bool
     imatrix.collector.n_ctx            u32
     imatrix.collector.dataset_digest   string
+
+and, where chunks were left out for a NaN or infinite activation, one element a chunk:
+
+    imatrix.collector.left_out.chunks  array of u64, numbers in the text
+    imatrix.collector.left_out.tokens  array of u64, where they start in the text
+    imatrix.collector.left_out.weights array of string, what the activation reached
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +45,7 @@ from numpy.typing import NDArray
 
 from imatrix import atomic
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 
 __all__ = ["read", "write"]
 
@@ -52,6 +58,16 @@ _ENGINE = "imatrix.collector.engine"
 _MTP = "imatrix.collector.mtp"
 _N_CTX = "imatrix.collector.n_ctx"
 _DIGEST = "imatrix.collector.dataset_digest"
+_LEFT_CHUNKS = "imatrix.collector.left_out.chunks"
+_LEFT_TOKENS = "imatrix.collector.left_out.tokens"
+_LEFT_WEIGHTS = "imatrix.collector.left_out.weights"
+
+_KNOWN = frozenset(
+    (
+        *(_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST),
+        *(_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
+    )
+)
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -87,7 +103,7 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
     scaled = {name: _scaled_counts(name, matrix[name]) for name in names}
     _check_names(names)
     with atomic.replacing(path) as temporary:
-        writer = _Writer(temporary, "imatrix")
+        writer = Writer(temporary, "imatrix")
         try:
             _add_metadata(writer, matrix)
             for name in names:
@@ -120,13 +136,30 @@ def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
             contents make no sense as an importance matrix.
         OSError: the file cannot be read.
     """
+    reader, fields = opened(path, Reader, _KNOWN.__contains__)
+    try:
+        return _matrix_from(reader, fields)
+    except (ValueError, TypeError) as error:
+        raise FormatError(path, str(error)) from None
+
+
+def opened(
+    path: str | os.PathLike[str], kind: type[Reader], wanted: Callable[[str], bool]
+) -> tuple[Reader, dict[str, Any]]:
+    """The file by a reader of its kind, and its wanted keys as Python values.
+
+    Raises:
+        FileNotFoundError, FormatError, OSError: as read() does.
+    """
     _check_magic(path)
     try:
         # An offset that overflows would wrap around to some other place in the file.
         with np.errstate(over="raise"):
-            reader = _Reader(path)
-        fields = _decoded_fields(reader)
-    except _NotImatrixError as error:
+            reader = kind(path)
+        return reader, {
+            key: field.contents() for key, field in reader.fields.items() if wanted(key)
+        }
+    except _WrongKindError as error:
         raise FormatError(path, str(error)) from None
     except OSError:
         raise
@@ -136,13 +169,9 @@ def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
         raise FormatError(
             path, f"damaged or cut short, GGUF structure unreadable ({_told(error)})"
         ) from error
-    try:
-        return _matrix_from(reader, fields)
-    except (ValueError, TypeError) as error:
-        raise FormatError(path, str(error)) from None
 
 
-class _Writer(GGUFWriter):
+class Writer(GGUFWriter):
     """GGUFWriter for a file that is no model."""
 
     def add_architecture(self) -> None:
@@ -163,16 +192,19 @@ class _Writer(GGUFWriter):
         return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
-class _NotImatrixError(Exception):
+class _WrongKindError(Exception):
     """The file is GGUF, but of another kind."""
 
 
-class _Reader(GGUFReader):
+class Reader(GGUFReader):
     """GGUFReader with bounds.
 
     The base class slices past the end of the file and gets less than it asked for. A damaged
     array length then makes it append empty values until memory is gone.
     """
+
+    kind = "imatrix"  # general.type
+    advice = "give an importance matrix, not a model"
 
     def _get(
         self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
@@ -186,10 +218,10 @@ class _Reader(GGUFReader):
     def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
         # The kind stands at the front. Told here, a model given by mistake is refused at once,
         # before its vocabulary is read a word at a time.
-        if field.name == _TYPE and (kind := field.contents()) != "imatrix":
-            raise _NotImatrixError(
-                f"expected a GGUF file with general.type 'imatrix', this one has {kind!r}; give "
-                "an importance matrix, not a model"
+        if field.name == _TYPE and (kind := field.contents()) != self.kind:
+            raise _WrongKindError(
+                f"expected a GGUF file with general.type {self.kind!r}, this one has {kind!r}; "
+                f"{self.advice}"
             )
         return int(super()._push_field(field, skip_sum))
 
@@ -204,12 +236,6 @@ def _check_magic(path: str | os.PathLike[str]) -> None:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _decoded_fields(reader: GGUFReader) -> dict[str, Any]:
-    """The keys that this module knows, as Python values."""
-    known = (_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST)
-    return {key: reader.fields[key].contents() for key in known if key in reader.fields}
 
 
 def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMatrix:
@@ -238,8 +264,36 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
             mtp=_field(fields, _MTP, bool),
             n_ctx=_field(fields, _N_CTX, int),
             dataset_digest=_field(fields, _DIGEST, str),
+            left_out=left_out_from(fields),
         ),
     )
+
+
+def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
+    """The chunks left out, from decoded keys; none where the keys are absent.
+
+    Raises:
+        ValueError: the keys are of the wrong type, or of different lengths.
+    """
+    lists = [fields.get(key, []) for key in (_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS)]
+    if not all(isinstance(values, list) for values in lists) or len(set(map(len, lists))) != 1:
+        raise ValueError(f"{_LEFT_CHUNKS}, .tokens and .weights must be arrays of one length")
+    for chunk, token, weight in zip(*lists, strict=True):
+        if not isinstance(chunk, int) or not isinstance(token, int) or not isinstance(weight, str):
+            raise ValueError(f"{_LEFT_CHUNKS} and .tokens must hold integers, .weights strings")
+    return tuple(LeftOut(*values) for values in zip(*lists, strict=True))
+
+
+def add_left_out(writer: GGUFWriter, left_out: tuple[LeftOut, ...]) -> None:
+    """Write the keys that left_out_from() reads; none of them where nothing was left out."""
+    if not left_out:
+        return
+    for key, kind, values in (
+        (_LEFT_CHUNKS, GGUFValueType.UINT64, [one.chunk for one in left_out]),
+        (_LEFT_TOKENS, GGUFValueType.UINT64, [one.token for one in left_out]),
+        (_LEFT_WEIGHTS, GGUFValueType.STRING, [one.weight for one in left_out]),
+    ):
+        writer.add_key_value(key, values, GGUFValueType.ARRAY, kind)
 
 
 def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
@@ -292,6 +346,7 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
         writer.add_bool(_MTP, made.mtp)
     if made.n_ctx is not None:
         writer.add_uint32(_N_CTX, _u32(_N_CTX, made.n_ctx))
+    add_left_out(writer, made.left_out)
 
 
 def _u32(key: str, value: int) -> int:

@@ -1,0 +1,101 @@
+"""When a run writes its checkpoint, and whether one that is there is of the same run."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from imatrix.errors import CheckpointError
+from imatrix.formats import FormatError
+from imatrix.formats import checkpoint as file
+from imatrix.formats.checkpoint import Checkpoint, Setting
+
+__all__ = ["OTHER_RUN", "Keeper"]
+
+OTHER_RUN = (
+    "Give what that run was given to go on from it, another checkpoint, or restart=True "
+    "(--restart) to start from zero."
+)
+
+# However long a chunk takes: what a power cut may cost.
+_SECONDS = 180.0
+
+
+class Keeper:
+    """Writes the checkpoint of a run as it grows.
+
+    Args:
+        path: the checkpoint.
+        every: chunks between two; 0 for every three minutes only.
+        state: gives the state to write. Called between two steps.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], every: int, state: Callable[[], Checkpoint]
+    ) -> None:
+        self.path = Path(path)
+        self._every = every
+        self._state = state
+        self._saved = 0  # chunks in the file
+        self._saved_at = time.monotonic()
+
+    def load(self, settings: Mapping[str, Setting]) -> Checkpoint | None:
+        """The checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged, or of a run with other settings.
+            OSError: it cannot be read.
+        """
+        try:
+            found = file.read(self.path)
+        except FileNotFoundError:
+            return None
+        except FormatError as error:
+            raise CheckpointError(
+                f"cannot go on from {error}. Pass restart=True (--restart) to start from zero."
+            ) from error
+        differing = [
+            f"{name} is {_told(found.settings.get(name))} there and {_told(settings.get(name))} "
+            "here"
+            # a text can be known as a whole to one run and as a stream to the other: the chunks
+            # that are done are compared in any case
+            for name in {**found.settings, **settings}
+            if found.settings.get(name) != settings.get(name)
+            and not (name.startswith("text_") and (name in settings) != (name in found.settings))
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}"
+            )
+        self._saved = found.done
+        return found
+
+    def step(self, done: int) -> None:
+        """After a step: write what is due, with `done` chunks dealt with."""
+        due = self._every > 0 and done // self._every > self._saved // self._every
+        if due or time.monotonic() - self._saved_at >= _SECONDS:
+            self.save(done)
+
+    def save(self, done: int) -> None:
+        """Write the checkpoint unless it is there. A failure is a warning: the run is worth more,
+        and the disk may have room again the next time."""
+        if done == self._saved:
+            return
+        try:
+            file.write(self._state(), self.path)
+        except (OSError, MemoryError) as error:
+            warnings.warn(f"cannot write the checkpoint {self.path}: {error}", stacklevel=3)
+            return
+        finally:
+            self._saved_at = time.monotonic()
+        self._saved = done
+
+
+def _told(value: Setting | None) -> str:
+    if value is None:
+        return "absent"
+    text = str(value)
+    return f"{text[:16]}..." if len(text) > 48 else text

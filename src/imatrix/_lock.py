@@ -1,0 +1,76 @@
+"""One writer for a file: a lock beside it that ends with its process, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LockedError", "locked"]
+
+
+class LockedError(Exception):
+    """Another process holds the lock."""
+
+
+def locked(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """Hold the lock of ``path``, a file `<path>.lock`, until the context ends.
+
+    The system drops the lock of a process that is gone: a lock file that is left of one is taken
+    over. Where locks are not supported (Windows, some network file systems) there is none.
+
+    Raises:
+        LockedError: another process has it; the message names it.
+        OSError: the lock file cannot be written.
+    """
+    file = Path(os.path.realpath(path) + ".lock")
+    if fcntl is None:
+        return contextlib.nullcontext()
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                who = f"process {holder}" if holder.isdigit() else "another process"
+                raise LockedError(
+                    f"{who} is writing {os.fspath(path)} (it holds {file}); wait for it, end it, "
+                    "or name another output"
+                ) from None
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return contextlib.nullcontext()
+        if _is_at(descriptor, file):
+            break
+        os.close(descriptor)  # the one who had it has removed it meanwhile
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return _held(descriptor, file)
+
+
+@contextmanager
+def _held(descriptor: int, file: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        # while it is held: whoever opened this file before sees that it is gone (_is_at)
+        with contextlib.suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
