@@ -2,6 +2,7 @@
 // the squares of the rows that reach a wanted weight to the sums.
 #pragma once
 
+#include "device_sums.h"
 #include "sums.h"
 
 #include <cstdint>
@@ -21,6 +22,7 @@ enum class Failure {
     bad_layout,    // rows that are not contiguous, or a shape this store cannot hold
     shape_changed, // the same weight with another shape than before
     regroup,       // weights that shared an activation no longer do: redo without sharing
+    device_failed, // a device that was summing its rows
     out_of_memory,
 };
 
@@ -60,6 +62,9 @@ public:
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
     void begin_chunk(); // forgets the last chunk's error
+    // After the last decode of a chunk: what the devices hold goes to the pending sums. Throws
+    // bad_alloc only.
+    void finish_chunk();
     // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
     // its own, whose block numbers start again at 0, apart from the trunk's.
     void begin_decode(bool output_weight, const std::string & prefix = {});
@@ -67,6 +72,8 @@ public:
     bool enabled() const { return enabled_; }
     // Off for graphs that only prepare keys and values.
     void set_observing(bool observing) { observing_ = observing; }
+    // Off: rows in a device's memory are copied to the host and summed there.
+    void set_device_sums(bool on) { device_sums_ = on; }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
 
@@ -91,8 +98,12 @@ private:
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
     void         add_rows(size_t weight, int64_t mat);
+    bool         add_sums(size_t weight, size_t slot, int64_t mat, const float * partial);
     void         collect_dense(size_t weight, const ggml_tensor * node);
     void         collect_experts(size_t weight, const ggml_tensor * node);
+    void         add_routed_rows(size_t weight, const ggml_tensor * x);
+    void         read_ids(const ggml_tensor * ids);
+    bool         summed_there(size_t weight, DeviceSums::Outcome outcome, const ggml_tensor * rows);
 
     Sums &       sums_;
     HookError    error_;
@@ -103,16 +114,19 @@ private:
     bool         output_weight_ = false;
     std::string  prefix_;
 
-    uint64_t                                graph_ = 0; // which graph execution this is
-    std::vector<uint64_t>                   seen_in_;   // per weight: the graph it was last seen in
-    std::vector<uint64_t>                   slot_made_in_; // per slot: the graph it was made in
-    std::vector<uint64_t>                   slot_fed_in_;  // per slot: the graph it was last fed in
-    std::vector<Activation>                 activations_;  // of this graph
-    std::vector<char>                       staging_rows_;
-    std::vector<char>                       staging_ids_;
-    std::vector<const float *>              rows_;
-    std::vector<std::vector<const float *>> rows_by_expert_;
-    std::vector<float>                      partial_;
+    uint64_t                          graph_ = 0;    // which graph execution this is
+    std::vector<uint64_t>             seen_in_;      // per weight: the graph it was last seen in
+    std::vector<uint64_t>             slot_made_in_; // per slot: the graph it was made in
+    std::vector<uint64_t>             slot_fed_in_;  // per slot: the graph it was last fed in
+    std::vector<Activation>           activations_;  // of this graph
+    bool                              device_sums_ = true;
+    DeviceSums                        devices_;
+    std::vector<char>                 staging_rows_;
+    std::vector<char>                 staging_ids_;
+    std::vector<int32_t>              ids_;     // [n_tokens, n_used]
+    std::vector<std::vector<int32_t>> rows_of_; // numbers of rows by matrix or expert
+    std::vector<const float *>        rows_;
+    std::vector<float>                partial_;
 };
 
 } // namespace imatrix

@@ -209,7 +209,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =
             llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
-                                static_cast<uint32_t>(n_outputs));
+                                   static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
         }
@@ -274,7 +274,8 @@ Status Session::open(const SessionParams & params) {
     trunk_batch_.reset();
     head_.reset();
     trunk_.reset();
-    params_  = params;
+    params_ = params;
+    hook_.set_device_sums(params.device_sums);
     n_heads_ = 0;
     sharing_ = false;
 
@@ -357,6 +358,10 @@ Status Session::after_decode(int32_t rc, const char * which) {
         case Failure::shape_changed:
             status.code    = Code::engine_failed;
             status.message = error.weight + ": its shape differs from that of earlier chunks";
+            return status;
+        case Failure::device_failed:
+            status.code    = Code::engine_failed;
+            status.message = error.weight + ": the device that holds its activations failed";
             return status;
         case Failure::out_of_memory:
             return Status::failed(Code::out_of_memory, "out of memory for the sums");
@@ -684,6 +689,11 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
     }
     // the last graph may still be running where nothing stopped it
     llama_synchronize(trunk_.get());
+    hook_.finish_chunk();
+    const Status summed = after_decode(0, "trunk");
+    if (!summed.ok()) {
+        return summed;
+    }
     for (int32_t i = 0; i < n_chunks && scores != nullptr; ++i) {
         scores[i] = {};
         for (const double v : nll_[static_cast<size_t>(i)]) {

@@ -66,6 +66,7 @@ struct SessionParams {
     bool    mtp            = false;
     bool    process_output = false; // collect output.weight as well (trunk only)
     bool    perplexity     = false;
+    bool    device_sums    = true; // sum rows on the device that holds them, where it can
 };
 
 // Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:

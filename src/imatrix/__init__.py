@@ -23,7 +23,7 @@ from imatrix.formats import FormatError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 
 if TYPE_CHECKING:
-    from imatrix.backends import Backends, Device, backends
+    from imatrix.backends import Backends, Device, add_rpc_server, backends
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
@@ -49,6 +49,7 @@ __all__ = [
     "Provenance",
     "RowsMissingError",
     "__version__",
+    "add_rpc_server",
     "backends",
     "extract_mtp",
     "graft_mtp",
@@ -60,6 +61,7 @@ __all__ = [
 _NATIVE = {
     "Backends": "backends",
     "Device": "backends",
+    "add_rpc_server": "backends",
     "backends": "backends",
     "Collector": "collector",
     "Perplexity": "collector",

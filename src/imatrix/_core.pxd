@@ -40,6 +40,7 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
         uint64_t memory_all
     vector[string] backend_names()
     vector[Device] devices()
+    Status add_rpc_server(const string & endpoint)
     string engine_version()
     string engine_commit()
     string system_info()
@@ -135,6 +136,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool mtp
         cbool process_output
         cbool perplexity
+        cbool device_sums
 
     cdef cppclass ChunkScore:
         double nll

@@ -116,6 +116,16 @@ def backends():
     return names, devices
 
 
+def add_rpc_server(str endpoint):
+    """Make the devices of an RPC server known. A server that does not answer ends the process."""
+    cdef string native = endpoint.encode("utf-8")
+    cdef Status status
+    set_log_level()
+    with nogil:
+        status = _core.add_rpc_server(native)
+    _check(status)
+
+
 def row_kernel_names():
     """The row kernels this processor can run, best first."""
     cdef NamedRowKernel[4] kernels
@@ -242,7 +252,7 @@ cdef class Session:
         self._session.reset(new CSession(model._model.get()[0], with_head))
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
-             bint process_output, bint perplexity):
+             bint process_output, bint perplexity, bint device_sums=True):
         """Make the contexts; the sums of an earlier open() stay."""
         cdef SessionParams params
         cdef Status status
@@ -255,6 +265,7 @@ cdef class Session:
         params.mtp = mtp
         params.process_output = process_output
         params.perplexity = perplexity
+        params.device_sums = device_sums
         with nogil:
             status = self._session.get().open(params)
         _check(status)

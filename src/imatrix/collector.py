@@ -129,6 +129,9 @@ class Collector:
             them (None). A trunk-only run keeps no memory for the head unless this is True.
         use_mmap: map the file instead of reading it.
         check_tensors: look for NaN and Inf in the weights while loading.
+        device_sums: sum activations that lie in a device's memory there, where the device can,
+            and fetch the sums once a chunk. False copies every activation to the host. Either
+            way the sums are float32 within a chunk or less and float64 beyond.
 
     The model is loaded by the first run (or here, if `mtp` is True or False). Use it as a context
     manager, or call close().
@@ -153,6 +156,7 @@ class Collector:
         mtp: bool | None = None,
         use_mmap: bool = True,
         check_tensors: bool = False,
+        device_sums: bool = True,
     ) -> None:
         self._model: _session.Model | None = None
         self._head_model: _session.Model | None = None
@@ -191,6 +195,7 @@ class Collector:
         self._mtp = mtp
         self._use_mmap = use_mmap
         self._check_tensors = check_tensors
+        self._device_sums = device_sums
         self._loaded_mtp = False
         self._tally = _Tally()
         self._reset_run([], False)
@@ -387,6 +392,7 @@ class Collector:
             mtp=with_head,
             process_output=process_output,
             perplexity=perplexity,
+            device_sums=self._device_sums,
         )
         return session
 
