@@ -1,7 +1,5 @@
 #include "eval_hook.h"
 
-#include "row_kernels.h"
-
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -12,10 +10,6 @@
 
 namespace imatrix {
 namespace {
-
-// float32 partial sums run over at most this many rows, then go to float64. The relative
-// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact.
-constexpr size_t kRowsPerPartial = 512;
 
 bool is_matmul(const ggml_tensor * node) {
     return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
@@ -250,22 +244,6 @@ bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * p
     return true;
 }
 
-// Squares rows_ into the pending sums of matrix `mat`.
-void EvalHook::add_rows(size_t weight, int64_t mat) {
-    const size_t slot = sums_.weights()[weight].slot;
-    const size_t n    = static_cast<size_t>(sums_.slots()[slot].shape.n_in);
-    partial_.resize(n);
-    for (size_t first = 0; first < rows_.size(); first += kRowsPerPartial) {
-        const size_t count = std::min(kRowsPerPartial, rows_.size() - first);
-        std::fill(partial_.begin(), partial_.end(), 0.0f);
-        best_row_kernel().run(rows_.data() + first, count, n, partial_.data());
-        if (!add_sums(weight, slot, mat, partial_.data())) {
-            return;
-        }
-    }
-    counters_.squared_elements += static_cast<int64_t>(rows_.size() * n);
-}
-
 // Whether a device took care of the rows, for better or for worse.
 bool EvalHook::summed_there(size_t weight, DeviceSums::Outcome outcome, const ggml_tensor * rows) {
     switch (outcome) {
@@ -318,10 +296,17 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
 // Squares the rows of rows_of_ on the host.
 void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
     const char * data  = host_bytes(x, staging_rows_);
-    const Shape  shape = sums_.slots()[sums_.weights()[weight].slot].shape;
+    const size_t slot  = sums_.weights()[weight].slot;
+    const Shape  shape = sums_.slots()[slot].shape;
+    rows_.clear();
+    blocks_.clear();
+    block_mats_.clear();
     for (int64_t mat = 0; mat < shape.n_mat; ++mat) {
-        rows_.clear();
-        for (const int64_t number : rows_of_[static_cast<size_t>(mat)]) {
+        const std::vector<int32_t> & numbers = rows_of_[static_cast<size_t>(mat)];
+        if (numbers.empty()) {
+            continue;
+        }
+        for (const int64_t number : numbers) {
             const int64_t i1 = number % x->ne[1];
             const int64_t i2 = number / x->ne[1] % x->ne[2];
             const int64_t i3 = number / x->ne[1] / x->ne[2];
@@ -329,13 +314,21 @@ void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
                 data + i1 * static_cast<int64_t>(x->nb[1]) + i2 * static_cast<int64_t>(x->nb[2]) +
                 i3 * static_cast<int64_t>(x->nb[3])));
         }
-        if (!rows_.empty()) {
-            add_rows(weight, mat);
-        }
-        if (error_.kind != Failure::none) {
-            return;
-        }
+        blocks_.push_back({nullptr, numbers.size(), sums_.touch(slot, mat)});
+        block_mats_.push_back(mat);
     }
+    const float * const * first = rows_.data();
+    for (RowBlock & block : blocks_) {
+        block.rows = first;
+        first += block.n_rows;
+    }
+    const NonFinite bad = add_rows(threads_, blocks_, static_cast<size_t>(shape.n_in));
+    if (bad.channel >= 0) {
+        fail(Failure::non_finite, sums_.weights()[weight].name,
+             shape.n_mat > 1 ? block_mats_[bad.block] : -1, bad.channel);
+        return;
+    }
+    counters_.squared_elements += static_cast<int64_t>(rows_.size()) * shape.n_in;
 }
 
 // Reads the experts of every token into ids_, [n_tokens, n_used].

@@ -2,7 +2,9 @@
 // the squares of the rows that reach a wanted weight to the sums.
 #pragma once
 
+#include "add_rows.h"
 #include "device_sums.h"
+#include "parallel.h"
 #include "sums.h"
 
 #include <cstdint>
@@ -74,6 +76,7 @@ public:
     void set_observing(bool observing) { observing_ = observing; }
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
+    void set_threads(size_t n) { threads_.set_threads(n); }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
 
@@ -97,7 +100,6 @@ private:
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
-    void         add_rows(size_t weight, int64_t mat);
     bool         add_sums(size_t weight, size_t slot, int64_t mat, const float * partial);
     void         collect_dense(size_t weight, const ggml_tensor * node);
     void         collect_experts(size_t weight, const ggml_tensor * node);
@@ -126,7 +128,9 @@ private:
     std::vector<int32_t>              ids_;     // [n_tokens, n_used]
     std::vector<std::vector<int32_t>> rows_of_; // numbers of rows by matrix or expert
     std::vector<const float *>        rows_;
-    std::vector<float>                partial_;
+    std::vector<RowBlock>             blocks_;
+    std::vector<int64_t>              block_mats_;
+    Parallel                          threads_;
 };
 
 } // namespace imatrix

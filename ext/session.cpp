@@ -276,6 +276,7 @@ Status Session::open(const SessionParams & params) {
     trunk_.reset();
     params_ = params;
     hook_.set_device_sums(params.device_sums);
+    hook_.set_threads(static_cast<size_t>(std::max(1, params.n_threads)));
     n_heads_ = 0;
     sharing_ = false;
 

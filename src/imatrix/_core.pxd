@@ -74,6 +74,24 @@ cdef extern from "row_kernels.h" namespace "imatrix" nogil:
     size_t row_kernels(NamedRowKernel * out)
 
 
+cdef extern from "parallel.h" namespace "imatrix" nogil:
+    cdef cppclass Parallel:
+        void set_threads(size_t n)
+
+
+cdef extern from "add_rows.h" namespace "imatrix" nogil:
+    cdef cppclass RowBlock:
+        const float * const * rows
+        size_t n_rows
+        double * sums
+
+    cdef cppclass NonFinite:
+        size_t block
+        int64_t channel
+
+    NonFinite add_rows(Parallel & threads, const vector[RowBlock] & blocks, size_t n)
+
+
 cdef extern from "sums.h" namespace "imatrix" nogil:
     cdef cppclass Shape:
         int64_t n_in

@@ -16,8 +16,8 @@ from libcpp.vector cimport vector
 
 from imatrix cimport _core
 from imatrix._core cimport (
-    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, SessionParams,
-    Status,
+    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, NonFinite,
+    Parallel, RowBlock, SessionParams, Status,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -157,6 +157,44 @@ def add_squares(str kernel, const float[:, :] rows, float[::1] acc):
                 kernels[i].run(pointers.data(), pointers.size(), <size_t>acc.shape[0], &acc[0])
             return
     raise ValueError(f"no such kernel here: {kernel}")
+
+
+cdef class RowAdder:
+    """Adds squares as a session does, with its threads (tests and benchmarks)."""
+
+    cdef unique_ptr[Parallel] _threads
+
+    def __init__(self, size_t n_threads):
+        self._threads.reset(new Parallel())
+        self._threads.get().set_threads(n_threads)
+
+    def add(self, list blocks, list sums):
+        """sums[b][j] += sum over i of blocks[b][i, j]², for arrays of float32 and of float64.
+
+        Returns None, or (block, channel) of the first that is not finite.
+        """
+        cdef vector[RowBlock] native
+        cdef vector[vector[const float *]] pointers
+        cdef NonFinite bad
+        cdef const float[:, ::1] rows
+        cdef double[::1] acc
+        cdef size_t n = sums[0].shape[0]
+        cdef Py_ssize_t r
+        cdef RowBlock block
+        pointers.resize(len(blocks))
+        for i in range(len(blocks)):
+            rows, acc = blocks[i], sums[i]
+            if <size_t>rows.shape[1] != n or <size_t>acc.shape[0] != n or n == 0:
+                raise ValueError("rows and sums differ in length")
+            for r in range(rows.shape[0]):
+                pointers[i].push_back(&rows[r, 0])
+            block.rows = pointers[i].data()
+            block.n_rows = pointers[i].size()
+            block.sums = &acc[0]
+            native.push_back(block)
+        with nogil:
+            bad = _core.add_rows(self._threads.get()[0], native, n)
+        return None if bad.channel < 0 else (bad.block, bad.channel)
 
 
 def live_sessions():
