@@ -77,10 +77,10 @@ struct DeviceSums::Device {
 
 // One small graph, made in memory that all of them share.
 struct DeviceSums::Graph {
-    ContextPtr    context;
-    ggml_cgraph * graph;
-    std::vector<std::pair<ggml_tensor *, std::vector<int32_t>>>
-        tables; // what is written before it runs
+    using Numbers = std::pair<ggml_tensor *, std::vector<int32_t>>;
+    ContextPtr           context;
+    ggml_cgraph *        graph;
+    std::vector<Numbers> tables; // written before it runs
 
     explicit Graph(std::vector<char> & memory) {
         memory.resize(ggml_tensor_overhead() * kMaxTensors +
@@ -113,9 +113,9 @@ struct DeviceSums::Graph {
     ggml_tensor * add_up(ggml_tensor * x) {
         const int64_t n_in = x->ne[0];
         const int64_t m    = x->ne[2];
-        const auto    part = [&](const ggml_tensor * of, int64_t first, int64_t count) {
-            return ggml_view_3d(context.get(), const_cast<ggml_tensor *>(of), n_in, count, m,
-                                   of->nb[1], of->nb[2], static_cast<size_t>(first) * of->nb[1]);
+        const auto    part = [&](ggml_tensor * of, int64_t first, int64_t count) {
+            return ggml_view_3d(context.get(), of, n_in, count, m, of->nb[1], of->nb[2],
+                                   static_cast<size_t>(first) * of->nb[1]);
         };
         ggml_tensor * odd = nullptr; // the rows that were left over
         while (x->ne[1] > 1) {

@@ -135,7 +135,7 @@ def test_sums_made_there_are_those_made_here(
 def test_a_server_that_is_not_there() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets it meanwhile
-        with pytest.raises(OSError, match="no RPC server at 127.0.0.1"):
+        with pytest.raises(OSError, match="no RPC server at 127"):
             imatrix.add_rpc_server(f"127.0.0.1:{closed.getsockname()[1]}")
 
 
