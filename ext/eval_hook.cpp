@@ -245,10 +245,11 @@ bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * p
 }
 
 // Whether a device took care of the rows, for better or for worse.
-bool EvalHook::summed_there(size_t weight, DeviceSums::Outcome outcome, const ggml_tensor * rows) {
+bool EvalHook::summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows) {
     switch (outcome) {
         case DeviceSums::Outcome::added:
-            counters_.squared_elements += ggml_nelements(rows);
+            counters_.squared_elements +=
+                n_rows * sums_.slots()[sums_.weights()[weight].slot].shape.n_in;
             return true;
         case DeviceSums::Outcome::failed:
             fail(Failure::device_failed, sums_.weights()[weight].name);
@@ -269,7 +270,8 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
     // modulo the weight's: ggml's broadcast rule for MUL_MAT.
     const bool in_order = shape.n_mat == 1 || (w->ne[2] == x->ne[2] && w->ne[3] == x->ne[3]);
     const bool far      = device_sums_ && DeviceSums::is_far(x);
-    if (far && in_order && summed_there(weight, devices_.add(x, weight, slot, shape), x)) {
+    if (far && in_order &&
+        summed_there(weight, devices_.add(x, weight, slot, shape), ggml_nrows(x))) {
         return;
     }
     rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
@@ -287,7 +289,8 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
         }
     }
     if (far && !in_order &&
-        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_), x)) {
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+                     ggml_nrows(x))) {
         return;
     }
     add_routed_rows(weight, x);
@@ -383,7 +386,8 @@ void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
         }
     }
     if (device_sums_ && DeviceSums::is_far(x) &&
-        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_), x)) {
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+                     ggml_nelements(ids))) {
         return;
     }
     add_routed_rows(weight, x);

@@ -105,7 +105,7 @@ private:
     void         collect_experts(size_t weight, const ggml_tensor * node);
     void         add_routed_rows(size_t weight, const ggml_tensor * x);
     void         read_ids(const ggml_tensor * ids);
-    bool         summed_there(size_t weight, DeviceSums::Outcome outcome, const ggml_tensor * rows);
+    bool         summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows);
 
     Sums &       sums_;
     HookError    error_;

@@ -87,9 +87,12 @@ def __getattr__(name: str) -> Any:
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."
         )
-    value = getattr(importlib.import_module(f"imatrix.{_NATIVE[name]}"), name)
-    globals()[name] = value
-    return value
+    module = importlib.import_module(f"imatrix.{_NATIVE[name]}")
+    # all that it offers: the import has set imatrix.backends to the module, not the function
+    for each, source in _NATIVE.items():
+        if source == _NATIVE[name]:
+            globals()[each] = getattr(module, each)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:
