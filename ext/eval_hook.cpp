@@ -83,6 +83,22 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
     return plan;
 }
 
+int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight) {
+    int64_t n_wanted = 0;
+    bool    effects  = false;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
+            is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0) {
+            ++n_wanted;
+            effects = false;
+        }
+        effects |= node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS ||
+                   node->op == GGML_OP_SET || node->op == GGML_OP_ACC;
+    }
+    return effects ? 0 : n_wanted;
+}
+
 bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept {
     auto & hook = *static_cast<EvalHook *>(user_data);
     // After an error the chunk is lost anyway: let the rest of the graph run unobserved.
@@ -95,7 +111,7 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
         if (ask) {
             return hook.ask(node);
         }
-        hook.collect(node);
+        return hook.visit(node);
     } catch (const std::exception &) { // bad_alloc, or a length_error on the way to it
         hook.error_ = {Failure::out_of_memory, {}, -1, -1};
     }
@@ -130,6 +146,7 @@ void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
     output_weight_ = output_weight;
     prefix_        = prefix;
     ++graph_;
+    n_asked_ = 0;
     activations_.clear();
 }
 
@@ -153,6 +170,14 @@ bool EvalHook::ask(ggml_tensor * node) {
     if (rows == 0) {
         return false; // a last layer cropped to no output rows
     }
+    ending_ = end_after_ > 0 && ++n_asked_ == end_after_;
+    // the last one is stopped at whether or not its rows are known
+    wanted_ = is_new(node, rows);
+    return wanted_ || ending_;
+}
+
+// Whether the rows of a wanted node are to be collected; if not, they were for another weight.
+bool EvalHook::is_new(ggml_tensor * node, int64_t rows) {
     const size_t weight = sums_.weight(prefix_ + plain_name(node->src[0]->name));
     seen_in_.resize(sums_.weights().size(), 0);
     if (seen_in_[weight] == graph_) {
@@ -421,6 +446,19 @@ void EvalHook::collect(ggml_tensor * node) {
         collect_dense(weight, node);
     }
     sums_.weights()[weight].pending_rows += rows_of(node);
+}
+
+// After a node that ask() stopped at. False leaves the rest of this graph out.
+bool EvalHook::visit(ggml_tensor * node) {
+    if (wanted_) {
+        collect(node);
+    }
+    if (!ending_) {
+        return true;
+    }
+    ++counters_.ended;
+    n_asked_ = 0; // the next node belongs to the next ubatch
+    return false;
 }
 
 bool EvalHook::groups_agree() const {

@@ -41,6 +41,7 @@ struct HookCounters {
     int64_t stops            = 0; // nodes that the scheduler had to stop after
     int64_t fetched_bytes    = 0; // bytes copied from buffers that the host cannot read
     int64_t squared_elements = 0;
+    int64_t ended            = 0; // graphs that were left before their end
 };
 
 // How many rows a graph feeds each wanted weight, read off the graph without running it.
@@ -55,6 +56,10 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
 // "CUDA0#blk.0.attn_k.weight#0" -> "blk.0.attn_k.weight"; other names stay.
 // The scheduler decorates copies of tensors this way (ggml-backend.cpp).
 std::string plain_name(const char * name);
+
+// How many nodes of a graph multiply a wanted weight, if nothing after the last of them has an
+// effect that outlives the graph (keys, values, states); else 0.
+int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight);
 
 class EvalHook {
 public:
@@ -76,6 +81,10 @@ public:
     void set_observing(bool observing) { observing_ = observing; }
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
+    // Leaves every graph after so many wanted nodes; 0 runs them to their end. Only where nobody
+    // reads what a graph computes after the last of them, and where the scheduler runs all of it
+    // as one split: others would run on what was never computed.
+    void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
     void set_threads(size_t n) { threads_.set_threads(n); }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
@@ -95,7 +104,9 @@ private:
     };
 
     bool ask(ggml_tensor * node);
+    bool is_new(ggml_tensor * node, int64_t rows);
     void collect(ggml_tensor * node);
+    bool visit(ggml_tensor * node);
     void forget(const ggml_tensor * computed);
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
@@ -115,6 +126,11 @@ private:
     bool         grouping_      = true;
     bool         output_weight_ = false;
     std::string  prefix_;
+
+    int64_t end_after_ = 0;
+    int64_t n_asked_   = 0;     // wanted nodes of this graph so far
+    bool    ending_    = false; // the node to be computed now is the last one
+    bool    wanted_    = false; // its rows are to be collected
 
     uint64_t                          graph_ = 0;    // which graph execution this is
     std::vector<uint64_t>             seen_in_;      // per weight: the graph it was last seen in

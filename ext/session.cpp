@@ -216,6 +216,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
         }
+        plan.n_wanted = nodes_to_the_last(graph, output); // of the last graph, with all outputs
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
@@ -250,6 +251,14 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         weight.rows = weight.rows % n_tokens == 0 ? weight.rows / n_tokens : 0;
     }
     return {};
+}
+
+// Where every row is asked for logits only so that the last layer runs on it, nobody reads them,
+// and the graph is left after its last wanted weight. A lone device is one split of the scheduler.
+// With a head the trunk's rows are read, which some architectures compute last.
+bool Session::may_end_early() const {
+    return trunk_plan_.needs_outputs && !params_.process_output && !params_.perplexity &&
+           !params_.mtp && params_.leave_out_logits && ggml_backend_dev_count() == 1;
 }
 
 Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan) {
@@ -410,8 +419,10 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
         }
     }
     hook_.begin_decode(params_.process_output);
+    hook_.end_after(may_end_early() ? trunk_plan_.n_wanted : 0);
     const int32_t rc = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
-    Status        status = after_decode(rc, "trunk");
+    hook_.end_after(0);
+    Status status = after_decode(rc, "trunk");
     if (!status.ok() || scored_index.empty()) {
         return status;
     }
@@ -724,7 +735,13 @@ Status Session::step(const int32_t * tokens, const int32_t * lengths, int32_t n_
     }
     Status status;
     try {
-        status              = collect(tokens, lengths, n_chunks, scores);
+        status = collect(tokens, lengths, n_chunks, scores);
+        if (status.code == Code::rows_missing && params_.leave_out_logits && may_end_early()) {
+            // not the nodes that the plan has: run whole graphs from here on
+            params_.leave_out_logits = false;
+            sums_.discard();
+            status = collect(tokens, lengths, n_chunks, scores);
+        }
         const bool diverged = hook_.error().kind == Failure::regroup || !hook_.groups_agree();
         if (status.ok() && diverged) {
             // Weights that shared an activation in an earlier graph do not share it any more:

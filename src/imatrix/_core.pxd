@@ -117,6 +117,7 @@ cdef extern from "eval_hook.h" namespace "imatrix" nogil:
         int64_t stops
         int64_t fetched_bytes
         int64_t squared_elements
+        int64_t ended
 
     cdef cppclass PlannedWeight:
         string name
@@ -155,6 +156,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool process_output
         cbool perplexity
         cbool device_sums
+        cbool leave_out_logits
 
     cdef cppclass ChunkScore:
         double nll

@@ -24,6 +24,7 @@ class Counters(TypedDict):
     stops: int
     fetched_bytes: int
     squared_elements: int
+    ended: int
 
 class ContextPlans(TypedDict):
     trunk: tuple[bool, dict[str, int]]
@@ -88,6 +89,7 @@ class Session:
         process_output: bool,
         perplexity: bool,
         device_sums: bool = True,
+        leave_out_logits: bool = True,
     ) -> None: ...
     def step(
         self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]

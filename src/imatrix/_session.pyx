@@ -290,7 +290,8 @@ cdef class Session:
         self._session.reset(new CSession(model._model.get()[0], with_head))
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
-             bint process_output, bint perplexity, bint device_sums=True):
+             bint process_output, bint perplexity, bint device_sums=True,
+             bint leave_out_logits=True):
         """Make the contexts; the sums of an earlier open() stay."""
         cdef SessionParams params
         cdef Status status
@@ -304,6 +305,7 @@ cdef class Session:
         params.process_output = process_output
         params.perplexity = perplexity
         params.device_sums = device_sums
+        params.leave_out_logits = leave_out_logits
         with nogil:
             status = self._session.get().open(params)
         _check(status)
@@ -364,10 +366,10 @@ cdef class Session:
 
     @property
     def counters(self):
-        """Stops, bytes fetched from devices, and elements squared, since the start."""
+        """Stops, bytes fetched from devices, elements squared, graphs left early, since the start."""
         c = self._session.get().counters()
         return {"stops": c.stops, "fetched_bytes": c.fetched_bytes,
-                "squared_elements": c.squared_elements}
+                "squared_elements": c.squared_elements, "ended": c.ended}
 
     @property
     def plan(self):
