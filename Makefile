@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# `make dev CMAKE_DEFINES="GGML_CUDA=ON GGML_RPC=ON"` builds with those backends
-CMAKE_DEFINES ?=
+# `make dev CMAKE_DEFINES="GGML_CUDA=ON GGML_RPC=ON"` builds with those backends. The RPC backend
+# is small, and its loopback stands in for a GPU in the tests.
+CMAKE_DEFINES ?= GGML_RPC=ON
 BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_info[:2]; print('build/%s-%s-%s' % (t, t, sysconfig.get_platform().replace('-', '_').replace('.', '_')))")
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -3,6 +3,9 @@
 #include "ggml-backend.h"
 #include "llama.h"
 
+#include <mutex>
+#include <set>
+
 namespace imatrix {
 
 std::vector<std::string> backend_names() {
@@ -27,12 +30,37 @@ std::vector<Device> devices() {
         device.name        = ggml_backend_dev_name(dev);
         device.description = ggml_backend_dev_description(dev);
         device.gpu         = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU ||
-                             ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
+                     ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
         device.memory_free = memory_free;
         device.memory_all  = memory_all;
         found.push_back(std::move(device));
     }
     return found;
+}
+
+Status add_rpc_server(const std::string & endpoint) {
+    static std::mutex            mutex;
+    static std::set<std::string> known; // registering one again would list its devices twice
+    ggml_backend_load_all();
+    const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
+    if (rpc == nullptr) {
+        return Status::failed(Code::engine_failed, "this build has no RPC backend (GGML_RPC=ON)");
+    }
+    // as llama.cpp's --rpc does it (common/arg.cpp)
+    using Add      = ggml_backend_reg_t (*)(const char * endpoint);
+    const auto add = reinterpret_cast<Add>(
+        ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server"));
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (known.count(endpoint) > 0) {
+        return {};
+    }
+    const ggml_backend_reg_t server = add == nullptr ? nullptr : add(endpoint.c_str());
+    if (server == nullptr) {
+        return Status::failed(Code::engine_failed, endpoint + ": the RPC server has no device");
+    }
+    ggml_backend_register(server);
+    known.insert(endpoint);
+    return {};
 }
 
 std::string engine_version() { return llama_version(); }

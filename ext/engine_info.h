@@ -1,6 +1,8 @@
 // What was built in, and which devices this machine has for it.
 #pragma once
 
+#include "status.h"
+
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -18,8 +20,11 @@ struct Device {
 
 std::vector<std::string> backend_names(); // registered backends, with or without a device
 std::vector<Device>      devices();
-std::string              engine_version(); // "0.5.0"
-std::string              engine_commit();  // of the pinned source, "unknown" for another one
-std::string              system_info();    // instruction sets and build options, the engine's words
+// Makes the devices of an RPC server ("host:port") known, for models loaded from now on. The
+// engine ends the process if it cannot connect: look first whether somebody listens there.
+Status      add_rpc_server(const std::string & endpoint);
+std::string engine_version(); // "0.5.0"
+std::string engine_commit();  // of the pinned source, "unknown" for another one
+std::string system_info();    // instruction sets and build options, the engine's words
 
 } // namespace imatrix

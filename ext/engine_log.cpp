@@ -59,6 +59,13 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
 
 } // namespace
 
+void log_line(int level, const std::string & line) {
+    const LogSink sink = g_sink.load();
+    if (sink != nullptr && level >= g_level.load()) {
+        sink(level, line.c_str());
+    }
+}
+
 void set_log_sink(LogSink sink, int level) {
     g_level = level;
     g_sink  = sink;

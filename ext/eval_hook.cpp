@@ -1,7 +1,5 @@
 #include "eval_hook.h"
 
-#include "row_kernels.h"
-
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -12,10 +10,6 @@
 
 namespace imatrix {
 namespace {
-
-// float32 partial sums run over at most this many rows, then go to float64. The relative
-// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact.
-constexpr size_t kRowsPerPartial = 512;
 
 bool is_matmul(const ggml_tensor * node) {
     return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
@@ -77,9 +71,9 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
             !is_wanted(node->src[0]->name, output_weight)) {
             continue;
         }
-        const std::string name = prefix + plain_name(node->src[0]->name);
-        const auto known = std::find_if(plan.begin(), plan.end(),
-                                        [&](const PlannedWeight & w) { return w.name == name; });
+        const std::string name  = prefix + plain_name(node->src[0]->name);
+        const auto        known = std::find_if(plan.begin(), plan.end(),
+                                               [&](const PlannedWeight & w) { return w.name == name; });
         if (known != plan.end()) {
             known->rows += rows_of(node);
         } else {
@@ -87,6 +81,22 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
         }
     }
     return plan;
+}
+
+int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight) {
+    int64_t n_wanted = 0;
+    bool    effects  = false;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
+            is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0) {
+            ++n_wanted;
+            effects = false;
+        }
+        effects |= node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS ||
+                   node->op == GGML_OP_SET || node->op == GGML_OP_ACC;
+    }
+    return effects ? 0 : n_wanted;
 }
 
 bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept {
@@ -101,19 +111,42 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
         if (ask) {
             return hook.ask(node);
         }
-        hook.collect(node);
+        return hook.visit(node);
     } catch (const std::exception &) { // bad_alloc, or a length_error on the way to it
         hook.error_ = {Failure::out_of_memory, {}, -1, -1};
     }
     return !ask;
 }
 
-void EvalHook::begin_chunk() { error_ = {}; }
+void EvalHook::begin_chunk() {
+    error_ = {};
+    devices_.begin_chunk();
+}
+
+void EvalHook::finish_chunk() {
+    if (error_.kind != Failure::none) {
+        return; // this chunk's sums are dropped anyway
+    }
+    counters_.fetched_bytes +=
+        devices_.fetch([this](size_t weight, size_t slot, const float * sums) {
+            const Shape shape = sums_.slots()[slot].shape;
+            for (int64_t mat = 0; mat < shape.n_mat; ++mat) {
+                const bool expert = shape.n_counts > 1;
+                if (expert && sums_.slots()[slot].pending_counts[static_cast<size_t>(mat)] == 0) {
+                    continue; // not reached by this chunk
+                }
+                if (!add_sums(weight, slot, mat, sums + mat * shape.n_in)) {
+                    return;
+                }
+            }
+        });
+}
 
 void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
     output_weight_ = output_weight;
     prefix_        = prefix;
     ++graph_;
+    n_asked_ = 0;
     activations_.clear();
     // slots that were restored and not made here: of no graph
     slot_made_in_.resize(sums_.slots().size(), 0);
@@ -140,6 +173,14 @@ bool EvalHook::ask(ggml_tensor * node) {
     if (rows == 0) {
         return false; // a last layer cropped to no output rows
     }
+    ending_ = end_after_ > 0 && ++n_asked_ == end_after_;
+    // the last one is stopped at whether or not its rows are known
+    wanted_ = is_new(node, rows);
+    return wanted_ || ending_;
+}
+
+// Whether the rows of a wanted node are to be collected; if not, they were for another weight.
+bool EvalHook::is_new(ggml_tensor * node, int64_t rows) {
     const size_t weight = sums_.weight(prefix_ + plain_name(node->src[0]->name));
     seen_in_.resize(sums_.weights().size(), 0);
     if (seen_in_[weight] == graph_) {
@@ -217,55 +258,126 @@ const char * EvalHook::host_bytes(const ggml_tensor * tensor, std::vector<char> 
     return staging.data();
 }
 
-// Squares rows_ into the pending sums of matrix `mat`.
-void EvalHook::add_rows(size_t weight, int64_t mat) {
-    const size_t slot = sums_.weights()[weight].slot;
-    const size_t n    = static_cast<size_t>(sums_.slots()[slot].shape.n_in);
-    partial_.resize(n);
-    for (size_t first = 0; first < rows_.size(); first += kRowsPerPartial) {
-        const size_t count = std::min(kRowsPerPartial, rows_.size() - first);
-        std::fill(partial_.begin(), partial_.end(), 0.0f);
-        best_row_kernel().run(rows_.data() + first, count, n, partial_.data());
-        // a sum of squares is finite only if every one of them is
-        for (size_t j = 0; j < n; ++j) {
-            if (!std::isfinite(partial_[j])) {
-                const bool several = sums_.slots()[slot].shape.n_mat > 1;
-                fail(Failure::non_finite, sums_.weights()[weight].name, several ? mat : -1,
-                     static_cast<int64_t>(j));
-                return;
-            }
+// Adds float32 sums to the pending ones, if they are finite.
+bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * partial) {
+    const Shape & shape = sums_.slots()[slot].shape;
+    // a sum of squares is finite only if every one of them is
+    for (int64_t j = 0; j < shape.n_in; ++j) {
+        if (!std::isfinite(partial[j])) {
+            fail(Failure::non_finite, sums_.weights()[weight].name, shape.n_mat > 1 ? mat : -1, j);
+            return false;
         }
-        sums_.add(slot, mat, partial_.data());
     }
-    counters_.squared_elements += static_cast<int64_t>(rows_.size() * n);
+    sums_.add(slot, mat, partial);
+    return true;
+}
+
+// Whether a device took care of the rows, for better or for worse.
+bool EvalHook::summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows) {
+    switch (outcome) {
+        case DeviceSums::Outcome::added:
+            counters_.squared_elements +=
+                n_rows * sums_.slots()[sums_.weights()[weight].slot].shape.n_in;
+            return true;
+        case DeviceSums::Outcome::failed:
+            fail(Failure::device_failed, sums_.weights()[weight].name);
+            return true;
+        case DeviceSums::Outcome::unsupported: break;
+    }
+    return false;
 }
 
 void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
-    const ggml_tensor * w    = node->src[0];
-    const ggml_tensor * x    = node->src[1];
-    const char *        data = host_bytes(x, staging_rows_);
+    const ggml_tensor * w     = node->src[0];
+    const ggml_tensor * x     = node->src[1];
+    const size_t        slot  = sums_.weights()[weight].slot;
+    const Shape         shape = sums_.slots()[slot].shape;
+    sums_.count(slot, 0, rows_of(node));
+
     // Matrix (i2, i3) of the weight multiplies the rows whose own i2, i3 are the same
     // modulo the weight's: ggml's broadcast rule for MUL_MAT.
+    const bool in_order = shape.n_mat == 1 || (w->ne[2] == x->ne[2] && w->ne[3] == x->ne[3]);
+    const bool far      = device_sums_ && DeviceSums::is_far(x);
+    if (far && in_order &&
+        summed_there(weight, devices_.add(x, weight, slot, shape), ggml_nrows(x))) {
+        return;
+    }
+    rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
     for (int64_t w3 = 0; w3 < w->ne[3]; ++w3) {
         for (int64_t w2 = 0; w2 < w->ne[2]; ++w2) {
-            rows_.clear();
+            std::vector<int32_t> & rows = rows_of_[static_cast<size_t>(w3 * w->ne[2] + w2)];
+            rows.clear();
             for (int64_t i3 = w3; i3 < x->ne[3]; i3 += w->ne[3]) {
                 for (int64_t i2 = w2; i2 < x->ne[2]; i2 += w->ne[2]) {
                     for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) {
-                        rows_.push_back(reinterpret_cast<const float *>(
-                            data + i1 * static_cast<int64_t>(x->nb[1]) +
-                            i2 * static_cast<int64_t>(x->nb[2]) +
-                            i3 * static_cast<int64_t>(x->nb[3])));
+                        rows.push_back(static_cast<int32_t>((i3 * x->ne[2] + i2) * x->ne[1] + i1));
                     }
                 }
             }
-            add_rows(weight, w3 * w->ne[2] + w2);
-            if (error_.kind != Failure::none) {
-                return;
-            }
         }
     }
-    sums_.count(sums_.weights()[weight].slot, 0, rows_of(node));
+    if (far && !in_order &&
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+                     ggml_nrows(x))) {
+        return;
+    }
+    add_routed_rows(weight, x);
+}
+
+// Squares the rows of rows_of_ on the host.
+void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
+    const char * data  = host_bytes(x, staging_rows_);
+    const size_t slot  = sums_.weights()[weight].slot;
+    const Shape  shape = sums_.slots()[slot].shape;
+    rows_.clear();
+    blocks_.clear();
+    block_mats_.clear();
+    for (int64_t mat = 0; mat < shape.n_mat; ++mat) {
+        const std::vector<int32_t> & numbers = rows_of_[static_cast<size_t>(mat)];
+        if (numbers.empty()) {
+            continue;
+        }
+        for (const int64_t number : numbers) {
+            const int64_t i1 = number % x->ne[1];
+            const int64_t i2 = number / x->ne[1] % x->ne[2];
+            const int64_t i3 = number / x->ne[1] / x->ne[2];
+            rows_.push_back(reinterpret_cast<const float *>(
+                data + i1 * static_cast<int64_t>(x->nb[1]) + i2 * static_cast<int64_t>(x->nb[2]) +
+                i3 * static_cast<int64_t>(x->nb[3])));
+        }
+        blocks_.push_back({nullptr, numbers.size(), sums_.touch(slot, mat)});
+        block_mats_.push_back(mat);
+    }
+    const float * const * first = rows_.data();
+    for (RowBlock & block : blocks_) {
+        block.rows = first;
+        first += block.n_rows;
+    }
+    const NonFinite bad = add_rows(threads_, blocks_, static_cast<size_t>(shape.n_in));
+    if (bad.channel >= 0) {
+        fail(Failure::non_finite, sums_.weights()[weight].name,
+             shape.n_mat > 1 ? block_mats_[bad.block] : -1, bad.channel);
+        return;
+    }
+    counters_.squared_elements += static_cast<int64_t>(rows_.size()) * shape.n_in;
+}
+
+// Reads the experts of every token into ids_, [n_tokens, n_used].
+void EvalHook::read_ids(const ggml_tensor * ids) {
+    if (device_sums_ && DeviceSums::is_far(ids) && devices_.fetch_ids(ids, ids_)) {
+        counters_.fetched_bytes += ggml_nelements(ids) * static_cast<int64_t>(sizeof(int32_t));
+        return;
+    }
+    const char * bytes = host_bytes(ids, staging_ids_);
+    ids_.resize(static_cast<size_t>(ggml_nelements(ids)));
+    for (int64_t token = 0; token < ids->ne[1]; ++token) {
+        for (int64_t used = 0; used < ids->ne[0]; ++used) {
+            std::memcpy(&ids_[static_cast<size_t>(token * ids->ne[0] + used)],
+                        bytes + token * static_cast<int64_t>(ids->nb[1]) +
+                            used * static_cast<int64_t>(ids->nb[0]),
+                        sizeof(int32_t));
+        }
+    }
 }
 
 void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
@@ -273,49 +385,40 @@ void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
     const ggml_tensor * ids      = node->src[2]; // [n_used, n_tokens], not contiguous
     const int64_t       n_expert = node->src[0]->ne[2];
     const size_t        slot     = sums_.weights()[weight].slot;
+    const Shape         shape    = sums_.slots()[slot].shape;
     if (x->ne[3] != 1 || x->ne[2] != ids->ne[1]) {
         fail(Failure::bad_layout, sums_.weights()[weight].name);
         return;
     }
-    const char * data     = host_bytes(x, staging_rows_);
-    const char * id_bytes = host_bytes(ids, staging_ids_);
-
-    rows_by_expert_.resize(std::max(rows_by_expert_.size(), static_cast<size_t>(n_expert)));
-    for (int64_t e = 0; e < n_expert; ++e) {
-        rows_by_expert_[static_cast<size_t>(e)].clear();
+    read_ids(ids);
+    rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
+    for (int64_t e = 0; e < shape.n_mat; ++e) {
+        rows_of_[static_cast<size_t>(e)].clear();
     }
     for (int64_t token = 0; token < ids->ne[1]; ++token) {
         for (int64_t used = 0; used < ids->ne[0]; ++used) {
-            int32_t expert;
-            std::memcpy(&expert,
-                        id_bytes + token * static_cast<int64_t>(ids->nb[1]) +
-                            used * static_cast<int64_t>(ids->nb[0]),
-                        sizeof expert);
+            const int32_t expert = ids_[static_cast<size_t>(token * ids->ne[0] + used)];
             if (expert < 0 || expert >= n_expert) {
                 fail(Failure::bad_expert, sums_.weights()[weight].name, expert);
                 return;
             }
             // gate and up get one row for all experts of a token, down gets one for each
-            const int64_t i1 = used % x->ne[1];
-            rows_by_expert_[static_cast<size_t>(expert)].push_back(
-                reinterpret_cast<const float *>(data + i1 * static_cast<int64_t>(x->nb[1]) +
-                                                token * static_cast<int64_t>(x->nb[2])));
+            rows_of_[static_cast<size_t>(expert)].push_back(
+                static_cast<int32_t>(token * x->ne[1] + used % x->ne[1]));
         }
     }
     for (int64_t e = 0; e < n_expert; ++e) {
-        auto & rows = rows_by_expert_[static_cast<size_t>(e)];
-        if (rows.empty()) {
-            continue;
+        const size_t n_rows = rows_of_[static_cast<size_t>(e)].size();
+        if (n_rows > 0) {
+            sums_.count(slot, e, static_cast<int64_t>(n_rows));
         }
-        rows_.swap(rows);
-        const int64_t n_rows = static_cast<int64_t>(rows_.size());
-        add_rows(weight, e);
-        rows_.swap(rows);
-        if (error_.kind != Failure::none) {
-            return;
-        }
-        sums_.count(slot, e, n_rows);
     }
+    if (device_sums_ && DeviceSums::is_far(x) &&
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+                     ggml_nelements(ids))) {
+        return;
+    }
+    add_routed_rows(weight, x);
 }
 
 // Called after a node that ask() wanted has run and its backend was synchronized.
@@ -346,6 +449,19 @@ void EvalHook::collect(ggml_tensor * node) {
         collect_dense(weight, node);
     }
     sums_.weights()[weight].pending_rows += rows_of(node);
+}
+
+// After a node that ask() stopped at. False leaves the rest of this graph out.
+bool EvalHook::visit(ggml_tensor * node) {
+    if (wanted_) {
+        collect(node);
+    }
+    if (!ending_) {
+        return true;
+    }
+    ++counters_.ended;
+    n_asked_ = 0; // the next node belongs to the next ubatch
+    return false;
 }
 
 bool EvalHook::groups_agree() const {

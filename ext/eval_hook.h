@@ -2,6 +2,9 @@
 // the squares of the rows that reach a wanted weight to the sums.
 #pragma once
 
+#include "add_rows.h"
+#include "device_sums.h"
+#include "parallel.h"
 #include "sums.h"
 
 #include <cstdint>
@@ -21,6 +24,7 @@ enum class Failure {
     bad_layout,    // rows that are not contiguous, or a shape this store cannot hold
     shape_changed, // the same weight with another shape than before
     regroup,       // weights that shared an activation no longer do: redo without sharing
+    device_failed, // a device that was summing its rows
     out_of_memory,
 };
 
@@ -37,6 +41,7 @@ struct HookCounters {
     int64_t stops            = 0; // nodes that the scheduler had to stop after
     int64_t fetched_bytes    = 0; // bytes copied from buffers that the host cannot read
     int64_t squared_elements = 0;
+    int64_t ended            = 0; // graphs that were left before their end
 };
 
 // How many rows a graph feeds each wanted weight, read off the graph without running it.
@@ -52,6 +57,10 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
 // The scheduler decorates copies of tensors this way (ggml-backend.cpp).
 std::string plain_name(const char * name);
 
+// How many nodes of a graph multiply a wanted weight, if nothing after the last of them has an
+// effect that outlives the graph (keys, values, states); else 0.
+int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight);
+
 class EvalHook {
 public:
     explicit EvalHook(Sums & sums) : sums_(sums) {}
@@ -60,6 +69,9 @@ public:
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
     void begin_chunk(); // forgets the last chunk's error
+    // After the last decode of a chunk: what the devices hold goes to the pending sums. Throws
+    // bad_alloc only.
+    void finish_chunk();
     // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
     // its own, whose block numbers start again at 0, apart from the trunk's.
     void begin_decode(bool output_weight, const std::string & prefix = {});
@@ -67,6 +79,13 @@ public:
     bool enabled() const { return enabled_; }
     // Off for graphs that only prepare keys and values.
     void set_observing(bool observing) { observing_ = observing; }
+    // Off: rows in a device's memory are copied to the host and summed there.
+    void set_device_sums(bool on) { device_sums_ = on; }
+    // Leaves every graph after so many wanted nodes; 0 runs them to their end. Only where nobody
+    // reads what a graph computes after the last of them, and where the scheduler runs all of it
+    // as one split: others would run on what was never computed.
+    void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
+    void set_threads(size_t n) { threads_.set_threads(n); }
     bool grouping() const { return grouping_; }
     void stop_grouping() { grouping_ = false; }
 
@@ -85,14 +104,19 @@ private:
     };
 
     bool ask(ggml_tensor * node);
+    bool is_new(ggml_tensor * node, int64_t rows);
     void collect(ggml_tensor * node);
+    bool visit(ggml_tensor * node);
     void forget(const ggml_tensor * computed);
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
-    void         add_rows(size_t weight, int64_t mat);
+    bool         add_sums(size_t weight, size_t slot, int64_t mat, const float * partial);
     void         collect_dense(size_t weight, const ggml_tensor * node);
     void         collect_experts(size_t weight, const ggml_tensor * node);
+    void         add_routed_rows(size_t weight, const ggml_tensor * x);
+    void         read_ids(const ggml_tensor * ids);
+    bool         summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows);
 
     Sums &       sums_;
     HookError    error_;
@@ -103,16 +127,26 @@ private:
     bool         output_weight_ = false;
     std::string  prefix_;
 
-    uint64_t                                graph_ = 0; // which graph execution this is
-    std::vector<uint64_t>                   seen_in_;   // per weight: the graph it was last seen in
-    std::vector<uint64_t>                   slot_made_in_; // per slot: the graph it was made in
-    std::vector<uint64_t>                   slot_fed_in_;  // per slot: the graph it was last fed in
-    std::vector<Activation>                 activations_;  // of this graph
-    std::vector<char>                       staging_rows_;
-    std::vector<char>                       staging_ids_;
-    std::vector<const float *>              rows_;
-    std::vector<std::vector<const float *>> rows_by_expert_;
-    std::vector<float>                      partial_;
+    int64_t end_after_ = 0;
+    int64_t n_asked_   = 0;     // wanted nodes of this graph so far
+    bool    ending_    = false; // the node to be computed now is the last one
+    bool    wanted_    = false; // its rows are to be collected
+
+    uint64_t                          graph_ = 0;    // which graph execution this is
+    std::vector<uint64_t>             seen_in_;      // per weight: the graph it was last seen in
+    std::vector<uint64_t>             slot_made_in_; // per slot: the graph it was made in
+    std::vector<uint64_t>             slot_fed_in_;  // per slot: the graph it was last fed in
+    std::vector<Activation>           activations_;  // of this graph
+    bool                              device_sums_ = true;
+    DeviceSums                        devices_;
+    std::vector<char>                 staging_rows_;
+    std::vector<char>                 staging_ids_;
+    std::vector<int32_t>              ids_;     // [n_tokens, n_used]
+    std::vector<std::vector<int32_t>> rows_of_; // numbers of rows by matrix or expert
+    std::vector<const float *>        rows_;
+    std::vector<RowBlock>             blocks_;
+    std::vector<int64_t>              block_mats_;
+    Parallel                          threads_;
 };
 
 } // namespace imatrix

@@ -8,7 +8,7 @@ namespace imatrix {
 // acc[j] += rows[0][j]² + rows[1][j]² + ... for j < n, in float32.
 // `rows` are pointers to n contiguous floats each, in any order, aligned to 4 bytes.
 // float32 holds a partial sum over a few hundred rows well (see kRowsPerPartial in
-// eval_hook.cpp); longer sums belong in float64.
+// add_rows.cpp); longer sums belong in float64.
 using RowKernel = void (*)(const float * const * rows, size_t n_rows, size_t n, float * acc);
 
 struct NamedRowKernel {

@@ -213,13 +213,14 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =
             llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
-                                static_cast<uint32_t>(n_outputs));
+                                   static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
         }
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
         }
+        plan.n_wanted = nodes_to_the_last(graph, output); // of the last graph, with all outputs
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
@@ -256,6 +257,14 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     return {};
 }
 
+// Where every row is asked for logits only so that the last layer runs on it, nobody reads them,
+// and the graph is left after its last wanted weight. A lone device is one split of the scheduler.
+// With a head the trunk's rows are read, which some architectures compute last.
+bool Session::may_end_early() const {
+    return trunk_plan_.needs_outputs && !params_.process_output && !params_.perplexity &&
+           !params_.mtp && params_.leave_out_logits && ggml_backend_dev_count() == 1;
+}
+
 Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan) {
     Status status = make_context(head, all_outputs, ctx);
     if (!status.ok()) {
@@ -281,7 +290,9 @@ Status Session::open(const SessionParams & params) {
     trunk_batch_.reset();
     head_.reset();
     trunk_.reset();
-    params_  = params;
+    params_ = params;
+    hook_.set_device_sums(params.device_sums);
+    hook_.set_threads(static_cast<size_t>(std::max(1, params.n_threads)));
     n_heads_ = 0;
     sharing_ = false;
 
@@ -365,6 +376,10 @@ Status Session::after_decode(int32_t rc, const char * which) {
             status.code    = Code::engine_failed;
             status.message = error.weight + ": its shape differs from that of earlier chunks";
             return status;
+        case Failure::device_failed:
+            status.code    = Code::engine_failed;
+            status.message = error.weight + ": the device that holds its activations failed";
+            return status;
         case Failure::out_of_memory:
             return Status::failed(Code::out_of_memory, "out of memory for the sums");
     }
@@ -411,8 +426,10 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
         }
     }
     hook_.begin_decode(params_.process_output);
+    hook_.end_after(may_end_early() ? trunk_plan_.n_wanted : 0);
     const int32_t rc = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
-    Status        status = after_decode(rc, "trunk");
+    hook_.end_after(0);
+    Status status = after_decode(rc, "trunk");
     if (!status.ok() || scored_index.empty()) {
         return status;
     }
@@ -691,6 +708,11 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
     }
     // the last graph may still be running where nothing stopped it
     llama_synchronize(trunk_.get());
+    hook_.finish_chunk();
+    const Status summed = after_decode(0, "trunk");
+    if (!summed.ok()) {
+        return summed;
+    }
     for (int32_t i = 0; i < n_chunks && scores != nullptr; ++i) {
         scores[i] = {};
         for (const double v : nll_[static_cast<size_t>(i)]) {
@@ -732,7 +754,13 @@ Status Session::step(const int32_t * tokens, const int32_t * lengths, int32_t n_
     }
     Status status;
     try {
-        status              = collect(tokens, lengths, n_chunks, scores);
+        status = collect(tokens, lengths, n_chunks, scores);
+        if (status.code == Code::rows_missing && params_.leave_out_logits && may_end_early()) {
+            // not the nodes that the plan has: run whole graphs from here on
+            params_.leave_out_logits = false;
+            sums_.discard();
+            status = collect(tokens, lengths, n_chunks, scores);
+        }
         const bool diverged = hook_.error().kind == Failure::regroup || !hook_.groups_agree();
         if (status.ok() && diverged) {
             // Weights that shared an activation in an earlier graph do not share it any more:

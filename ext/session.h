@@ -59,14 +59,16 @@ private:
 inline constexpr const char * kForeignHead = "mtp:";
 
 struct SessionParams {
-    int32_t n_ctx          = 512; // tokens a chunk
-    int32_t n_batch        = 512; // tokens a decode
-    int32_t n_ubatch       = 512; // tokens a graph
-    int32_t n_seq          = 1;   // chunks a decode
-    int32_t n_threads      = 1;
-    bool    mtp            = false;
-    bool    process_output = false; // collect output.weight as well (trunk only)
-    bool    perplexity     = false;
+    int32_t n_ctx            = 512; // tokens a chunk
+    int32_t n_batch          = 512; // tokens a decode
+    int32_t n_ubatch         = 512; // tokens a graph
+    int32_t n_seq            = 1;   // chunks a decode
+    int32_t n_threads        = 1;
+    bool    mtp              = false;
+    bool    process_output   = false; // collect output.weight as well (trunk only)
+    bool    perplexity       = false;
+    bool    device_sums      = true; // sum rows on the device that holds them, where it can
+    bool    leave_out_logits = true; // where they are asked for and nobody reads them
 };
 
 // Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:
@@ -83,6 +85,7 @@ struct ChunkScore {
 struct GraphPlan {
     std::vector<PlannedWeight> weights; // rows a token; 0 where rows do not follow the tokens
     bool                       needs_outputs = false;
+    int64_t                    n_wanted      = 0; // nodes_to_the_last(), with outputs for all rows
 };
 
 class Session {
@@ -140,6 +143,7 @@ private:
 
     Status make_context(bool head, bool all_outputs, ContextPtr & out);
     Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
+    bool   may_end_early() const;
     Status probe(llama_context * ctx, bool head, GraphPlan & plan);
     Status collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                    ChunkScore * scores);

@@ -32,14 +32,19 @@ size_t Sums::add_slot(const Shape & shape) {
     return slots_.size() - 1;
 }
 
-void Sums::add(size_t index, int64_t mat, const float * partial) {
-    Slot &   slot = slots_[index];
-    double * sums = slot.pending.data() + mat * slot.shape.n_in;
-    for (int64_t j = 0; j < slot.shape.n_in; ++j) {
-        sums[j] += static_cast<double>(partial[j]);
-    }
+double * Sums::touch(size_t index, int64_t mat) {
+    Slot & slot                            = slots_[index];
     slot.touched[static_cast<size_t>(mat)] = 1;
     slot.dirty                             = true;
+    return slot.pending.data() + mat * slot.shape.n_in;
+}
+
+void Sums::add(size_t index, int64_t mat, const float * partial) {
+    double *      sums = touch(index, mat);
+    const int64_t n_in = slots_[index].shape.n_in;
+    for (int64_t j = 0; j < n_in; ++j) {
+        sums[j] += static_cast<double>(partial[j]);
+    }
 }
 
 void Sums::count(size_t index, int64_t at, int64_t rows) {

@@ -57,6 +57,8 @@ public:
 
     size_t add_slot(const Shape & shape);
 
+    // The pending sums of a matrix, to be added to.
+    double * touch(size_t slot, int64_t mat);
     // pending[mat] += partial, float32 to float64
     void add(size_t slot, int64_t mat, const float * partial);
     void count(size_t slot, int64_t index, int64_t rows);

@@ -25,7 +25,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
-    from imatrix.devices import Backends, Device, backends
+    from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -56,6 +56,7 @@ __all__ = [
     "RowsMissingError",
     "TensorCoverage",
     "__version__",
+    "add_rpc_server",
     "backends",
     "coverage",
     "extract_mtp",
@@ -69,6 +70,7 @@ __all__ = [
 _NATIVE = {
     "Backends": "devices",
     "Device": "devices",
+    "add_rpc_server": "devices",
     "backends": "devices",
     "Collector": "collector",
     "Perplexity": "collector",
@@ -98,9 +100,12 @@ def __getattr__(name: str) -> Any:
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."
         )
-    value = getattr(importlib.import_module(f"imatrix.{_NATIVE[name]}"), name)
-    globals()[name] = value
-    return value
+    module = importlib.import_module(f"imatrix.{_NATIVE[name]}")
+    # all that it offers: the import has set imatrix.backends to the module, not the function
+    for each, source in _NATIVE.items():
+        if source == _NATIVE[name]:
+            globals()[each] = getattr(module, each)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

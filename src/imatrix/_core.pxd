@@ -40,6 +40,7 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
         uint64_t memory_all
     vector[string] backend_names()
     vector[Device] devices()
+    Status add_rpc_server(const string & endpoint)
     string engine_version()
     string engine_commit()
     string system_info()
@@ -74,6 +75,24 @@ cdef extern from "row_kernels.h" namespace "imatrix" nogil:
     size_t row_kernels(NamedRowKernel * out)
 
 
+cdef extern from "parallel.h" namespace "imatrix" nogil:
+    cdef cppclass Parallel:
+        void set_threads(size_t n)
+
+
+cdef extern from "add_rows.h" namespace "imatrix" nogil:
+    cdef cppclass RowBlock:
+        const float * const * rows
+        size_t n_rows
+        double * sums
+
+    cdef cppclass NonFinite:
+        size_t block
+        int64_t channel
+
+    NonFinite add_rows(Parallel & threads, const vector[RowBlock] & blocks, size_t n)
+
+
 cdef extern from "sums.h" namespace "imatrix" nogil:
     cdef cppclass Shape:
         int64_t n_in
@@ -99,6 +118,7 @@ cdef extern from "eval_hook.h" namespace "imatrix" nogil:
         int64_t stops
         int64_t fetched_bytes
         int64_t squared_elements
+        int64_t ended
 
     cdef cppclass PlannedWeight:
         string name
@@ -137,6 +157,8 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool mtp
         cbool process_output
         cbool perplexity
+        cbool device_sums
+        cbool leave_out_logits
 
     cdef cppclass ChunkScore:
         double nll

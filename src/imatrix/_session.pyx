@@ -16,8 +16,8 @@ from libcpp.vector cimport vector
 
 from imatrix cimport _core
 from imatrix._core cimport (
-    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, SessionParams,
-    Status,
+    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, NonFinite,
+    Parallel, RowBlock, SessionParams, Status,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -117,6 +117,16 @@ def backends():
     return names, devices
 
 
+def add_rpc_server(str endpoint):
+    """Make the devices of an RPC server known. A server that does not answer ends the process."""
+    cdef string native = endpoint.encode("utf-8")
+    cdef Status status
+    set_log_level()
+    with nogil:
+        status = _core.add_rpc_server(native)
+    _check(status)
+
+
 def row_kernel_names():
     """The row kernels this processor can run, best first."""
     cdef NamedRowKernel[4] kernels
@@ -148,6 +158,44 @@ def add_squares(str kernel, const float[:, :] rows, float[::1] acc):
                 kernels[i].run(pointers.data(), pointers.size(), <size_t>acc.shape[0], &acc[0])
             return
     raise ValueError(f"no such kernel here: {kernel}")
+
+
+cdef class RowAdder:
+    """Adds squares as a session does, with its threads (tests and benchmarks)."""
+
+    cdef unique_ptr[Parallel] _threads
+
+    def __init__(self, size_t n_threads):
+        self._threads.reset(new Parallel())
+        self._threads.get().set_threads(n_threads)
+
+    def add(self, list blocks, list sums):
+        """sums[b][j] += sum over i of blocks[b][i, j]², for arrays of float32 and of float64.
+
+        Returns None, or (block, channel) of the first that is not finite.
+        """
+        cdef vector[RowBlock] native
+        cdef vector[vector[const float *]] pointers
+        cdef NonFinite bad
+        cdef const float[:, ::1] rows
+        cdef double[::1] acc
+        cdef size_t n = sums[0].shape[0]
+        cdef Py_ssize_t r
+        cdef RowBlock block
+        pointers.resize(len(blocks))
+        for i in range(len(blocks)):
+            rows, acc = blocks[i], sums[i]
+            if <size_t>rows.shape[1] != n or <size_t>acc.shape[0] != n or n == 0:
+                raise ValueError("rows and sums differ in length")
+            for r in range(rows.shape[0]):
+                pointers[i].push_back(&rows[r, 0])
+            block.rows = pointers[i].data()
+            block.n_rows = pointers[i].size()
+            block.sums = &acc[0]
+            native.push_back(block)
+        with nogil:
+            bad = _core.add_rows(self._threads.get()[0], native, n)
+        return None if bad.channel < 0 else (bad.block, bad.channel)
 
 
 def live_sessions():
@@ -245,7 +293,8 @@ cdef class Session:
         self._session.reset(new CSession(model._model.get()[0], with_head))
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
-             bint process_output, bint perplexity):
+             bint process_output, bint perplexity, bint device_sums=True,
+             bint leave_out_logits=True):
         """Make the contexts; the sums of an earlier open() stay."""
         cdef SessionParams params
         cdef Status status
@@ -258,6 +307,8 @@ cdef class Session:
         params.mtp = mtp
         params.process_output = process_output
         params.perplexity = perplexity
+        params.device_sums = device_sums
+        params.leave_out_logits = leave_out_logits
         with nogil:
             status = self._session.get().open(params)
         _check(status)
@@ -362,10 +413,10 @@ cdef class Session:
 
     @property
     def counters(self):
-        """Stops, bytes fetched from devices, and elements squared, since the start."""
+        """Stops, bytes fetched from devices, elements squared, graphs left early, since the start."""
         c = self._session.get().counters()
         return {"stops": c.stops, "fetched_bytes": c.fetched_bytes,
-                "squared_elements": c.squared_elements}
+                "squared_elements": c.squared_elements, "ended": c.ended}
 
     @property
     def plan(self):

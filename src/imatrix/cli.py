@@ -181,6 +181,8 @@ def _collect_locked(
         return OK
     if earlier:
         _check_same_model(earlier, args)
+    if args.rpc is not None:
+        imatrix.add_rpc_server(args.rpc)
     if args.gpu_layers not in (None, 0) and not _has_gpu():
         terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
     return _collect_text(args, text, earlier, terminal)
@@ -676,6 +678,11 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         type=_gpu_layers,
         help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
+    )
+    add(
+        "--rpc",
+        metavar="SERVERS",
+        help="compute on ggml-rpc-servers too: host:port,host:port,... (a build with GGML_RPC=ON)",
     )
     add(
         "--chunk",

@@ -138,6 +138,9 @@ class Collector:
         rehearse: build the graphs in a child process first, from the header alone, so that a
             model on which the engine would end the process is a ModelError instead. Takes a
             fraction of a second, once for each kind of run.
+        device_sums: sum activations that lie in a device's memory there, where the device can,
+            and fetch the sums once a chunk. False copies every activation to the host. Either
+            way the sums are float32 within a chunk or less and float64 beyond.
 
     The model is loaded by the first run (or here, if `mtp` is True or False). Use it as a context
     manager, or call close().
@@ -163,6 +166,7 @@ class Collector:
         use_mmap: bool = True,
         check_tensors: bool = False,
         rehearse: bool = True,
+        device_sums: bool = True,
     ) -> None:
         self._model: _session.Model | None = None
         self._head_model: _session.Model | None = None
@@ -203,6 +207,7 @@ class Collector:
         self._check_tensors = check_tensors
         self._rehearse = rehearse
         self._rehearsed: set[tuple[bool, bool, bool]] = set()
+        self._device_sums = device_sums
         self._loaded_mtp = False
         self._tally = _Tally()
         self._seconds = 0.0
@@ -465,6 +470,7 @@ class Collector:
             "mtp": with_head,
             "process_output": process_output,
             "perplexity": perplexity,
+            "device_sums": self._device_sums,
         }
 
     def _prepare(

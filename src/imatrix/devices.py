@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from imatrix import _session
@@ -57,3 +58,30 @@ def backends() -> Backends:
         row_kernels=tuple(_session.row_kernel_names()),
         features=_session.system_info().strip(),
     )
+
+
+def add_rpc_server(endpoint: str) -> None:
+    """Make the devices of a ggml-rpc-server known, as llama.cpp's --rpc does.
+
+    Models loaded from now on may use them, as GPUs; there is no way to take them back. Needs a
+    build with GGML_RPC=ON. The engine ends the process where such a server goes away.
+
+    Args:
+        endpoint: "host:port"; several with commas between them.
+
+    Raises:
+        ValueError: not host:port.
+        OSError: nobody listens there.
+        EngineError: this build has no RPC backend, or the server has no device.
+    """
+    for each in endpoint.split(","):
+        host, colon, port = each.partition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(f"{each!r} is not host:port")
+        if "RPC" in _session.backends()[0]:
+            # the engine would abort (ggml-rpc.cpp, rpc_dispatcher::start)
+            try:
+                socket.create_connection((host, int(port)), timeout=10).close()
+            except OSError as error:
+                raise OSError(f"no RPC server at {each}: {error}") from error
+        _session.add_rpc_server(each)

@@ -127,8 +127,9 @@ void check_equal(const Harness & harness, const std::string & name, const Refere
     }
 }
 
-void check_dense(Where where) {
+void check_dense(Where where, bool device_sums) {
     Harness harness(where);
+    harness.hook.set_device_sums(device_sums);
     for (int round = 0; round < 40; ++round) {
         const int64_t     n_in = any(1, 40), w2 = any(1, 3), w3 = any(1, 2);
         const int64_t     n1 = any(1, 9), n2 = w2 * any(1, 3), n3 = w3 * any(1, 2);
@@ -153,6 +154,7 @@ void check_dense(Where where) {
             }
             want.counts[0] += n1 * n2 * n3 / (w2 * w3);
         }
+        harness.hook.finish_chunk();
         CHECK(harness.hook.error().kind == Failure::none && harness.hook.groups_agree());
         harness.sums.commit();
         check_equal(harness, name, want);
@@ -161,8 +163,9 @@ void check_dense(Where where) {
     CHECK((harness.hook.counters().fetched_bytes > 0) == (where != Where::host));
 }
 
-void check_experts(Where where) {
+void check_experts(Where where, bool device_sums) {
     Harness harness(where);
+    harness.hook.set_device_sums(device_sums);
     for (int round = 0; round < 40; ++round) {
         const int64_t    n_in = any(1, 40), n_expert = any(1, 6), n_tokens = any(1, 12);
         const int64_t    n_used = any(1, n_expert);
@@ -198,6 +201,7 @@ void check_experts(Where where) {
                 }
             }
         }
+        harness.hook.finish_chunk();
         CHECK(harness.hook.error().kind == Failure::none);
         harness.sums.commit();
         check_equal(harness, name, want);
@@ -264,6 +268,27 @@ void check_errors() {
 }
 
 void on_line(int, const char *) {}
+
+std::vector<std::string> g_lines;
+void                     keep_line(int, const char * line) { g_lines.emplace_back(line); }
+
+// A device that cannot do the operations: its rows are copied, and that is said once.
+void check_refusal() {
+    for (const char * op : {"SQR", "GET_ROWS", "CPY"}) {
+        far_device_refuse(op);
+        g_lines.clear();
+        set_log_sink(keep_line, 2);
+        check_dense(Where::device, true);
+        const bool dense = std::string(op) != "GET_ROWS";
+        CHECK(!dense || !g_lines.empty());
+        g_lines.clear();
+        check_experts(Where::device, true);
+        CHECK(g_lines.size() == 1 && g_lines[0].find("Far0") != std::string::npos &&
+              g_lines[0].find(op) != std::string::npos);
+        set_log_sink(nullptr, 4);
+    }
+    far_device_refuse(nullptr);
+}
 
 // A session from its opening to its end: chunks, scores by several threads, a cancelled step, a
 // second session beside it, and the log's settings changed all the while.
@@ -346,9 +371,12 @@ void check_session(const std::string & path) {
 int main(int argc, char ** argv) {
     check_kernels();
     for (const Where where : {Where::host, Where::device, Where::offload}) {
-        check_dense(where);
-        check_experts(where);
+        for (const bool device_sums : {false, true}) {
+            check_dense(where, device_sums);
+            check_experts(where, device_sums);
+        }
     }
+    check_refusal();
     check_errors();
     for (int i = 1; i < argc; ++i) {
         check_session(argv[i]);

@@ -21,8 +21,9 @@ struct Pages {
     size_t size = 0;
 };
 
-std::vector<Pages *> g_pages;    // of all buffers; tests use one thread
-int                  g_open = 0; // how many Access are alive
+std::vector<Pages *> g_pages;       // of all buffers; tests use one thread
+int                  g_open    = 0; // how many Access are alive
+const char *         g_refused = nullptr;
 
 void protect(const Pages & pages, bool readable) {
 #ifdef IMATRIX_PROTECT
@@ -189,7 +190,9 @@ ggml_backend_t device_init(ggml_backend_dev_t device, const char *) {
 }
 
 ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return far_type(); }
-bool device_supports_op(ggml_backend_dev_t, const ggml_tensor *) { return true; }
+bool                       device_supports_op(ggml_backend_dev_t, const ggml_tensor * node) {
+    return g_refused == nullptr || std::strcmp(ggml_op_name(node->op), g_refused) != 0;
+}
 
 bool device_supports_type(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
     return type == far_type();
@@ -213,6 +216,8 @@ ggml_backend_dev_t far_device() {
     }();
     return &device;
 }
+
+void far_device_refuse(const char * op) { g_refused = op; }
 
 bool far_device_protects() {
 #ifdef IMATRIX_PROTECT

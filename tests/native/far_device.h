@@ -9,6 +9,9 @@ namespace imatrix::testing {
 // time. Reading its tensors without ggml_backend_tensor_get ends the process with a signal.
 ggml_backend_dev_t far_device();
 
+// From now on the device does not support an operation, by ggml_op_name(); NULL: it does all.
+void far_device_refuse(const char * op);
+
 bool far_device_protects(); // false where the pages cannot be protected (not POSIX)
 
 } // namespace imatrix::testing

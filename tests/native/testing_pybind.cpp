@@ -24,6 +24,7 @@ const char * failure_name(Failure kind) {
         case Failure::bad_layout:    return "bad_layout";
         case Failure::shape_changed: return "shape_changed";
         case Failure::regroup:       return "regroup";
+        case Failure::device_failed: return "device_failed";
         case Failure::out_of_memory: return "out_of_memory";
     }
     return "?";
@@ -108,7 +109,11 @@ py::dict weights_of(const Harness & harness) {
     return out;
 }
 
-Where where_of(const std::string & name) {
+// "device" and "offload" copy the rows to the host, "device-sums" and "offload-sums" do not
+bool sums_there(const std::string & name) { return name.find("-sums") != std::string::npos; }
+
+Where where_of(std::string name) {
+    name = name.substr(0, name.find("-sums"));
     if (name == "host") {
         return Where::host;
     }
@@ -126,14 +131,21 @@ Where where_of(const std::string & name) {
 PYBIND11_MODULE(_imatrix_testing, m) {
     py::class_<Harness>(m, "Harness")
         .def(py::init([](const std::string & where) {
-                 return std::make_unique<Harness>(where_of(where));
+                 auto made = std::make_unique<Harness>(where_of(where));
+                 made->hook.set_device_sums(sums_there(where));
+                 return made;
              }),
              py::arg("where") = "host")
         .def("begin_chunk", [](Harness & h) { h.hook.begin_chunk(); })
         .def(
             "begin_decode", [](Harness & h, bool output) { h.hook.begin_decode(output); },
             py::arg("output_weight") = false)
-        .def("commit", [](Harness & h) { h.sums.commit(); })
+        .def("finish", [](Harness & h) { h.hook.finish_chunk(); })
+        .def("commit",
+             [](Harness & h) {
+                 h.hook.finish_chunk();
+                 h.sums.commit();
+             })
         .def("discard", [](Harness & h) { h.sums.discard(); })
         .def("ungroup",
              [](Harness & h) { // as Session::step does before it repeats a chunk
