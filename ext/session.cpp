@@ -35,7 +35,12 @@ void init_backend_once() {
     });
 }
 
-// The engine says why in its log only; its first error line goes into ours.
+bool is_zero(const float * row, int32_t n) {
+    return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
+}
+
+} // namespace
+
 Status engine_error(Code code, const std::string & what) {
     const std::string why = first_error();
     const bool        memory =
@@ -43,12 +48,6 @@ Status engine_error(Code code, const std::string & what) {
     return Status::failed(memory ? Code::out_of_memory : code,
                           why.empty() ? what : what + ": " + why);
 }
-
-bool is_zero(const float * row, int32_t n) {
-    return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
-}
-
-} // namespace
 
 // --- Model -----------------------------------------------------------------
 
