@@ -25,6 +25,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 if TYPE_CHECKING:
     from imatrix.backends import Backends, Device, backends
     from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.evaluate import Comparison, Estimate, Evaluation, Predictions, evaluate
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.quantize import quantize
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Backends",
     "Collector",
+    "Comparison",
     "Device",
     "EngineError",
     "Entry",
+    "Estimate",
+    "Evaluation",
     "ExtractReport",
     "FormatError",
     "GraftReport",
@@ -45,11 +49,13 @@ __all__ = [
     "NonFiniteError",
     "Perplexity",
     "Plan",
+    "Predictions",
     "Progress",
     "Provenance",
     "RowsMissingError",
     "__version__",
     "backends",
+    "evaluate",
     "extract_mtp",
     "graft_mtp",
     "quantize",
@@ -65,6 +71,11 @@ _NATIVE = {
     "Perplexity": "collector",
     "Plan": "collector",
     "Progress": "collector",
+    "Comparison": "evaluate",
+    "Estimate": "evaluate",
+    "Evaluation": "evaluate",
+    "Predictions": "evaluate",
+    "evaluate": "evaluate",
     "ModelFile": "model_file",
     "ExtractReport": "mtp_files",
     "GraftReport": "mtp_files",

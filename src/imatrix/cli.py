@@ -1,4 +1,4 @@
-"""The `imatrix` command: collect, check, show, quantize, extract-mtp, graft-mtp, demo.
+"""The `imatrix` command: collect, check, show, quantize, evaluate, extract-mtp, graft-mtp, demo.
 
 It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
 does nothing that `import imatrix` does not offer.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import imatrix
-from imatrix import _show
+from imatrix import _evaluate_cli, _show
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -500,6 +500,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_collect(commands)
     _add_show(commands)
     _add_quantize(commands)
+    _evaluate_cli.add_parser(commands)
     _add_mtp_files(commands)
     _add_demo(commands)
     return parser
