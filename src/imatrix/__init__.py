@@ -25,7 +25,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 if TYPE_CHECKING:
     from imatrix.backends import Backends, Device, backends
     from imatrix.collector import Collector, Perplexity, Plan, Progress
-    from imatrix.evaluate import Comparison, Estimate, Evaluation, Predictions, evaluate
+    from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.quantize import quantize
@@ -71,11 +71,11 @@ _NATIVE = {
     "Perplexity": "collector",
     "Plan": "collector",
     "Progress": "collector",
-    "Comparison": "evaluate",
-    "Estimate": "evaluate",
-    "Evaluation": "evaluate",
-    "Predictions": "evaluate",
-    "evaluate": "evaluate",
+    "Comparison": "evaluation",
+    "Estimate": "evaluation",
+    "Evaluation": "evaluation",
+    "Predictions": "evaluation",
+    "evaluate": "evaluation",
     "ModelFile": "model_file",
     "ExtractReport": "mtp_files",
     "GraftReport": "mtp_files",
