@@ -60,6 +60,10 @@ Status Model::load(const ModelParams & params) {
     engine.n_gpu_layers       = params.n_gpu_layers;
     engine.load_mode          = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
     engine.check_tensors      = params.check_tensors;
+    if (params.no_alloc) {
+        engine.no_alloc  = true;
+        engine.load_mode = LLAMA_LOAD_MODE_NONE;
+    }
     // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
     engine.load_mtp = params.mtp;
     model_.reset(llama_model_load_from_file(params.path.c_str(), engine));
