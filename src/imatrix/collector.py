@@ -573,8 +573,9 @@ class Collector:
         return self._model
 
     def _native_models(self, head: bool) -> tuple[_session.Model, _session.Model | None]:
-        """The loaded trunk and, with `head`, what holds the head; for other native work."""
-        model = self._load(head)
+        """The trunk and, with `head`, what holds the head, rehearsed and loaded for other native
+        work."""
+        model, _ = self._prepare(head, False, False)
         return model, self._head_model
 
     def _load_file(self, file: ModelFile, mtp: bool) -> _session.Model:

@@ -414,6 +414,7 @@ def evaluate(
     n_gpu_layers: int = -1,
     n_threads: int | None = None,
     use_mmap: bool = True,
+    rehearse: bool = True,
     progress: Callable[[Progress], object] | None = None,
 ) -> Evaluation:
     """Score a text with a model and its MTP head, beside a reference if one is given.
@@ -438,7 +439,7 @@ def evaluate(
             of a batch: n_batch * n_vocab * 4 bytes at most, half of it where n_batch is n_ctx.
         n_ubatch: tokens a graph.
         max_chunks, skip_chunks, parse_special: as in Collector.run.
-        n_gpu_layers, n_threads, use_mmap: as in Collector.
+        n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
         progress: called with a Progress after every chunk, in this thread.
 
     Returns:
@@ -464,7 +465,7 @@ def evaluate(
     with ExitStack() as stack:
 
         def opened(
-            path: str | os.PathLike[str], head: str | os.PathLike[str] | None, with_head: bool | None
+            path: str | os.PathLike[str], head: str | os.PathLike[str] | None
         ) -> Collector:
             # a Collector checks the files, loads them and cuts the text; it collects nothing here
             return stack.enter_context(
@@ -474,18 +475,18 @@ def evaluate(
                     n_ctx=n_ctx,
                     n_gpu_layers=n_gpu_layers,
                     n_threads=n_threads,
-                    mtp=with_head,
                     use_mmap=use_mmap,
+                    rehearse=rehearse,
                 )
             )
 
-        ours = opened(model, mtp_model, None)
+        ours = opened(model, mtp_model)
         if mtp is True and ours.n_nextn == 0:
             raise ModelError(f"{os.fspath(model)}: no MTP head in it (mtp=True)")
         with_head = ours.n_nextn > 0 if mtp is None else mtp
         theirs = None
         if reference is not None:
-            theirs = opened(reference, reference_mtp_model, None)
+            theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
         own, own_head = ours._native_models(with_head)
         chunks, total = ours._chunks_of(own, texts, parse_special, skip_chunks, max_chunks)
