@@ -116,19 +116,14 @@ Status Runner::make_context(bool head, ContextPtr & out) {
         return engine_error(Code::engine_failed,
                             head ? "the engine made no MTP context" : "the engine made no context");
     }
-    // The trunk's rows for every token, the head's where it drafts: common/speculative.cpp,
-    // common_speculative_impl_draft_mtp, sets the two the same way.
-    if (head) {
-        llama_set_embeddings_nextn(out.get(), true, /*masked=*/true);
-    } else {
-        llama_set_embeddings_nextn(out.get(), params_.mtp, /*masked=*/false);
-    }
+    // every token's row, of the trunk for the head and of the head for its next draft
+    llama_set_embeddings_nextn(out.get(), head || params_.mtp, /*masked=*/false);
     return {};
 }
 
-// Whether the trunk gives the rows that the head needs at output positions only.
-Status Runner::rows_need_outputs(bool & out) {
-    ggml_cgraph * graph = llama_graph_reserve(trunk_.get(), kProbeTokens, 1, 1);
+// Whether a context's graph crops the rows that it gives to the output positions.
+Status Runner::crops_rows(llama_context * ctx, bool & out) const {
+    ggml_cgraph * graph = llama_graph_reserve(ctx, kProbeTokens, 1, 1);
     if (graph == nullptr) {
         return engine_error(Code::engine_failed, "the engine could not reserve a graph");
     }
@@ -152,13 +147,24 @@ Status Runner::open(const EvaluatorParams & params) {
     }
     Status status = make_context(false, trunk_);
     if (status.ok() && params.mtp) {
-        status = rows_need_outputs(all_outputs_);
+        status = crops_rows(trunk_.get(), all_outputs_);
         if (status.ok() && all_outputs_) {
             trunk_.reset();
             status = make_context(false, trunk_);
         }
         if (status.ok()) {
             status = make_context(true, head_);
+        }
+        // Where the graph crops (src/models/step35.cpp, mimo2.cpp), more rows would be read than
+        // there are, unless masked. Where it does not (qwen35.cpp, glm4-moe.cpp, hy-v3.cpp),
+        // masked takes the first rows of a graph for those of its outputs (llama-context.cpp,
+        // extract nextn embeddings), which differ in a batch that has other rows before them.
+        bool masked = false;
+        if (status.ok()) {
+            status = crops_rows(head_.get(), masked);
+        }
+        if (status.ok() && masked) {
+            llama_set_embeddings_nextn(head_.get(), true, true);
         }
     }
     if (status.ok()) {

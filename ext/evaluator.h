@@ -92,7 +92,7 @@ private:
     using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
 
     Status make_context(bool head, ContextPtr & out);
-    Status rows_need_outputs(bool & out);
+    Status crops_rows(llama_context * ctx, bool & out) const;
     Status decode(llama_context * ctx, llama_batch_ext * batch, const std::vector<Row> & rows,
                   const char * which);
 

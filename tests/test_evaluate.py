@@ -111,8 +111,9 @@ def test_kl_divergence_is_the_tools(
     assert found.kl.value == pytest.approx(kl, abs=2e-5)
     assert found.kl.error == pytest.approx(kl_error, abs=2e-5)
     top, top_error = printed(log, "Same top p")
-    assert 100 * found.top1.value == pytest.approx(top, abs=5e-4)
-    assert 100 * found.top1.error == pytest.approx(top_error, abs=5e-4)
+    # in 16 bits two tokens can be equal that are not: a position or two goes the other way
+    assert found.top1.value == pytest.approx(top / 100, abs=2.5 / found.top1.n)
+    assert found.top1.error == pytest.approx(top_error / 100, rel=1e-2)
     ppl, ppl_error = printed(log, "Mean PPL(Q)")
     assert found.perplexity.value == pytest.approx(ppl, rel=1e-5)
     assert found.perplexity.error == pytest.approx(ppl_error, rel=1e-4)
@@ -202,13 +203,12 @@ def test_a_wrong_pairing_is_far_off(
 @pytest.mark.parametrize("arch", HEADS)
 def test_kl_to_the_reference_and_its_head(arch: Arch, forged: Forged, prose: str) -> None:
     spec = forged(arch, seed=SEEDS[arch], n_nextn=1)
-    other = forged(arch, seed=SEEDS[arch], n_nextn=1, dtype="Q8_0", eps=0.5)
+    # the same weights, and another model, by the constant in its norms
+    other = forged(arch, seed=SEEDS[arch], n_nextn=1, eps=0.5)
     chunks = spec.chunks(prose, 96, 1)
     found = evaluate(other.path, chunks, reference=spec.path, n_ctx=96, n_threads=1)
     rows = scored(96)
-    ours, theirs = (
-        oracle.run(model, chunks, kv_dtype=np.float16, round_inputs=True) for model in (other, spec)
-    )
+    ours, theirs = (oracle.run(model, chunks, kv_dtype=np.float16) for model in (other, spec))
     assert found.head is not None
     for got, p, q in (
         (found.trunk, ours.logits[0], theirs.logits[0]),
@@ -264,8 +264,8 @@ def agreeing(
         elif kind == "nextn.enorm.weight":
             values[:] = 1
         elif kind == "nextn.eh_proj.weight":
-            values *= blur
-            values[:, : hp.n_embd] += np.eye(hp.n_embd, dtype=np.float32)
+            values[:, : hp.n_embd] = np.eye(hp.n_embd)
+            values[:, hp.n_embd :] *= 3 * blur
         return values
 
     monkeypatch.setattr(forge, "_draw", draw)
@@ -285,10 +285,13 @@ def greedy_text(spec: ModelSpec, n: int, *, noise: float, seed: int = 3) -> list
 
 
 def drafts(
-    spec: ModelSpec, tokens: Sequence[int], depth: int
+    spec: ModelSpec, tokens: Sequence[int], depth: int, *, own_rows: bool = True
 ) -> tuple[list[int], list[int], list[float]]:
     """known and accepted of every scored slot, told from draft() of draft-mtp
-    (common/speculative.cpp); and the margins of all choices that they hang on."""
+    (common/speculative.cpp); and the margins of all choices that they hang on.
+
+    own_rows: whether drafts go on from the head's own rows, as is right, or from the trunk's.
+    """
     forward = oracle._Forward(spec, np.float16, False)
     text = np.asarray(tokens, dtype=np.int64)
     h, logits = forward.trunk(text, False)
@@ -317,18 +320,18 @@ def drafts(
             if token != text[p + k + 1]:
                 break
             fed.append(token)
-            states.append(rows[-1])
+            states.append(rows[-1] if own_rows else h[p + k])
         known.append(judged)
         accepted.append(right)
     return known, accepted, margins
 
 
-# `seed` found by trying: no choice of a token by less than CLEAR_DRAFT
+# What the engine's rounding may tip: no choice of a token in these is closer. Seeds by trying.
 CLEAR_DRAFT = 5e-3
 DRAFTING: dict[str, tuple[Arch, dict[str, Any]]] = {
-    "glm4moe": ("glm4moe", {"n_nextn": 1, "seed": 1}),
-    "qwen35": ("qwen35", {"n_nextn": 1, "seed": 1}),
-    "chain of 3": ("hy_v3", {"n_nextn": 3, "seed": 1}),
+    "glm4moe": ("glm4moe", {"n_nextn": 1, "blur": 0.1, "seed": 3}),
+    "qwen35": ("qwen35", {"n_nextn": 1, "blur": 0.1, "seed": 4}),
+    "chain of 3": ("hy_v3", {"n_nextn": 3, "blur": 0.15, "seed": 3}),
 }
 
 
@@ -337,14 +340,16 @@ def test_drafts_are_the_engines_drivers(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch, options = DRAFTING[case]
-    spec = agreeing(tmp_path / "model.gguf", arch, monkeypatch, blur=0.5, **options)
-    tokens = greedy_text(spec, 96, noise=0.1)
+    spec = agreeing(tmp_path / "model.gguf", arch, monkeypatch, **options)
+    tokens = greedy_text(spec, 72, noise=0.1)
     known, accepted, margins = drafts(spec, tokens, 4)
-    print(case, min(margins), np.bincount(known), np.bincount(accepted))
-    found = evaluate(spec.path, [tokens], n_ctx=96, n_threads=1, depth=4)
+    assert min(margins) > CLEAR_DRAFT, "too close to call; take another seed"
+    found = evaluate(spec.path, [tokens], n_ctx=72, n_threads=1, depth=4)
     assert found.known.tolist() == known
     assert found.accepted.tolist() == accepted
-    assert min(margins) > CLEAR_DRAFT, "too close to call; take another seed"
+    # these tell what the head drafts on
+    wrong_known, wrong_accepted, _ = drafts(spec, tokens, 4, own_rows=False)
+    assert (wrong_known, wrong_accepted) != (known, accepted)
     # deep enough to mean something, and not all the same
     assert max(known) == found.depth == (3 if case == "chain of 3" else 4)
     assert len(set(accepted)) > 2
@@ -358,7 +363,7 @@ def test_drafts_are_the_engines_drivers(
     assert not found.head_is_dead
     assert found.verdict is None
     # drafts in several decodes
-    few = evaluate(spec.path, [tokens], n_ctx=96, n_batch=5, n_threads=1, depth=4)
+    few = evaluate(spec.path, [tokens], n_ctx=72, n_batch=5, n_threads=1, depth=4)
     assert few.known.tolist() == known
     assert few.accepted.tolist() == accepted
 
