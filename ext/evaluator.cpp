@@ -58,8 +58,8 @@ double kl_of(const float * q, const Softmax & q_softmax, const float * p, const 
     for (int32_t v = 0; v < n; ++v) {
         const float weight = std::exp(q[v] - q_top);
         if (weight > 0.0f) {
-            sum += weight * ((static_cast<double>(q[v]) - q_base) -
-                             (static_cast<double>(p[v]) - p_base));
+            sum += weight *
+                   ((static_cast<double>(q[v]) - q_base) - (static_cast<double>(p[v]) - p_base));
         }
     }
     return sum / std::exp(q_softmax.log_sum);
@@ -87,13 +87,12 @@ Status Runner::make_context(bool head, ContextPtr & out) {
     llama_context_params engine = llama_context_default_params();
     engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx);
     engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch             = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max            = 1;
+    engine.n_ubatch  = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
+    engine.n_seq_max = 1;
     // room for the logits of so many rows is reserved in every graph: the second half of a chunk
     const int32_t scored = std::min(params_.n_batch, (params_.n_ctx + 1) / 2);
-    engine.n_outputs_max =
-        static_cast<uint32_t>(!head && all_outputs_ ? params_.n_batch : scored);
-    engine.n_threads       = params_.n_threads;
+    engine.n_outputs_max = static_cast<uint32_t>(!head && all_outputs_ ? params_.n_batch : scored);
+    engine.n_threads     = params_.n_threads;
     engine.n_threads_batch = params_.n_threads;
     engine.abort_callback  = [](void * data) -> bool {
         return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
@@ -194,10 +193,10 @@ Status Runner::decode(llama_context * ctx, llama_batch_ext * batch, const std::v
     for (const Row & row : rows) {
         const int32_t index = llama_batch_ext_add_token(batch, row.seq, row.token);
         if (index < 0) {
-            return Status::failed(Code::bad_argument,
-                                  "token id " + std::to_string(row.token) +
-                                      " is not in the vocabulary (" +
-                                      std::to_string(model_.n_vocab()) + " tokens)");
+            return Status::failed(Code::bad_argument, "token id " + std::to_string(row.token) +
+                                                          " is not in the vocabulary (" +
+                                                          std::to_string(model_.n_vocab()) +
+                                                          " tokens)");
         }
         // set_embd_token as the engine's driver does; set_embd_state does nothing in this version
         const bool fed = llama_batch_ext_set_pos(batch, index, &row.pos) &&
@@ -307,10 +306,10 @@ Status Evaluator::open(const EvaluatorParams & params) {
         return Status::failed(Code::bad_argument, "depth must be 1 to 127, and at most n_batch");
     }
     if (reference_model_ != nullptr && reference_model_->n_vocab() != model_.n_vocab()) {
-        return Status::failed(Code::bad_argument,
-                              "the reference has " + std::to_string(reference_model_->n_vocab()) +
-                                  " tokens in its vocabulary, the model has " +
-                                  std::to_string(model_.n_vocab()));
+        return Status::failed(Code::bad_argument, "the reference has " +
+                                                      std::to_string(reference_model_->n_vocab()) +
+                                                      " tokens in its vocabulary, the model has " +
+                                                      std::to_string(model_.n_vocab()));
     }
     params_ = params;
     Status status;
@@ -358,10 +357,11 @@ Status Evaluator::score(bool head, const int32_t * targets, const std::vector<Sc
         }
     });
     for (const Scored & row : rows) {
-        const size_t i = static_cast<size_t>(row.index);
-        const bool   finite =
-            std::isfinite(out.nll[i]) &&
-            (reference.empty() || (std::isfinite(out.reference_nll[i]) && std::isfinite(out.kl[i])));
+        const size_t i      = static_cast<size_t>(row.index);
+        bool         finite = std::isfinite(out.nll[i]);
+        if (!reference.empty()) {
+            finite = finite && std::isfinite(out.reference_nll[i]) && std::isfinite(out.kl[i]);
+        }
         if (!finite) {
             Status status =
                 Status::failed(Code::non_finite, std::string("NaN or infinite logits of the ") +
@@ -397,7 +397,7 @@ Status Evaluator::run_trunk(const int32_t * tokens, int32_t n_tokens, Prediction
 
 // The first head over the text, every slot with the trunk's row: depth 1 of a draft.
 Status Evaluator::run_head(const int32_t * tokens, int32_t n_tokens, Predictions & out) {
-    const int32_t scored = n_tokens / 2;
+    const int32_t scored  = n_tokens / 2;
     const bool    sharing = runner_->sharing();
     // A head that shares the trunk's memory drafts at a position that the trunk has not seen yet
     // (common/speculative.cpp, is_mem_shared), so that slot p reads the cells before p: each slot
@@ -499,8 +499,8 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
     const size_t n       = static_cast<size_t>(runner_->n_embd());
     const bool   sharing = runner_->sharing();
     const int    each    = sharing ? 1 : k - 1; // rows a slot
-    const size_t group   = static_cast<size_t>(
-        std::max(1, std::min(runner_->together(), params_.n_batch / each)));
+    const size_t group =
+        static_cast<size_t>(std::max(1, std::min(runner_->together(), params_.n_batch / each)));
     const int32_t n_vocab = model_.n_vocab();
     const auto    state   = [&](int32_t depth, int32_t i) {
         return hidden_[static_cast<size_t>(depth - 1)].data() + static_cast<size_t>(i) * n;

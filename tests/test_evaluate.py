@@ -65,7 +65,9 @@ def test_perplexity_is_the_tools(
 ) -> None:
     n_nextn = 0 if arch == "llama" else 1
     spec = forged(arch, seed=SEEDS.get(arch, 1), n_nextn=n_nextn, add_bos=add_bos)
-    log = perplexity(engine_tool("llama-perplexity"), "Final estimate", "-m", spec.path, "-f", prose_file)
+    log = perplexity(
+        engine_tool("llama-perplexity"), "Final estimate", "-m", spec.path, "-f", prose_file
+    )
     value, error = printed(log, "Final estimate: PPL")
     found = evaluate(spec.path, prose_file, n_ctx=N_CTX, n_threads=1)
     # as printed, with 4 and 5 decimals
@@ -354,8 +356,7 @@ def test_drafts_are_the_engines_drivers(
     assert max(known) == found.depth == (3 if case == "chain of 3" else 4)
     assert len(set(accepted)) > 2
     rates = [
-        sum(a >= k for a in accepted) / sum(n >= k for n in known)
-        for k in range(1, max(known) + 1)
+        sum(a >= k for a in accepted) / sum(n >= k for n in known) for k in range(1, max(known) + 1)
     ]
     assert [rate.value for rate in found.draft] == pytest.approx(rates)
     assert found.accepted_length is not None
@@ -480,9 +481,7 @@ def test_comparison_is_paired() -> None:
 def test_accepted_length_by_hand() -> None:
     chunk = np.array([0, 0, 0, 1, 1, 1], dtype=np.int32)
     #                       accepted: 4 of 6, then 2 of 3, then 1 of 2
-    found = made(
-        np.ones(6), chunk, known=[1, 1, 3, 3, 2, 1], accepted=[0, 1, 2, 3, 1, 0]
-    )
+    found = made(np.ones(6), chunk, known=[1, 1, 3, 3, 2, 1], accepted=[0, 1, 2, 3, 1, 0])
     assert [rate.value for rate in found.draft] == pytest.approx([4 / 6, 2 / 3, 1 / 2])
     assert [rate.n for rate in found.draft] == [6, 3, 2]
     assert found.accepted_length is not None

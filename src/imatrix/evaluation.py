@@ -304,7 +304,9 @@ class Evaluation:
         return Comparison(
             nll=sample.mean(self.trunk.nll - other.trunk.nll),
             kl=difference(self.trunk.kl, other.trunk.kl) if same_reference else None,
-            top1=difference(_matches(self.trunk), _matches(other.trunk)) if same_reference else None,
+            top1=difference(_matches(self.trunk), _matches(other.trunk))
+            if same_reference
+            else None,
             head_nll=difference(self.head.nll, other.head.nll)
             if self.head is not None and other.head is not None
             else None,
@@ -464,9 +466,7 @@ def evaluate(
 
     with ExitStack() as stack:
 
-        def opened(
-            path: str | os.PathLike[str], head: str | os.PathLike[str] | None
-        ) -> Collector:
+        def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Collector:
             # a Collector checks the files, loads them and cuts the text; it collects nothing here
             return stack.enter_context(
                 Collector(
