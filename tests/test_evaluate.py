@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import oracle
 import pytest
 from conftest import EngineTool, Forged, run_tool
 from forge import Arch, ModelSpec
-from forge_any import make_any
+from forge_any import MTP_ARCHS, make_any
 from numpy.typing import NDArray
 
 import imatrix
@@ -390,6 +393,59 @@ def test_a_random_head_is_dead(forged: Forged, prose: str) -> None:
     assert found.verdict is not None
     assert "wrong pairing" in found.verdict
     assert "tensors are of another model" in found.verdict
+
+
+_EVALUATE = """
+import sys
+import numpy as np
+from imatrix import evaluate
+
+tokens = np.random.default_rng(0).integers(0, 250, 136, dtype=np.int32)
+for path in sys.argv[1:]:
+    whole, parts = (
+        evaluate(path, [tokens], n_ctx=136, n_batch=n_batch, n_threads=1) for n_batch in (136, 70)
+    )
+    print(abs(whole.trunk.nll - parts.trunk.nll).max(), abs(whole.head.nll - parts.head.nll).max())
+"""
+
+
+@pytest.mark.parametrize("arch", MTP_ARCHS)
+def test_every_architecture_is_evaluated(arch: str, tmp_path: Path) -> None:
+    """In a child process: the engine ends it where an assertion of its fails."""
+    models = [make_any(tmp_path / "one.gguf", arch).path]
+    if arch in ("hy_v3", "mimo2", "step35"):
+        models.append(make_any(tmp_path / "three.gguf", arch, n_nextn=3).path)
+    done = subprocess.run(
+        [sys.executable, "-c", _EVALUATE, *map(str, models)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    apart = [float(number) for number in done.stdout.split()]
+    assert len(apart) == 2 * len(models)
+    assert max(apart) < 0.1
+
+
+def test_nan_logits_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: Forged, prose: str
+) -> None:
+    drawn = forge._draw
+
+    def draw(name: str, shape: forge.Shape, seed: int, hp: forge.Hparams) -> forge.F32:
+        values = drawn(name, shape, seed, hp)
+        if name.endswith("nextn.hnorm.weight"):
+            values[3] = np.nan
+        return values
+
+    monkeypatch.setattr(forge, "_draw", draw)
+    spec = forge.make_model(tmp_path / "model.gguf", "glm4moe", n_nextn=1)
+    tokens = spec.encode(prose)[:32]
+    with pytest.raises(imatrix.NonFiniteError, match="logits of the head"):
+        evaluate(spec.path, [tokens], n_ctx=32)
+    assert evaluate(spec.path, [tokens], n_ctx=32, mtp=False).head is None
 
 
 def test_an_assistant_that_shares_its_trunks_memory(tmp_path: Path) -> None:
