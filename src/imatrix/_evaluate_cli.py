@@ -144,9 +144,8 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
     def add(name: str, figure: imatrix.Estimate | None, share: bool = False) -> None:
         if figure is None:
             return
-        one = (lambda v: f"{100 * v:.2f} %") if share else (lambda v: f"{v:.5f}")
         told = [
-            "-" if math.isnan(v) else one(v)
+            "-" if math.isnan(v) else f"{100 * v:.2f} %" if share else f"{v:.5f}"
             for v in (figure.value, figure.error, figure.low, figure.high)
         ]
         interval = "-" if told[2] == "-" else f"{told[2]} to {told[3]}"
