@@ -27,21 +27,18 @@ struct Softmax {
     double  log_sum; // of exp(x - x[top])
 };
 
+int32_t top_of(const float * x, int32_t n) {
+    return static_cast<int32_t>(std::max_element(x, x + n) - x);
+}
+
 // As tools/perplexity/perplexity.cpp computes it: exp in float32, the sum in float64.
 Softmax softmax_of(const float * x, int32_t n) {
-    Softmax out{0, 0.0};
-    for (int32_t v = 1; v < n; ++v) {
-        if (x[v] > x[out.top]) {
-            out.top = v;
-        }
-    }
-    const float top = x[out.top];
-    double      sum = 0.0;
+    const int32_t top = top_of(x, n);
+    double        sum = 0.0;
     for (int32_t v = 0; v < n; ++v) {
-        sum += std::exp(x[v] - top);
+        sum += std::exp(x[v] - x[top]);
     }
-    out.log_sum = std::log(sum);
-    return out;
+    return {top, std::log(sum)};
 }
 
 double nll_of(const float * x, const Softmax & softmax, int32_t token) {
@@ -534,7 +531,7 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
             if (logits == nullptr || hidden == nullptr) {
                 return engine_error(Code::engine_failed, "the head gave nothing to draft on");
             }
-            drafted[slots[s]] = softmax_of(logits, n_vocab).top;
+            drafted[slots[s]] = top_of(logits, n_vocab);
             std::copy_n(hidden, n,
                         hidden_[static_cast<size_t>(k - 1)].begin() +
                             static_cast<ptrdiff_t>(slots[s]) * runner_->n_embd());

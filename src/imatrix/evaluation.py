@@ -202,7 +202,8 @@ class Evaluation:
     @property
     def draft(self) -> tuple[Estimate, ...]:
         """Draft agreement by depth: of the drafts whose tokens before were accepted, the share
-        whose next token the trunk accepts too. Empty without a head.
+        whose next token the trunk accepts too. Empty without a head; shorter than `depth` where
+        no draft could be judged that deep.
 
         Depth 1: the head's likeliest token equals the trunk's at the same position. Depth k feeds
         the head its own hidden row and its own token of depth k-1, as the engine's driver drafts
@@ -324,6 +325,7 @@ class Evaluation:
             "mtp_model": self.mtp_model,
             "reference": self.reference,
             "n_ctx": self.n_ctx,
+            "depth": self.depth,
             "n_chunks": self.n_chunks,
             "n_scored": len(self.chunk),
             "tokens_sha256": self.digest,
