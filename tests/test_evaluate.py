@@ -23,7 +23,7 @@ from forge_any import MTP_ARCHS, make_any
 from numpy.typing import NDArray
 
 import imatrix
-from imatrix import Evaluation, Predictions, evaluate
+from imatrix import Evaluation, Predictions
 from imatrix.cli import main
 
 F64 = NDArray[np.float64]
@@ -34,6 +34,12 @@ N_CTX = 64
 # (tests/test_head_oracle.py found them).
 SEEDS: dict[Arch, int] = {"glm4moe": 11, "qwen35": 2, "hy_v3": 285}
 HEADS: list[Arch] = ["glm4moe", "qwen35", "hy_v3"]
+
+
+def evaluate(*arguments: Any, **options: Any) -> Evaluation:
+    """imatrix.evaluate without the rehearsal in a child process, which would take most of the
+    time; the command's test has it."""
+    return imatrix.evaluate(*arguments, **{"rehearse": False, **options})
 
 
 def scored(n: int) -> slice:
@@ -404,7 +410,8 @@ from imatrix import evaluate
 tokens = np.random.default_rng(0).integers(0, 250, 136, dtype=np.int32)
 for path in sys.argv[1:]:
     whole, parts = (
-        evaluate(path, [tokens], n_ctx=136, n_batch=n_batch, n_threads=1) for n_batch in (136, 70)
+        evaluate(path, [tokens], n_ctx=136, n_batch=n_batch, n_threads=1, rehearse=False)
+        for n_batch in (136, 70)
     )
     print(abs(whole.trunk.nll - parts.trunk.nll).max(), abs(whole.head.nll - parts.head.nll).max())
 """
