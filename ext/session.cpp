@@ -189,8 +189,8 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
         // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
-        // glm4-moe.cpp), which spares the LM head.
-        llama_set_embeddings_nextn(out.get(), params_.mtp || !all_outputs, /*masked=*/false);
+        // glm4-moe.cpp), which spares the LM head, or the half of it that no score needs.
+        llama_set_embeddings_nextn(out.get(), true, /*masked=*/false);
     } else if (n_heads_ > 1) {
         // The rows for the next head. Some architectures give them for output rows only
         // (src/models/step35.cpp, mimo2.cpp): unmasked, more would be read than there are.
@@ -204,7 +204,7 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     plan                      = {};
     const bool        output  = params_.process_output && !head;
-    const bool        gives_h = head ? n_heads_ > 1 : params_.mtp;
+    const bool        gives_h = !head || n_heads_ > 1;
     const std::string prefix  = head && sharing_ ? kForeignHead : "";
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
@@ -264,6 +264,9 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
     if (status.ok() && plan.needs_outputs && !all_outputs) {
         ctx.reset();
         status = make_context(head, true, ctx);
+    }
+    if (status.ok() && plan.needs_outputs && !head && !params_.mtp) {
+        llama_set_embeddings_nextn(ctx.get(), false, false); // nobody wants them
     }
     return status;
 }

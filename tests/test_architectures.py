@@ -545,8 +545,9 @@ class TestRefusals:
             assert "gemma4-assistant is a draft head" in refusal(model.path, mtp=mtp)
 
 
-# Inputs that the engine answers by ending the process, and that are not refused yet: the reason
-# for each is the assertion, or the tensor used without a look. "head" runs with mtp=True only.
+# Inputs that the engine answers by ending the process: the reason for each is the assertion, or
+# the tensor used without a look. "head" runs with mtp=True only. Most are found in the rehearsal
+# (src/imatrix/_rehearsal.py), the others by their header.
 _DENSE_HEAD = {"leading_dense_block_count": 3}
 ENDS_THE_PROCESS: list[tuple[str, str, dict[str, Any]]] = [
     # GGML_ASSERT(layer.ffn_gate_inp), deepseek2: il >= n_layer_dense_lead
@@ -585,7 +586,6 @@ ENDS_THE_PROCESS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="the engine ends the process, and nothing refuses before")
 @pytest.mark.parametrize(
     ("arch", "part", "options"),
     ENDS_THE_PROCESS,
@@ -598,7 +598,6 @@ def test_what_would_end_the_process_is_refused(
     refusal(model.path, mtp=part == "head")
 
 
-@pytest.mark.xfail(strict=True, reason="GGML_ASSERT(layer.wqkv) in mimo2.cpp ends the process")
 def test_mimo2_head_with_separate_q_k_and_v_is_refused(tmp_path: Path) -> None:
     assert "blk.1.attn_qkv.weight" in refusal(bare(tmp_path / "m.gguf", "mimo2"))
 

@@ -21,7 +21,7 @@ from imatrix import _session, corpus
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
-from imatrix.architectures import check_assistant, check_head, check_trunk
+from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
 from imatrix.errors import ModelError, NonFiniteError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 from imatrix.model_file import ModelFile
@@ -430,6 +430,7 @@ class Collector:
         with_head = mtp and self.n_nextn > 0
         if with_head:
             check_head(self._head_file)
+        check_memory(self._file)
         kind = (with_head, process_output, perplexity)
         if self._rehearse and kind not in self._rehearsed:
             bundled = self._head_file is self._file
