@@ -1,6 +1,7 @@
 #include "session.h"
 
 #include "engine_log.h"
+#include "for_each_row.h"
 #include "row_kernels.h"
 
 #include "ggml-backend.h"
@@ -13,7 +14,6 @@
 #include <cstring>
 #include <mutex>
 #include <new>
-#include <thread>
 
 namespace imatrix {
 namespace {
@@ -35,7 +35,12 @@ void init_backend_once() {
     });
 }
 
-// The engine says why in its log only; its first error line goes into ours.
+bool is_zero(const float * row, int32_t n) {
+    return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
+}
+
+} // namespace
+
 Status engine_error(Code code, const std::string & what) {
     const std::string why = first_error();
     const bool        memory =
@@ -43,12 +48,6 @@ Status engine_error(Code code, const std::string & what) {
     return Status::failed(memory ? Code::out_of_memory : code,
                           why.empty() ? what : what + ": " + why);
 }
-
-bool is_zero(const float * row, int32_t n) {
-    return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
-}
-
-} // namespace
 
 // --- Model -----------------------------------------------------------------
 
@@ -441,8 +440,7 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
     return status;
 }
 
-// -log softmax(logits)[next token] for some rows of the trunk's last batch, by several
-// threads; each value is computed by one thread alone, so their number changes nothing.
+// -log softmax(logits)[next token] for some rows of the trunk's last batch.
 void Session::score(const int32_t * tokens, const std::vector<int32_t> & positions,
                     const std::vector<int32_t> & batch_index, std::vector<double> & nll) const {
     const int32_t              n_vocab = model_.n_vocab();
@@ -451,38 +449,18 @@ void Session::score(const int32_t * tokens, const std::vector<int32_t> & positio
         logits[k] = llama_get_logits_ith(trunk_.get(), batch_index[k]);
     }
     nll.assign(logits.size(), 0.0);
-    const size_t n_threads = static_cast<size_t>(std::max(1, params_.n_threads));
-    const auto   work      = [&](size_t thread) {
-        for (size_t k = thread; k < logits.size(); k += n_threads) {
-            const float * row = logits[k];
-            float         top = row[0];
-            for (int32_t v = 1; v < n_vocab; ++v) {
-                top = std::max(top, row[v]);
-            }
-            double sum = 0.0;
-            for (int32_t v = 0; v < n_vocab; ++v) {
-                sum += std::exp(row[v] - top);
-            }
-            nll[k] = std::log(sum) - static_cast<double>(row[tokens[positions[k] + 1]] - top);
+    for_each_row(logits.size(), params_.n_threads, [&](size_t k) {
+        const float * row = logits[k];
+        float         top = row[0];
+        for (int32_t v = 1; v < n_vocab; ++v) {
+            top = std::max(top, row[v]);
         }
-    };
-    // joined on the way out whatever happens: a thread that cannot be started leaves its
-    // share to be redone here
-    std::vector<std::thread> others;
-    size_t                   started = 1;
-    try {
-        others.reserve(n_threads);
-        for (; started < std::min(n_threads, logits.size()); ++started) {
-            others.emplace_back(work, started);
+        double sum = 0.0;
+        for (int32_t v = 0; v < n_vocab; ++v) {
+            sum += std::exp(row[v] - top);
         }
-    } catch (const std::exception &) {}
-    work(0);
-    for (size_t t = started; t < n_threads; ++t) {
-        work(t);
-    }
-    for (std::thread & other : others) {
-        other.join();
-    }
+        nll[k] = std::log(sum) - static_cast<double>(row[tokens[positions[k] + 1]] - top);
+    });
 }
 
 // Keeps the trunk's rows of the last decode as the states of the slots after them: slot p of

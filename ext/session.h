@@ -18,6 +18,9 @@ struct llama_batch_ext;
 
 namespace imatrix {
 
+// A failure of the engine. It says why in its log only: its first error line goes into `what`.
+Status engine_error(Code code, const std::string & what);
+
 struct ModelParams {
     std::string path;
     bool        mtp           = false; // load the head's tensors too

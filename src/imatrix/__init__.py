@@ -26,6 +26,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.devices import Backends, Device, add_rpc_server, backends
+    from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -35,10 +36,13 @@ __all__ = [
     "Backends",
     "CheckpointError",
     "Collector",
+    "Comparison",
     "Coverage",
     "Device",
     "EngineError",
     "Entry",
+    "Estimate",
+    "Evaluation",
     "ExtractReport",
     "FormatError",
     "GraftReport",
@@ -50,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "Perplexity",
     "Plan",
+    "Predictions",
     "Progress",
     "Provenance",
     "Quantized",
@@ -59,6 +64,7 @@ __all__ = [
     "add_rpc_server",
     "backends",
     "coverage",
+    "evaluate",
     "extract_mtp",
     "graft_mtp",
     "quantize",
@@ -76,6 +82,11 @@ _NATIVE = {
     "Perplexity": "collector",
     "Plan": "collector",
     "Progress": "collector",
+    "Comparison": "evaluation",
+    "Estimate": "evaluation",
+    "Evaluation": "evaluation",
+    "Predictions": "evaluation",
+    "evaluate": "evaluation",
     "ModelFile": "model_file",
     "ExtractReport": "mtp_files",
     "GraftReport": "mtp_files",

@@ -1,5 +1,5 @@
 # What ext/ offers, declared for Cython. Nothing but declarations.
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.utility cimport pair
@@ -186,3 +186,34 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         const char * kernel() const
         @staticmethod
         int64_t live()
+
+
+cdef extern from "evaluator.h" namespace "imatrix" nogil:
+    cdef cppclass EvaluatorParams:
+        int32_t n_ctx
+        int32_t n_batch
+        int32_t n_ubatch
+        int32_t n_threads
+        int32_t depth
+        cbool mtp
+
+    cdef cppclass Predictions:
+        vector[double] nll
+        vector[int32_t] top
+        vector[double] reference_nll
+        vector[int32_t] reference_top
+        vector[double] kl
+
+    cdef cppclass ChunkEvaluation:
+        Predictions trunk
+        Predictions head
+        vector[int8_t] known
+        vector[int8_t] accepted
+
+    cdef cppclass CEvaluator "imatrix::Evaluator":
+        CEvaluator(const CModel & model, const CModel * head, const CModel * reference,
+                   const CModel * reference_head)
+        Status open(const EvaluatorParams & params)
+        Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out)
+        void cancel()
+        void clear_cancel()

@@ -31,6 +31,19 @@ class ContextPlans(TypedDict):
     trunk: tuple[bool, dict[str, int]]
     head: tuple[bool, dict[str, int]]
 
+class ChunkPredictions(TypedDict):
+    nll: NDArray[np.float64]
+    top: NDArray[np.int32]
+    reference_nll: NDArray[np.float64]
+    reference_top: NDArray[np.int32]
+    kl: NDArray[np.float64]
+
+class ChunkEvaluation(TypedDict):
+    trunk: ChunkPredictions
+    head: ChunkPredictions
+    known: NDArray[np.int8]
+    accepted: NDArray[np.int8]
+
 def set_log_level() -> None: ...
 def model_file(path: str) -> ModelHeader: ...
 def engine() -> tuple[str, str]: ...
@@ -116,3 +129,22 @@ class Session:
     def plan(self) -> ContextPlans: ...
     @property
     def kernel(self) -> str: ...
+
+class Evaluator:
+    model: Model
+    head: Model | None
+    reference: Model | None
+    reference_head: Model | None
+    def __init__(
+        self,
+        model: Model,
+        head: Model | None = None,
+        reference: Model | None = None,
+        reference_head: Model | None = None,
+    ) -> None: ...
+    def open(
+        self, *, n_ctx: int, n_batch: int, n_ubatch: int, n_threads: int, depth: int
+    ) -> None: ...
+    def step(self, tokens: NDArray[np.int32]) -> ChunkEvaluation: ...
+    def cancel(self) -> None: ...
+    def clear_cancel(self) -> None: ...

@@ -8,7 +8,7 @@ import numpy as np
 
 from imatrix.errors import EngineError, ModelError, NonFiniteError, RowsMissingError
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
@@ -16,8 +16,8 @@ from libcpp.vector cimport vector
 
 from imatrix cimport _core
 from imatrix._core cimport (
-    ChunkScore, Code, CModel, CSession, ModelFile, ModelParams, NamedRowKernel, NonFinite,
-    Parallel, RowBlock, SessionParams, Status,
+    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, ModelFile,
+    ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -431,3 +431,108 @@ cdef class Session:
     @property
     def kernel(self):
         return self._session.get().kernel().decode()
+
+
+cdef object _doubles(const vector[double] & values):
+    out = np.empty(values.size(), dtype=np.float64)
+    cdef double[::1] view = out
+    if values.size():
+        memcpy(&view[0], values.data(), values.size() * sizeof(double))
+    return out
+
+
+cdef object _ints(const vector[int32_t] & values):
+    out = np.empty(values.size(), dtype=np.int32)
+    cdef int32_t[::1] view = out
+    if values.size():
+        memcpy(&view[0], values.data(), values.size() * sizeof(int32_t))
+    return out
+
+
+cdef object _small_ints(const vector[int8_t] & values):
+    out = np.empty(values.size(), dtype=np.int8)
+    cdef int8_t[::1] view = out
+    if values.size():
+        memcpy(&view[0], values.data(), values.size())
+    return out
+
+
+cdef dict _predictions(const Predictions & found):
+    return {
+        "nll": _doubles(found.nll),
+        "top": _ints(found.top),
+        "reference_nll": _doubles(found.reference_nll),
+        "reference_top": _ints(found.reference_top),
+        "kl": _doubles(found.kl),
+    }
+
+
+cdef class Evaluator:
+    """A model, and maybe a reference beside it, that score chunks of text."""
+
+    cdef unique_ptr[CEvaluator] _evaluator
+    # the evaluator refers to all of them: keep them alive
+    cdef readonly Model model
+    cdef readonly Model head
+    cdef readonly Model reference
+    cdef readonly Model reference_head
+
+    def __init__(self, Model model not None, Model head=None, Model reference=None,
+                 Model reference_head=None):
+        """`head`, `reference_head`: the models that hold the heads; None where none is scored."""
+        self.model = model
+        self.head = head
+        self.reference = reference
+        self.reference_head = reference_head
+        cdef const CModel * with_head = NULL
+        cdef const CModel * beside = NULL
+        cdef const CModel * beside_head = NULL
+        if head is not None:
+            with_head = head._model.get()
+        if reference is not None:
+            beside = reference._model.get()
+        if reference_head is not None:
+            beside_head = reference_head._model.get()
+        self._evaluator.reset(
+            new CEvaluator(model._model.get()[0], with_head, beside, beside_head))
+
+    def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_threads, int depth):
+        """Make the contexts; the head's too where a head was given."""
+        cdef EvaluatorParams params
+        cdef Status status
+        if self.reference is not None and (self.head is None) != (self.reference_head is None):
+            raise ValueError("a head for the model and for the reference, or for neither")
+        set_log_level()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch
+        params.n_threads = n_threads
+        params.depth = depth
+        params.mtp = self.head is not None
+        with nogil:
+            status = self._evaluator.get().open(params)
+        _check(status)
+
+    def step(self, const int32_t[::1] tokens not None):
+        """Score one chunk: a dict of arrays, an entry a scored position."""
+        cdef Status status
+        cdef ChunkEvaluation found
+        cdef int32_t n_tokens = <int32_t>tokens.shape[0]
+        if n_tokens == 0:
+            raise ValueError("no tokens")
+        with nogil:
+            status = self._evaluator.get().step(&tokens[0], n_tokens, found)
+        _check(status)
+        return {
+            "trunk": _predictions(found.trunk),
+            "head": _predictions(found.head),
+            "known": _small_ints(found.known),
+            "accepted": _small_ints(found.accepted),
+        }
+
+    def cancel(self):
+        """From any thread: end the running step early (it raises InterruptedError)."""
+        self._evaluator.get().cancel()
+
+    def clear_cancel(self):
+        self._evaluator.get().clear_cancel()

@@ -1,4 +1,4 @@
-"""The `imatrix` command: collect, check, show, quantize, extract-mtp, graft-mtp, demo.
+"""The `imatrix` command: collect, check, show, quantize, evaluate, extract-mtp, graft-mtp, demo.
 
 It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
 does nothing that `import imatrix` does not offer.
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _show, atomic
+from imatrix import _check_cli, _evaluate_cli, _show, atomic
 from imatrix._isolate import isolated
 from imatrix._lock import LockedError, locked
 from imatrix._terminal import (
@@ -605,6 +605,7 @@ def _parser() -> argparse.ArgumentParser:
     _check_cli.add_parser(commands)
     _add_show(commands)
     _add_quantize(commands)
+    _evaluate_cli.add_parser(commands)
     _add_mtp_files(commands)
     _add_demo(commands)
     return parser

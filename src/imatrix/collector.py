@@ -224,6 +224,11 @@ class Collector:
         return self._file.architecture
 
     @property
+    def mtp_architecture(self) -> str:
+        """The general.architecture of the file that holds the head, the model's own or mtp_model."""
+        return self._head_file.architecture
+
+    @property
     def n_trunk(self) -> int:
         """Trunk blocks: blk.0 to blk.<n_trunk - 1>."""
         return self._file.n_trunk
@@ -739,6 +744,12 @@ class Collector:
         elif self._head_model is None:
             self._head_model = self._load_file(self._head_file, True)
         return self._model
+
+    def _native_models(self, head: bool) -> tuple[_session.Model, _session.Model | None]:
+        """The trunk and, with `head`, what holds the head, rehearsed and loaded for other native
+        work."""
+        model, _ = self._prepare(head, False, False)
+        return model, self._head_model
 
     def _load_file(self, file: ModelFile, mtp: bool) -> _session.Model:
         model = _session.Model(

@@ -1,0 +1,634 @@
+"""How well a model and its MTP head predict a text, and what a quantization took from them.
+
+All figures are over the same positions: the second half of every chunk without its last token, as
+llama-perplexity scores it (tools/perplexity/perplexity.cpp in llama.cpp). There the trunk, at
+position p, and the head, at slot p with token x_p and the trunk's row p-1, both predict x_{p+1}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix import _session, corpus
+from imatrix.collector import Collector, Perplexity, Progress
+from imatrix.errors import ModelError
+
+__all__ = ["Comparison", "Estimate", "Evaluation", "Predictions", "evaluate"]
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+_RESAMPLES = 1000
+_SEED = 20240229
+# A head this little above chance drafts nothing worth verifying. Trained heads agree with their
+# trunk on more than half of all tokens; what separates broken from bad is a convention.
+_DEAD_MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and how sure it is.
+
+    Attributes:
+        value: the figure itself.
+        error: standard error, with every position taken as independent, as llama-perplexity has
+            it; for the accepted length the standard deviation of the bootstrap. NaN where there
+            are too few positions.
+        low, high: 95 % interval, from a bootstrap over chunks (percentiles of 1000 resamples, a
+            fixed seed). Positions of a chunk hang together, so it is the one to trust. NaN with
+            fewer than two chunks.
+        n: positions behind it.
+    """
+
+    value: float
+    error: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What was predicted at each scored position; arrays [n].
+
+    Attributes:
+        nll: -log p(x_{p+1}) in nats, float64.
+        top: the likeliest token, int32; the first of equals.
+        reference_nll, reference_top: the reference's; None without one.
+        kl: KL(reference || model) = sum over v of q_v (log q_v - log p_v), nats, float64, over
+            the whole vocabulary and from the float32 logits of both; None without a reference.
+    """
+
+    nll: F64
+    top: I32
+    reference_nll: F64 | None
+    reference_top: I32 | None
+    kl: F64 | None
+
+
+class _Sample:
+    """Chunks, and bootstrap resamples of them: means are ratios of sums over chunks."""
+
+    def __init__(self, chunk: NDArray[np.int32]) -> None:
+        self._chunk = chunk
+        self._n_chunks = int(chunk.max()) + 1
+        rng = np.random.default_rng(_SEED)
+        share = np.full(self._n_chunks, 1 / self._n_chunks)
+        # how often each chunk is drawn: [resamples, chunks]
+        self._drawn = rng.multinomial(self._n_chunks, share, size=_RESAMPLES)
+
+    def means(self, values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> F64:
+        """The mean of `values`, then that of every resample: [1 + resamples]; NaN for none."""
+        weights = None if where is None else where.astype(np.float64)
+        counts = np.bincount(self._chunk, weights, self._n_chunks).astype(np.float64)
+        kept = values if where is None else np.where(where, values, 0)
+        sums = np.bincount(self._chunk, kept.astype(np.float64), self._n_chunks)
+        out = np.full(1 + _RESAMPLES, np.nan)
+        n = np.concatenate([[counts.sum()], self._drawn @ counts])
+        total = np.concatenate([[sums.sum()], self._drawn @ sums])
+        np.divide(total, n, out=out, where=n > 0)
+        return out
+
+    def estimate(self, means: F64, error: float, n: int) -> Estimate:
+        resampled = means[1:][np.isfinite(means[1:])]
+        low = high = math.nan
+        if self._n_chunks > 1 and resampled.size:
+            low, high = (float(v) for v in np.percentile(resampled, (2.5, 97.5)))
+        return Estimate(float(means[0]), error, low, high, n)
+
+    def mean(self, values: NDArray[Any], where: NDArray[np.bool_] | None = None) -> Estimate:
+        kept = values if where is None else values[where]
+        return self.estimate(self.means(values, where), _standard_error(kept), len(kept))
+
+    def spread(self, means: F64) -> float:
+        """Standard deviation of the resamples."""
+        resampled = means[1:][np.isfinite(means[1:])]
+        return float(resampled.std()) if self._n_chunks > 1 and resampled.size else math.nan
+
+
+def _standard_error(values: NDArray[Any]) -> float:
+    """sqrt((mean of squares - square of mean) / (n - 1)), as llama-perplexity has it."""
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values.astype(np.float64)) / math.sqrt(len(values) - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What evaluate() found. The figures are properties; the arrays behind them stay.
+
+    Attributes:
+        model, mtp_model, reference: paths; None for none.
+        n_ctx: tokens a chunk.
+        n_vocab: tokens of the vocabulary.
+        digest: SHA-256 of the tokens, which tells whether two evaluations are of the same text.
+        chunk: number of the chunk of each scored position, int32 [n].
+        trunk: the trunk's predictions.
+        head: the first head's predictions, each slot fed with the text and the trunk's rows
+            (teacher forcing); None without a head.
+        depth: how many tokens a draft has; fewer than asked for where a chain has fewer heads.
+        known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`.
+        accepted: int8 [n], how many of these tokens were accepted: known or known - 1.
+    """
+
+    model: str
+    mtp_model: str | None
+    reference: str | None
+    n_ctx: int
+    n_vocab: int
+    digest: str
+    chunk: I32
+    trunk: Predictions
+    head: Predictions | None
+    depth: int
+    known: NDArray[np.int8]
+    accepted: NDArray[np.int8]
+
+    # --- figures -------------------------------------------------------------
+
+    @property
+    def n_chunks(self) -> int:
+        return int(self.chunk.max()) + 1
+
+    @property
+    def nll(self) -> Estimate:
+        """Negative log-likelihood of the text by the trunk, nats a token."""
+        return self._sample.mean(self.trunk.nll)
+
+    @property
+    def perplexity(self) -> Estimate:
+        """exp of `nll`; the error is value times the error of `nll`, as llama-perplexity has it."""
+        return _exp(self.nll)
+
+    @property
+    def kl(self) -> Estimate | None:
+        """KL(reference || model) of the trunks, nats a token; None without a reference."""
+        return None if self.trunk.kl is None else self._sample.mean(self.trunk.kl)
+
+    @property
+    def top1(self) -> Estimate | None:
+        """How often the trunk's likeliest token is the reference's; None without a reference."""
+        return self._same_top(self.trunk)
+
+    @property
+    def head_nll(self) -> Estimate | None:
+        """Negative log-likelihood of the text by the first head, nats a token."""
+        return None if self.head is None else self._sample.mean(self.head.nll)
+
+    @property
+    def head_kl(self) -> Estimate | None:
+        """KL(reference's head || head), each behind its own trunk, nats a token."""
+        if self.head is None or self.head.kl is None:
+            return None
+        return self._sample.mean(self.head.kl)
+
+    @property
+    def head_top1(self) -> Estimate | None:
+        """How often the head's likeliest token is that of the reference's head."""
+        return None if self.head is None else self._same_top(self.head)
+
+    @property
+    def draft(self) -> tuple[Estimate, ...]:
+        """Draft agreement by depth: of the drafts whose tokens before were accepted, the share
+        whose next token the trunk accepts too. Empty without a head; shorter than `depth` where
+        no draft could be judged that deep.
+
+        Depth 1: the head's likeliest token equals the trunk's at the same position. Depth k feeds
+        the head its own hidden row and its own token of depth k-1, as the engine's driver drafts
+        (common/speculative.cpp, common_speculative_impl_draft_mtp::draft). Greedy speculative
+        decoding would ask the trunk what follows the drafted tokens. That answer is at hand where
+        they are the text's own tokens, so depth k >= 2 counts the slots whose earlier drafted
+        tokens were accepted by the trunk and are the text. On text that the model itself wrote
+        greedily these are all accepted slots, and the figures are exactly those of greedy
+        speculative decoding; on other text, deeper figures speak of places where the text goes
+        as the trunk expects, which are somewhat easier than the rest.
+        """
+        return tuple(
+            self._sample.mean(self.accepted >= k, self.known >= k)
+            for k in range(1, self._depth_known + 1)
+        )
+
+    @property
+    def accepted_length(self) -> Estimate | None:
+        """Drafted tokens accepted a verification, expected from `draft`: the sum over k of the
+        product of the agreements up to k. A verification yields one token more, the trunk's own.
+        None without a head.
+        """
+        if self.head is None:
+            return None
+        means = self._length_means()
+        return self._sample.estimate(means, self._sample.spread(means), len(self.known))
+
+    @property
+    def chance(self) -> float | None:
+        """Agreement at depth 1 that two independent choices with the same habits would have: the
+        sum over tokens of the trunk's share of choices times the head's. None without a head."""
+        if self.head is None:
+            return None
+        shares = [
+            np.bincount(rows.top, minlength=self.n_vocab) / len(rows.top)
+            for rows in (self.trunk, self.head)
+        ]
+        return float(shares[0] @ shares[1])
+
+    @property
+    def head_is_dead(self) -> bool:
+        """Whether the head agrees with its trunk no better than chance: by less than 5 % of what
+        is above `chance`, or within two standard errors of it. False without a head."""
+        if self.chance is None:
+            return False
+        agreement = self.draft[0]
+        noise = 0.0 if math.isnan(agreement.error) else 2 * agreement.error
+        margin = max(_DEAD_MARGIN * (1 - self.chance), noise)
+        # two that always choose the same token agree by chance as well as in truth
+        return agreement.value <= self.chance + margin and agreement.value < 1
+
+    @property
+    def verdict(self) -> str | None:
+        """A dead head in plain words; None for a live one, or none."""
+        if not self.head_is_dead or self.head is None or self.chance is None:
+            return None
+        uniform = math.log(self.n_vocab)
+        nll = float(self.head.nll.mean())
+        worse = " (worse than guessing evenly)" if nll > uniform else ""
+        return (
+            f"the MTP head is dead: it agrees with the trunk on {self.draft[0].value:.1%} of the "
+            f"tokens, where chance alone makes {self.chance:.1%}; its loss is {nll:.2f} nats a "
+            f"token{worse}, an even guess has {uniform:.2f}. Usual causes: the head is "
+            "fed the wrong pairing of token and hidden row, its tensors are of another model, the "
+            "metadata claim a head whose tensors were never trained or converted, or its "
+            "quantization is broken (no importance data for the head)."
+        )
+
+    # --- two of them -----------------------------------------------------------
+
+    def compare(self, other: Evaluation) -> Comparison:
+        """This one minus the other, position by position of the same text.
+
+        Raises:
+            ValueError: another text, n_ctx or vocabulary.
+        """
+        if (self.digest, self.n_ctx, self.n_vocab) != (other.digest, other.n_ctx, other.n_vocab):
+            raise ValueError(
+                "two evaluations can be compared on the same tokens only: these differ in text, "
+                "n_ctx or vocabulary"
+            )
+        sample = self._sample
+        same_reference = (
+            self.trunk.reference_nll is not None
+            and other.trunk.reference_nll is not None
+            and np.array_equal(self.trunk.reference_nll, other.trunk.reference_nll)
+        )
+
+        def difference(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> Estimate | None:
+            if mine is None or theirs is None:
+                return None
+            return sample.mean(mine.astype(np.float64) - theirs.astype(np.float64))
+
+        heads = self.head is not None and other.head is not None
+        length = None
+        if heads:
+            means = self._length_means() - other._length_means()
+            length = sample.estimate(means, sample.spread(means), len(self.known))
+        return Comparison(
+            nll=sample.mean(self.trunk.nll - other.trunk.nll),
+            kl=difference(self.trunk.kl, other.trunk.kl) if same_reference else None,
+            top1=difference(_matches(self.trunk), _matches(other.trunk))
+            if same_reference
+            else None,
+            head_nll=difference(self.head.nll, other.head.nll)
+            if self.head is not None and other.head is not None
+            else None,
+            head_kl=difference(self.head.kl, other.head.kl)
+            if self.head is not None and other.head is not None and same_reference
+            else None,
+            agreement=difference(self.accepted >= 1, other.accepted >= 1) if heads else None,
+            accepted_length=length,
+        )
+
+    def as_data(self) -> dict[str, Any]:
+        """The figures as plain data for JSON; NaN as None."""
+        figures: dict[str, Any] = {
+            "model": self.model,
+            "mtp_model": self.mtp_model,
+            "reference": self.reference,
+            "n_ctx": self.n_ctx,
+            "depth": self.depth,
+            "n_chunks": self.n_chunks,
+            "n_scored": len(self.chunk),
+            "tokens_sha256": self.digest,
+            "trunk": {
+                "nll": _data(self.nll),
+                "perplexity": _data(self.perplexity),
+                "kl": _data(self.kl),
+                "top1": _data(self.top1),
+            },
+            "head": None,
+        }
+        if self.head is not None:
+            figures["head"] = {
+                "nll": _data(self.head_nll),
+                "kl": _data(self.head_kl),
+                "top1": _data(self.head_top1),
+                "agreement": [_data(found) for found in self.draft],
+                "accepted_length": _data(self.accepted_length),
+                "chance": self.chance,
+                "dead": self.head_is_dead,
+                "verdict": self.verdict,
+            }
+        return figures
+
+    # --- inside ----------------------------------------------------------------
+
+    @cached_property
+    def _sample(self) -> _Sample:
+        return _Sample(self.chunk)
+
+    @property
+    def _depth_known(self) -> int:
+        """The deepest depth that any slot reached."""
+        return int(self.known.max()) if self.known.size else 0
+
+    def _same_top(self, rows: Predictions) -> Estimate | None:
+        matches = _matches(rows)
+        return None if matches is None else self._sample.mean(matches)
+
+    def _length_means(self) -> F64:
+        length = np.zeros(1 + _RESAMPLES)
+        reached = np.ones(1 + _RESAMPLES)
+        for k in range(1, self._depth_known + 1):
+            # a resample without any slot at this depth accepts nothing there
+            reached *= np.nan_to_num(self._sample.means(self.accepted >= k, self.known >= k))
+            length += reached
+        return length
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences of two evaluations of the same text: the one asked minus the one given.
+
+    Paired: each difference is taken position by position, and the intervals resample the chunks
+    of both together. One is clearly better where the interval leaves out zero. None where either
+    has no such figure; those that need a reference, where it was not the same one.
+
+    Attributes:
+        nll, kl: of the trunk, nats a token; below zero, the one asked is better.
+        top1: share of positions; above zero, the one asked is better.
+        head_nll, head_kl: of the head; below zero, the one asked is better.
+        agreement: draft agreement at depth 1; above zero, the one asked is better.
+        accepted_length: drafted tokens a verification; above zero, the one asked is better.
+    """
+
+    nll: Estimate
+    kl: Estimate | None
+    top1: Estimate | None
+    head_nll: Estimate | None
+    head_kl: Estimate | None
+    agreement: Estimate | None
+    accepted_length: Estimate | None
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    texts: corpus.Texts,
+    *,
+    mtp_model: str | os.PathLike[str] | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    reference_mtp_model: str | os.PathLike[str] | None = None,
+    mtp: bool | None = None,
+    depth: int = 3,
+    n_ctx: int = 512,
+    n_batch: int | None = None,
+    n_ubatch: int = 512,
+    max_chunks: int | None = None,
+    skip_chunks: int = 0,
+    parse_special: bool = False,
+    n_gpu_layers: int = -1,
+    n_threads: int | None = None,
+    use_mmap: bool = True,
+    rehearse: bool = True,
+    progress: Callable[[Progress], object] | None = None,
+) -> Evaluation:
+    """Score a text with a model and its MTP head, beside a reference if one is given.
+
+    Both models are loaded at once and go through the text chunk by chunk; logits never leave the
+    native code. KL divergences come from float32 logits: against `llama-perplexity
+    --kl-divergence`, which stores the reference's log-probabilities in 16 bits over at most
+    16 nats (steps of up to 2.4e-4) and leaves out tokens below exp(-16), a single position may
+    differ by some 1e-4 nats, a mean by far less.
+
+    Args:
+        model: path of a GGUF model, or of the first part of a multi-part one.
+        texts: as Collector.run takes them; tokenized by the model. Take other text than the
+            calibration's.
+        mtp_model: the head's own file, where it is not in the model.
+        reference: the model to measure against, usually the one before quantization.
+        reference_mtp_model: its head's own file, where it is not in it.
+        mtp: score the head too (True), never (False), or where there is one (None).
+        depth: tokens the head drafts, 1 or more. A chain of heads drafts one each at most.
+        n_ctx: tokens a chunk, 4 or more.
+        n_batch: tokens a decode; None for n_ctx. Each context keeps the logits of the scored rows
+            of a batch: n_batch * n_vocab * 4 bytes at most, half of it where n_batch is n_ctx.
+        n_ubatch: tokens a graph.
+        max_chunks, skip_chunks, parse_special: as in Collector.run.
+        n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
+        progress: called with a Progress after every chunk, in this thread.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModelError (a ValueError): not a model, or a head that the metadata claim is missing.
+        ValueError: a bad number, no tokens, mtp=True without a head, or a reference of another
+            architecture or vocabulary, or without a head where the model has one.
+        NonFiniteError: NaN or infinite logits.
+        MemoryError: the models or the contexts do not fit.
+    """
+    for name, value, least in (("depth", depth, 1), ("n_ctx", n_ctx, 4), ("n_ubatch", n_ubatch, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}")
+    n_batch = n_ctx if n_batch is None else min(n_batch, n_ctx)
+    if n_batch < depth:
+        raise ValueError(f"n_batch must be depth ({depth}) or more, got {n_batch}")
+    if reference_mtp_model is not None and reference is None:
+        raise ValueError("reference_mtp_model was given without a reference")
+
+    with ExitStack() as stack:
+
+        def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Collector:
+            # a Collector checks the files, loads them and cuts the text; it collects nothing here
+            return stack.enter_context(
+                Collector(
+                    path,
+                    mtp_model=head,
+                    n_ctx=n_ctx,
+                    n_gpu_layers=n_gpu_layers,
+                    n_threads=n_threads,
+                    use_mmap=use_mmap,
+                    rehearse=rehearse,
+                )
+            )
+
+        ours = opened(model, mtp_model)
+        if mtp is True and ours.n_nextn == 0:
+            raise ModelError(f"{os.fspath(model)}: no MTP head in it (mtp=True)")
+        with_head = ours.n_nextn > 0 if mtp is None else mtp
+        theirs = None
+        if reference is not None:
+            theirs = opened(reference, reference_mtp_model)
+            _check_reference(ours, theirs, with_head, os.fspath(reference))
+        own, own_head = ours._native_models(with_head)
+        chunks, total = ours._chunks_of(own, texts, parse_special, skip_chunks, max_chunks)
+        first = next(chunks)  # bad text is an error before any context is made
+        beside = beside_head = None
+        if theirs is not None:
+            beside, beside_head = theirs._native_models(with_head)
+        evaluator = _session.Evaluator(own, own_head, beside, beside_head)
+        evaluator.open(
+            n_ctx=n_ctx,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=ours._n_threads,
+            depth=depth,
+        )
+        found, digest = _drive(evaluator, first, chunks, total, progress)
+        n_vocab = own.n_vocab
+        # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
+        if with_head and ours.n_nextn > 1 and ours.mtp_architecture != "gemma4-assistant":
+            depth = min(depth, ours.n_nextn)
+        del evaluator, own, own_head, beside, beside_head
+
+    sizes = [len(chunk["trunk"]["nll"]) for chunk in found]
+    if sum(sizes) == 0:
+        raise ValueError("the text is too short: no chunk has a position to score (4 tokens do)")
+    return Evaluation(
+        model=os.fspath(model),
+        mtp_model=None if mtp_model is None else os.fspath(mtp_model),
+        reference=None if reference is None else os.fspath(reference),
+        n_ctx=n_ctx,
+        n_vocab=n_vocab,
+        digest=digest,
+        chunk=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+        trunk=_joined([chunk["trunk"] for chunk in found], reference is not None),
+        head=_joined([chunk["head"] for chunk in found], reference is not None)
+        if with_head
+        else None,
+        depth=depth,
+        known=np.concatenate([chunk["known"] for chunk in found]),
+        accepted=np.concatenate([chunk["accepted"] for chunk in found]),
+    )
+
+
+def _check_reference(ours: Collector, theirs: Collector, with_head: bool, path: str) -> None:
+    if ours.architecture != theirs.architecture:
+        raise ValueError(
+            f"{path} is {theirs.architecture}, the model is {ours.architecture}: a reference is "
+            "the same model before it was quantized"
+        )
+    if with_head and theirs.n_nextn == 0:
+        raise ValueError(
+            f"{path} has no MTP head to measure the model's against; give its head's file, or "
+            "mtp=False to leave the heads out"
+        )
+    if with_head and ours.mtp_architecture != theirs.mtp_architecture:
+        raise ValueError(
+            f"the head is {ours.mtp_architecture}, the reference's is {theirs.mtp_architecture}"
+        )
+
+
+def _drive(
+    evaluator: _session.Evaluator,
+    first: NDArray[np.int32],
+    rest: Iterator[NDArray[np.int32]],
+    total: int | None,
+    progress: Callable[[Progress], object] | None,
+) -> tuple[list[_session.ChunkEvaluation], str]:
+    """Native steps run in a second thread, so that Ctrl-C reaches this one."""
+    found: list[_session.ChunkEvaluation] = []
+    digest = hashlib.sha256()
+    n_tokens = n_scored = 0
+    nll = nll_sq = 0.0
+    started = time.monotonic()
+    with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+        try:
+            chunk: NDArray[np.int32] | None = first
+            while chunk is not None:
+                running = native.submit(evaluator.step, chunk)
+                following = next(rest, None)
+                done = running.result()
+                found.append(done)
+                digest.update(len(chunk).to_bytes(8, "little") + chunk.astype("<i4").tobytes())
+                n_tokens += len(chunk)
+                n_scored += len(done["trunk"]["nll"])
+                nll += float(done["trunk"]["nll"].sum())
+                nll_sq += float(np.square(done["trunk"]["nll"]).sum())
+                if progress is not None:
+                    seconds = time.monotonic() - started
+                    so_far = _so_far(nll, nll_sq, n_scored)
+                    progress(Progress(len(found), total, n_tokens, seconds, so_far))
+                chunk = following
+        except BaseException:
+            evaluator.cancel()
+            raise
+    return found, digest.hexdigest()
+
+
+def _so_far(nll: float, nll_sq: float, n: int) -> Perplexity | None:
+    if n == 0:
+        return None
+    mean = nll / n
+    value = math.exp(mean) if mean < 700 else math.inf
+    variance = max(0.0, nll_sq / n - mean * mean)
+    return Perplexity(value, value * math.sqrt(variance / (n - 1)) if n > 1 else 0.0, n)
+
+
+def _joined(rows: list[_session.ChunkPredictions], with_reference: bool) -> Predictions:
+    nll = np.concatenate([row["nll"] for row in rows])
+    top = np.concatenate([row["top"] for row in rows])
+    if not with_reference:
+        return Predictions(nll, top, None, None, None)
+    return Predictions(
+        nll,
+        top,
+        np.concatenate([row["reference_nll"] for row in rows]),
+        np.concatenate([row["reference_top"] for row in rows]),
+        np.concatenate([row["kl"] for row in rows]),
+    )
+
+
+def _matches(rows: Predictions) -> NDArray[np.bool_] | None:
+    return None if rows.reference_top is None else rows.top == rows.reference_top
+
+
+def _exp(mean: Estimate) -> Estimate:
+    with np.errstate(over="ignore"):
+        value, low, high = (float(v) for v in np.exp([mean.value, mean.low, mean.high]))
+    return Estimate(value, value * mean.error, low, high, mean.n)
+
+
+def _data(estimate: Estimate | None) -> dict[str, float | int | None] | None:
+    if estimate is None:
+        return None
+    figures = {
+        "value": estimate.value,
+        "error": estimate.error,
+        "low": estimate.low,
+        "high": estimate.high,
+    }
+    return {
+        **{name: v if math.isfinite(v) else None for name, v in figures.items()},
+        "n": estimate.n,
+    }
