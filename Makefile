@@ -53,7 +53,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/*.cpp tests/native/*.h tests/native/*.cpp)
 
-types: $(STAMP)
+types: dev
 	$(BIN)/mypy
 
 bench: tools

@@ -16,10 +16,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 import engine_tools  # noqa: E402, F401 -- for conftest.py
 import forge  # noqa: E402
 
-# shapes after Qwen3.5-0.8B: three recurrent layers to one of attention, a vocabulary of 152k
+# 0.6B: the widths of Qwen3-0.6B, the layers of Qwen3.5 (three recurrent ones to one of attention),
+# a vocabulary of 152k
 DENSE: dict[str, Any] = {
     "arch": "qwen35", "dtype": "F16", "tokenizer": "qwen35", "n_layer": 24, "n_nextn": 1,
-    "n_embd": 1024, "n_ff": 3584, "n_head": 8, "n_head_kv": 2, "head_dim": 256, "n_rot": 64,
+    "n_embd": 1024, "n_ff": 3072, "n_head": 8, "n_head_kv": 2, "head_dim": 256, "n_rot": 64,
     "full_attention_interval": 4, "ssm_state": 128, "ssm_k_heads": 16, "ssm_v_heads": 16,
     "tied": True,
 }  # fmt: skip

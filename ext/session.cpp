@@ -61,6 +61,10 @@ Status Model::load(const ModelParams & params) {
     engine.n_gpu_layers       = params.n_gpu_layers;
     engine.load_mode          = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
     engine.check_tensors      = params.check_tensors;
+    if (params.no_alloc) {
+        engine.no_alloc  = true;
+        engine.load_mode = LLAMA_LOAD_MODE_NONE;
+    }
     // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
     engine.load_mtp = params.mtp;
     model_.reset(llama_model_load_from_file(params.path.c_str(), engine));
@@ -186,8 +190,8 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
         // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
-        // glm4-moe.cpp), which spares the LM head.
-        llama_set_embeddings_nextn(out.get(), params_.mtp || !all_outputs, /*masked=*/false);
+        // glm4-moe.cpp), which spares the LM head, or the half of it that no score needs.
+        llama_set_embeddings_nextn(out.get(), true, /*masked=*/false);
     } else if (n_heads_ > 1) {
         // The rows for the next head. Some architectures give them for output rows only
         // (src/models/step35.cpp, mimo2.cpp): unmasked, more would be read than there are.
@@ -201,7 +205,7 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
 Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     plan                      = {};
     const bool        output  = params_.process_output && !head;
-    const bool        gives_h = head ? n_heads_ > 1 : params_.mtp;
+    const bool        gives_h = !head || n_heads_ > 1;
     const std::string prefix  = head && sharing_ ? kForeignHead : "";
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
@@ -270,6 +274,9 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
     if (status.ok() && plan.needs_outputs && !all_outputs) {
         ctx.reset();
         status = make_context(head, true, ctx);
+    }
+    if (status.ok() && plan.needs_outputs && !head && !params_.mtp) {
+        llama_set_embeddings_nextn(ctx.get(), false, false); // nobody wants them
     }
     return status;
 }

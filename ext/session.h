@@ -24,6 +24,7 @@ struct ModelParams {
     int32_t     n_gpu_layers  = -1;    // all
     bool        use_mmap      = true;
     bool        check_tensors = false;
+    bool        no_alloc      = false; // shapes only: graphs can be built, nothing can run
 };
 
 // The weights and the tokenizer. Outlives every Session made from it.

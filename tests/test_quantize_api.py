@@ -22,11 +22,9 @@ import imatrix
 from imatrix import _quantize_pybind, quantize
 from imatrix.demo_model import make_demo_model
 from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.quantizer import FTYPES
 
 EngineTool = Callable[[str], Path]
-
-# Not `from imatrix.quantize import`: the package's attribute of that name is the function.
-FTYPES = sys.modules["imatrix.quantize"].FTYPES
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,17 @@ from imatrix.formats import FormatError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 
 if TYPE_CHECKING:
-    from imatrix.backends import Backends, Device, add_rpc_server, backends
     from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
-    from imatrix.quantize import quantize
+    from imatrix.preflight import Coverage, TensorCoverage, coverage
+    from imatrix.quantizer import Quantized, quantize
 
 __all__ = [
     "Backends",
     "Collector",
+    "Coverage",
     "Device",
     "EngineError",
     "Entry",
@@ -47,22 +49,26 @@ __all__ = [
     "Plan",
     "Progress",
     "Provenance",
+    "Quantized",
     "RowsMissingError",
+    "TensorCoverage",
     "__version__",
     "add_rpc_server",
     "backends",
+    "coverage",
     "extract_mtp",
     "graft_mtp",
     "quantize",
 ]
 
+# A module must not bear the name of a function here: importing it would replace the function.
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
-    "Backends": "backends",
-    "Device": "backends",
-    "add_rpc_server": "backends",
-    "backends": "backends",
+    "Backends": "devices",
+    "Device": "devices",
+    "add_rpc_server": "devices",
+    "backends": "devices",
     "Collector": "collector",
     "Perplexity": "collector",
     "Plan": "collector",
@@ -72,7 +78,11 @@ _NATIVE = {
     "GraftReport": "mtp_files",
     "extract_mtp": "mtp_files",
     "graft_mtp": "mtp_files",
-    "quantize": "quantize",
+    "Coverage": "preflight",
+    "TensorCoverage": "preflight",
+    "coverage": "preflight",
+    "Quantized": "quantizer",
+    "quantize": "quantizer",
 }
 
 

@@ -131,6 +131,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         int32_t n_gpu_layers
         cbool use_mmap
         cbool check_tensors
+        cbool no_alloc
 
     cdef cppclass CModel "imatrix::Model":
         Status load(const ModelParams & params)

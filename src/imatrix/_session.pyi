@@ -49,7 +49,14 @@ def live_sessions() -> int: ...
 
 class Model:
     def __init__(
-        self, path: str, *, mtp: bool, n_gpu_layers: int, use_mmap: bool, check_tensors: bool
+        self,
+        path: str,
+        *,
+        mtp: bool,
+        n_gpu_layers: int,
+        use_mmap: bool,
+        check_tensors: bool,
+        no_alloc: bool = False,
     ) -> None: ...
     @property
     def n_nextn(self) -> int: ...

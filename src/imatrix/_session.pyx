@@ -207,7 +207,8 @@ cdef class Model:
 
     cdef unique_ptr[CModel] _model
 
-    def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors):
+    def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors,
+                 bint no_alloc=False):
         cdef ModelParams params
         cdef Status status
         set_log_level()
@@ -216,6 +217,7 @@ cdef class Model:
         params.n_gpu_layers = n_gpu_layers
         params.use_mmap = use_mmap
         params.check_tensors = check_tensors
+        params.no_alloc = no_alloc
         self._model.reset(new CModel())
         with nogil:
             status = self._model.get().load(params)

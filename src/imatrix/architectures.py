@@ -22,8 +22,16 @@ _ONE_HEAD = frozenset(
 _NO_HEAD_GRAPH = frozenset(
     {"bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4", "glm5-next"}
 )
-# Hybrids whose memory needs a recurrent layer in the trunk (src/llama-memory-hybrid.cpp)
-_HYBRIDS = frozenset({"qwen35", "qwen35moe", "qwen3next"})
+# Hybrids, and the mark of an attention layer in the names of their tensors; ".ssm_" marks a
+# recurrent one. Without layers of one kind a part of the hybrid memory has no buffer, which ends
+# the process when it is cleared (src/llama-memory-hybrid.cpp).
+_HYBRIDS = {
+    "bailingmoe3": ".attn_kv_a_mqa.",
+    "nemotron_h_moe": ".attn_k.",
+    "qwen35": ".attn_q_norm.",
+    "qwen35moe": ".attn_q_norm.",
+    "qwen3next": ".attn_q_norm.",
+}
 
 
 def check_trunk(file: ModelFile) -> None:
@@ -44,11 +52,27 @@ def check_trunk(file: ModelFile) -> None:
             + ("a head alone: give its trunk as the model and this file as mtp_model"
                if file.n_nextn else "no trunk")
         )  # fmt: skip
-    if file.architecture in _HYBRIDS and not any(".ssm_" in name for name in file.tensors):
-        raise ModelError(
-            f"{file.path}: {file.architecture} without a recurrent layer; the engine's hybrid "
-            "memory needs at least one (a layer with ssm_* tensors) and would end the process"
-        )
+
+
+def check_memory(file: ModelFile) -> None:
+    """Refuse a hybrid trunk that lacks one of its two kinds of layers.
+
+    Raises:
+        ModelError: the kind that is missing, and how it was looked for.
+    """
+    if file.architecture not in _HYBRIDS:
+        return
+    trunk = [
+        name
+        for name in file.tensors
+        if name.startswith("blk.") and int(name.split(".")[1]) < file.n_trunk
+    ]
+    for kind, mark in (("a recurrent", ".ssm_"), ("an attention", _HYBRIDS[file.architecture])):
+        if not any(mark in name for name in trunk):
+            raise ModelError(
+                f"{file.path}: {file.architecture} without {kind} layer in its trunk (no tensor "
+                f"blk.*{mark}*); the engine's hybrid memory needs one and would end the process"
+            )
 
 
 def check_head(file: ModelFile) -> None:
@@ -84,6 +108,15 @@ def check_head(file: ModelFile) -> None:
                     "without it, so that the metadata claim none), or graft the head in with "
                     "imatrix graft-mtp."
                 )
+    if file.architecture == "mimo2":  # GGML_ASSERTs of graph_mtp in src/models/mimo2.cpp
+        for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
+            for tensor in ("attn_qkv", "ffn_gate", "ffn_up", "ffn_down"):
+                if f"blk.{block}.{tensor}.weight" not in file.tensors:
+                    raise ModelError(
+                        f"{file.path}: the engine's graph for a mimo2 head needs "
+                        f"blk.{block}.{tensor}.weight (fused q, k and v, and a dense feed-forward "
+                        "part); convert the model again, or collect the trunk alone (mtp=False)"
+                    )
     key_length = file.integers.get("attention.key_length")
     indexer = file.integers.get("attention.indexer.key_length")
     if file.architecture == "deepseek4" and key_length is not None and key_length == indexer:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import imatrix
-from imatrix import _show
+from imatrix import _check_cli, _show
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -500,6 +500,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_collect(commands)
+    _check_cli.add_parser(commands)
     _add_show(commands)
     _add_quantize(commands)
     _add_mtp_files(commands)

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _session, corpus
+from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
-from imatrix.architectures import check_assistant, check_head, check_trunk
+from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
 from imatrix.errors import ModelError, NonFiniteError
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance
 from imatrix.model_file import ModelFile
@@ -132,6 +134,9 @@ class Collector:
         device_sums: sum activations that lie in a device's memory there, where the device can,
             and fetch the sums once a chunk. False copies every activation to the host. Either
             way the sums are float32 within a chunk or less and float64 beyond.
+        rehearse: build the graphs in a child process first, from the header alone, so that a
+            model on which the engine would end the process is a ModelError instead. Takes a
+            fraction of a second, once for each kind of run.
 
     The model is loaded by the first run (or here, if `mtp` is True or False). Use it as a context
     manager, or call close().
@@ -157,6 +162,7 @@ class Collector:
         use_mmap: bool = True,
         check_tensors: bool = False,
         device_sums: bool = True,
+        rehearse: bool = True,
     ) -> None:
         self._model: _session.Model | None = None
         self._head_model: _session.Model | None = None
@@ -196,6 +202,8 @@ class Collector:
         self._use_mmap = use_mmap
         self._check_tensors = check_tensors
         self._device_sums = device_sums
+        self._rehearse = rehearse
+        self._rehearsed: set[tuple[bool, bool, bool]] = set()
         self._loaded_mtp = False
         self._tally = _Tally()
         self._reset_run([], False)
@@ -349,7 +357,7 @@ class Collector:
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
         """
-        model, with_head = self._prepare(mtp)
+        model, with_head = self._prepare(mtp, process_output, perplexity)
         self._reset_run(_dataset_names(texts), with_head)
         chunks, total = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
         first = next(chunks)  # bad text is an error before any context is made
@@ -365,7 +373,7 @@ class Collector:
         Raises:
             ModelError, ValueError, MemoryError: as run() does.
         """
-        model, with_head = self._prepare(mtp)
+        model, with_head = self._prepare(mtp, process_output, False)
         session = self._open(model, with_head, process_output, False)
         (trunk_outputs, trunk), (head_outputs, head) = (
             session.plan["trunk"],
@@ -383,20 +391,26 @@ class Collector:
         self, model: _session.Model, with_head: bool, process_output: bool, perplexity: bool
     ) -> _session.Session:
         session = _session.Session(model, self._head_model)
-        session.open(
-            n_ctx=self._n_ctx,
-            n_batch=self._n_batch,
-            n_ubatch=self._n_ubatch,
-            n_seq=self._n_seq,
-            n_threads=self._n_threads,
-            mtp=with_head,
-            process_output=process_output,
-            perplexity=perplexity,
-            device_sums=self._device_sums,
-        )
+        session.open(**self._settings(with_head, process_output, perplexity))
         return session
 
-    def _prepare(self, mtp: bool) -> tuple[_session.Model, bool]:
+    def _settings(self, with_head: bool, process_output: bool, perplexity: bool) -> dict[str, Any]:
+        """What _session.Session.open takes."""
+        return {
+            "n_ctx": self._n_ctx,
+            "n_batch": self._n_batch,
+            "n_ubatch": self._n_ubatch,
+            "n_seq": self._n_seq,
+            "n_threads": self._n_threads,
+            "mtp": with_head,
+            "process_output": process_output,
+            "perplexity": perplexity,
+            "device_sums": self._device_sums,
+        }
+
+    def _prepare(
+        self, mtp: bool, process_output: bool, perplexity: bool
+    ) -> tuple[_session.Model, bool]:
         """The model, loaded for what was asked, and whether there is a head to collect."""
         if self._closed:
             raise ValueError("this Collector is closed")
@@ -415,6 +429,18 @@ class Collector:
                 stacklevel=3,
             )
         with_head = mtp and self.n_nextn > 0
+        if with_head:
+            check_head(self._head_file)
+        check_memory(self._file)
+        kind = (with_head, process_output, perplexity)
+        if self._rehearse and kind not in self._rehearsed:
+            bundled = self._head_file is self._file
+            rehearse_in_child(
+                self._file.path,
+                self._head_file.path if with_head and not bundled else None,
+                self._settings(*kind),
+            )
+            self._rehearsed.add(kind)
         return self._load(with_head), with_head
 
     def _drive(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from imatrix._threads import physical_cores
 from imatrix.errors import EngineError
 from imatrix.matrix import ImportanceMatrix
 from imatrix.model_file import ModelFile
+
+if TYPE_CHECKING:
+    from imatrix.preflight import Coverage
 
 __all__ = ["FTYPES", "Quantized", "quantize"]
 
@@ -70,7 +74,7 @@ _DEMANDING = {"IQ2_XXS": "iq2_xxs", "IQ2_XS": "iq2_xs", "IQ2_S": "iq2_xs", "IQ1_
 
 # The engine asks for data for the other weights and reports their lack; for these it does not
 # ask (tensor_requires_imatrix), and ggml then ends the process.
-_UNASKED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+UNASKED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 
 # llama_model_kv_override.val_str holds 128 bytes with its final zero (include/llama.h).
 _MAX_TEXT = 127
@@ -133,19 +137,20 @@ def quantize(
         ModelError (a ValueError): `src` is not a model.
         FormatError (a ValueError): `imatrix` is not an importance matrix.
         OSError: a file cannot be read or written.
-        EngineError: the engine refused; its reason is in the message.
+        EngineError: the engine refused, or would (the preflight runs first, imatrix.coverage);
+            its reason is in the message.
         MemoryError: out of memory.
         KeyboardInterrupt: Ctrl-C; the work ends after the tensor at hand.
     """
     name = ftype.upper()
     if name not in FTYPES:
         raise ValueError(
-            f"unknown type {ftype!r}{_near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
+            f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
         )
     threads = physical_cores() if n_threads is None else n_threads
     if threads < 1:
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
-    overrides = _overrides(tensor_types or {})
+    overrides = overrides_of(tensor_types or {})
     model = ModelFile.read(src)
     _check_not_itself(model.path, Path(dst))
     matrix = imatrix
@@ -157,6 +162,19 @@ def quantize(
             f"{next(iter(matrix), 'missing')!r}. Was it collected from another model?"
         )
     _check_unasked(model, matrix, name, overrides, pure, quantize_output)
+    if matrix is not None:
+        from imatrix.preflight import coverage  # here: it uses this module's tables
+
+        found = coverage(
+            model.path,
+            matrix,
+            name,
+            tensor_types=tensor_types,
+            allow_requantize=allow_requantize,
+            pure=pure,
+            quantize_output=quantize_output,
+        )
+        _refuse_early(found, model, matrix, dst)
 
     source = imatrix if isinstance(imatrix, (str, os.PathLike)) else None
     with atomic.replacing(dst) as temporary:
@@ -196,12 +214,12 @@ def quantize(
     return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values)
 
 
-def _near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+def near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return f"; near: {', '.join(near)}" if near else ""
 
 
-def _overrides(tensor_types: Mapping[str, str]) -> dict[str, tuple[int, bool]]:
+def overrides_of(tensor_types: Mapping[str, str]) -> dict[str, tuple[int, bool]]:
     """Pattern -> (number of the ggml type, whether it demands data)."""
     known = {name.lower(): value for name, value in _quantize_pybind.tensor_types().items()}
     found = {}
@@ -210,7 +228,7 @@ def _overrides(tensor_types: Mapping[str, str]) -> dict[str, tuple[int, bool]]:
             raise ValueError(f"a pattern for {name!r} is empty; it would match every weight")
         if name.lower() not in known:
             raise ValueError(
-                f"unknown tensor type {name!r} for {pattern!r}{_near(name.lower(), known)}. "
+                f"unknown tensor type {name!r} for {pattern!r}{near(name.lower(), known)}. "
                 f"Types: {', '.join(sorted(known))}"
             )
         found[pattern] = known[name.lower()]
@@ -234,7 +252,7 @@ def _check_unasked(
     quantize_output: bool,
 ) -> None:
     """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c)."""
-    for weight in _UNASKED:
+    for weight in UNASKED:
         if weight not in model.tensors or (weight == "output.weight" and not quantize_output):
             continue
         if matrix is not None and weight in matrix:
@@ -291,6 +309,34 @@ def _metadata(
 def _cut(text: str) -> str:
     """As much of the text as fits, whole characters."""
     return text.encode()[:_MAX_TEXT].decode(errors="ignore")
+
+
+def _refuse_early(
+    found: Coverage, model: ModelFile, matrix: ImportanceMatrix, dst: str | os.PathLike[str]
+) -> None:
+    """Say now, in the engine's words, what it would come upon at a tensor that may be an hour
+    away. What it says at its start (no matrix at all, weights that are quantized already) is
+    left to it."""
+    if found.ready:
+        return
+    first = found.failing[0]
+    if first.status == "missing":
+        words = f"Missing importance matrix for tensor {first.name} in a very low-bit quantization"
+    elif first.status == "wrong size":
+        n_in, _, n_mat = (*model.tensors[first.name], 1, 1)[:3]
+        words = (
+            f"imatrix size {matrix[first.name].sums.size} is different from tensor size "
+            f"{n_in * n_mat} for {first.name}"
+        )
+    else:
+        return
+    error = _explained(f"failed to quantize: {words}", model, matrix, dst, found.ftype)
+    more = len(found.failing) - 1
+    error.args = (
+        f"{error.args[0]}"
+        + (f" {more} more tensor(s) would fail; see imatrix check." if more else ""),
+    )
+    raise error
 
 
 def _explained(
