@@ -9,6 +9,7 @@ the row block: it comes from the cache as far as that goes, and this is the wors
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +66,7 @@ WORK = Work()
 @pytest.fixture(scope="module")
 def speeds() -> Iterator[dict[str, list[float]]]:
     collected: dict[str, list[float]] = {}
+    load = os.getloadavg()[0]
     yield collected
     lines = [
         "# Gigabytes a second",
@@ -72,6 +74,9 @@ def speeds() -> Iterator[dict[str, list[float]]]:
         f"{datetime.date.today()}, {_machine()}; {N_BLOCKS} blocks of {N_ROWS} x {N_IN} float32, "
         "out of the cache. Interleaved passes in one run; median [lowest, highest]. "
         "Made by `make bench`.",
+        "",
+        f"Load average of the minute before: {load:.1f}"
+        + (": other programs had the processors too." if load > 0.5 else "."),
         "",
         "| variant | GB/s | of the plain read |",
         "|---|---|---|",

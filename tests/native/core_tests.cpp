@@ -2,10 +2,12 @@
 // search for cases is in tests/test_hook.py; here are fixed and pseudo-random ones without Python.
 //
 // imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
+#include "add_rows.h"
 #include "engine_log.h"
 #include "far_device.h"
 #include "harness.h"
 #include "model_file.h"
+#include "parallel.h"
 #include "row_kernels.h"
 #include "session.h"
 
@@ -74,6 +76,29 @@ void check_kernels() {
                 }
                 CHECK(near(acc[j], want));
             }
+        }
+    }
+}
+
+// The same bits by any number of threads, over and over by the same ones.
+void check_threads() {
+    constexpr size_t                 n = 1100, n_rows = 120; // enough to be shared
+    const std::vector<float>         data = normal(n * n_rows);
+    std::vector<const float *>       rows;
+    std::vector<std::vector<double>> first;
+    for (size_t r = 0; r < n_rows; ++r) {
+        rows.push_back(data.data() + r * n);
+    }
+    for (const size_t n_threads : {1, 2, 5}) {
+        Parallel threads;
+        threads.set_threads(n_threads);
+        for (int round = 0; round < 20; ++round) {
+            std::vector<std::vector<double>> sums(2, std::vector<double>(n));
+            const std::vector<RowBlock>      blocks{{rows.data(), 70, sums[0].data()},
+                                                    {rows.data() + 70, 50, sums[1].data()}};
+            CHECK(add_rows(threads, blocks, n).channel < 0);
+            first = first.empty() ? sums : first;
+            CHECK(sums == first);
         }
     }
 }
@@ -370,6 +395,7 @@ void check_session(const std::string & path) {
 
 int main(int argc, char ** argv) {
     check_kernels();
+    check_threads();
     for (const Where where : {Where::host, Where::device, Where::offload}) {
         for (const bool device_sums : {false, true}) {
             check_dense(where, device_sums);
