@@ -115,7 +115,7 @@ struct DeviceSums::Graph {
         const int64_t m    = x->ne[2];
         const auto    part = [&](ggml_tensor * of, int64_t first, int64_t count) {
             return ggml_view_3d(context.get(), of, n_in, count, m, of->nb[1], of->nb[2],
-                                   static_cast<size_t>(first) * of->nb[1]);
+                                static_cast<size_t>(first) * of->nb[1]);
         };
         ggml_tensor * odd = nullptr; // the rows that were left over
         while (x->ne[1] > 1) {
@@ -305,8 +305,8 @@ DeviceSums::Outcome DeviceSums::add_routed(const ggml_tensor * rows, size_t weig
         }
         taken = 0;
         return run(*device, graph,
-                                          graph.gather(table, std::move(numbers), static_cast<int64_t>(each)), weight,
-                                          slot, shape);
+                   graph.gather(table, std::move(numbers), static_cast<int64_t>(each)), weight,
+                   slot, shape);
     };
     for (size_t mat = 0; mat < n_mat; ++mat) {
         for (const int32_t number : rows_of[mat]) {

@@ -30,7 +30,7 @@ std::vector<Device> devices() {
         device.name        = ggml_backend_dev_name(dev);
         device.description = ggml_backend_dev_description(dev);
         device.gpu         = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU ||
-                     ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
+                             ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
         device.memory_free = memory_free;
         device.memory_all  = memory_all;
         found.push_back(std::move(device));

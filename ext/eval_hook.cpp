@@ -71,9 +71,9 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
             !is_wanted(node->src[0]->name, output_weight)) {
             continue;
         }
-        const std::string name  = prefix + plain_name(node->src[0]->name);
-        const auto        known = std::find_if(plan.begin(), plan.end(),
-                                               [&](const PlannedWeight & w) { return w.name == name; });
+        const std::string name = prefix + plain_name(node->src[0]->name);
+        const auto known = std::find_if(plan.begin(), plan.end(),
+                                        [&](const PlannedWeight & w) { return w.name == name; });
         if (known != plan.end()) {
             known->rows += rows_of(node);
         } else {

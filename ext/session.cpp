@@ -213,7 +213,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =
             llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
-                                   static_cast<uint32_t>(n_outputs));
+                                static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
         }

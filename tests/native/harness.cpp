@@ -127,9 +127,9 @@ std::unique_ptr<Harness::Graph> Harness::build(const std::vector<Rows> &    rows
         const std::array<int64_t, 4> ne{rows.at(p.rows).ne[0], p.n_out, p.ne2, p.ne3};
         ggml_tensor *                weight = weights.at({p.weight, ne});
         ggml_tensor *                x      = row_views[p.rows];
-        ggml_tensor *                node   = p.ids < 0 ? ggml_mul_mat(made->nodes.get(), weight, x)
-                                                        : ggml_mul_mat_id(made->nodes.get(), weight, x,
-                                                                          id_views.at(static_cast<size_t>(p.ids)));
+        ggml_tensor * node = p.ids < 0 ? ggml_mul_mat(made->nodes.get(), weight, x)
+                                       : ggml_mul_mat_id(made->nodes.get(), weight, x,
+                                                         id_views.at(static_cast<size_t>(p.ids)));
         ggml_build_forward_expand(made->graph, node);
         made->products.push_back(node);
     }
