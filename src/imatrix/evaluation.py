@@ -491,7 +491,7 @@ def evaluate(
             theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
         own, own_head = ours._native_models(with_head)
-        chunks, total = ours._chunks_of(own, texts, parse_special, skip_chunks, max_chunks)
+        chunks, total, _ = ours._chunks_of(own, texts, parse_special, skip_chunks, max_chunks)
         first = next(chunks)  # bad text is an error before any context is made
         beside = beside_head = None
         if theirs is not None:
