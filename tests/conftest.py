@@ -17,6 +17,16 @@ EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
 
 
+def until_told(line: str, run: Callable[[], str]) -> str:
+    """Run one of the engine's programs until its output has `line`: it may exit before its
+    logger's thread has written everything (common/log.cpp), on a busy machine above all."""
+    for _ in range(10):
+        log = run()
+        if line in log:
+            break
+    return log
+
+
 def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = True) -> str:
     """Run a program and give what it wrote, stdout then stderr.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import until_told
 from gguf import GGUFReader
 
 import imatrix
@@ -129,7 +130,10 @@ def test_the_same_flags_give_the_same_file_and_perplexity(
     special.write_text("<|begin|>" + text.read_text(encoding="utf-8"), encoding="utf-8")
     source = special if "--parse-special" in flags else text
     common = ["-m", model, "-f", source, "-t", 1, *flags]
-    log = theirs(engine_tool("llama-imatrix"), *common, "-o", tmp_path / "theirs.gguf")
+    tool = engine_tool("llama-imatrix")
+    log = until_told(
+        "Final estimate", lambda: theirs(tool, *common, "-o", tmp_path / "theirs.gguf")
+    )
     done = spawn("collect", *common, "-o", tmp_path / "ours.gguf")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

@@ -17,7 +17,7 @@ import forge_any
 import numpy as np
 import oracle
 import pytest
-from conftest import EngineTool, Forged, run_tool
+from conftest import EngineTool, Forged, run_tool, until_told
 from forge import Arch, ModelSpec
 from forge_any import MTP_ARCHS, make_any
 from numpy.typing import NDArray
@@ -53,12 +53,7 @@ def scored(n: int) -> slice:
 def perplexity(tool: Path, last_line: str, *options: str | Path | int) -> str:
     # -b as large as -c: chunks one by one, as ours
     size = ("-c", N_CTX, "-b", N_CTX, "-ub", N_CTX, "-t", 1)
-    for _ in range(10):
-        log = run_tool(tool, *map(str, (*options, *size)))
-        if last_line in log:
-            break
-        # it may exit before its logger's thread has written everything (common/log.cpp)
-    return log
+    return until_told(last_line, lambda: run_tool(tool, *map(str, (*options, *size))))
 
 
 def printed(log: str, label: str) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EngineTool, Forged, run_tool
+from conftest import EngineTool, Forged, run_tool, until_told
 from forge import Arch, ModelSpec
 
 from imatrix import Collector, ImportanceMatrix
@@ -242,8 +242,12 @@ def test_perplexity_is_what_llama_imatrix_prints(
     arch: Arch, n_batch: int, n_seq: int, forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
     spec = forged(arch, seed=SEED, **OPTIONS[arch])
-    theirs(spec, "-c", N_CTX, "-b", n_batch, "-ub", n_batch, "--chunks", 6)
-    printed = _ESTIMATE.search(theirs.log)
+
+    def run() -> str:
+        theirs(spec, "-c", N_CTX, "-b", n_batch, "-ub", n_batch, "--chunks", 6)
+        return theirs.log
+
+    printed = _ESTIMATE.search(until_told("Final estimate", run))
     assert printed, theirs.log
     with Collector(
         spec.path, n_ctx=N_CTX, n_batch=n_batch, n_ubatch=n_batch, n_seq=n_seq, n_threads=1
