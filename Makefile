@@ -60,7 +60,7 @@ bench: tools
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 sanitize: tools
-	tests/native/sanitize.sh
+	bash tests/native/sanitize.sh
 
 dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist
