@@ -587,6 +587,16 @@ def test_accepted_length_by_hand() -> None:
     assert found.accepted_length is not None
     assert found.accepted_length.value == pytest.approx(4 / 6 + 4 / 9 + 2 / 9)
 
+    other = made(np.ones(6), chunk, known=[1, 1, 2, 2, 1, 1], accepted=[0, 0, 1, 2, 0, 0])
+    difference = found.compare(other)
+    # the other: 2 of 6, then 1 of 2, and never deeper
+    assert [rate.value for rate in difference.draft] == pytest.approx([2 / 6, 2 / 3 - 1 / 2])
+    assert difference.agreement == difference.draft[0]
+    # two chunks make three kinds of resamples: both; the first twice, at depth 2 all accepted
+    # against none; the second twice, half of them against all
+    assert difference.draft[1].low == pytest.approx(1 / 2 - 1)
+    assert difference.draft[1].high == pytest.approx(1 - 0)
+
 
 # --- refusals, and the command ------------------------------------------------------------------------
 

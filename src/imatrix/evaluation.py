@@ -299,7 +299,16 @@ class Evaluation:
 
         heads = self.head is not None and other.head is not None
         length = None
+        draft: list[Estimate] = []
         if heads:
+            first = difference(self.accepted >= 1, other.accepted >= 1)
+            draft = [] if first is None else [first]
+            for k in range(2, min(self._depth_known, other._depth_known) + 1):
+                means = sample.means(self.accepted >= k, self.known >= k) - sample.means(
+                    other.accepted >= k, other.known >= k
+                )
+                reached = int(np.count_nonzero((self.known >= k) | (other.known >= k)))
+                draft.append(sample.estimate(means, sample.spread(means), reached))
             means = self._length_means() - other._length_means()
             length = sample.estimate(means, sample.spread(means), len(self.known))
         return Comparison(
@@ -314,7 +323,7 @@ class Evaluation:
             head_kl=difference(self.head.kl, other.head.kl)
             if self.head is not None and other.head is not None and same_reference
             else None,
-            agreement=difference(self.accepted >= 1, other.accepted >= 1) if heads else None,
+            draft=tuple(draft),
             accepted_length=length,
         )
 
@@ -387,7 +396,10 @@ class Comparison:
         nll, kl: of the trunk, nats a token; below zero, the one asked is better.
         top1: share of positions; above zero, the one asked is better.
         head_nll, head_kl: of the head; below zero, the one asked is better.
-        agreement: draft agreement at depth 1; above zero, the one asked is better.
+        draft: draft agreement by depth, as far as both reach; above zero, the one asked is
+            better. Empty unless both have a head. From depth 2 on each is judged at the slots
+            that its own drafts reached, as in Evaluation.draft, and the error is the standard
+            deviation of the bootstrap.
         accepted_length: drafted tokens a verification; above zero, the one asked is better.
     """
 
@@ -396,8 +408,13 @@ class Comparison:
     top1: Estimate | None
     head_nll: Estimate | None
     head_kl: Estimate | None
-    agreement: Estimate | None
+    draft: tuple[Estimate, ...]
     accepted_length: Estimate | None
+
+    @property
+    def agreement(self) -> Estimate | None:
+        """Draft agreement at depth 1; None unless both have a head."""
+        return self.draft[0] if self.draft else None
 
 
 def evaluate(
