@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help demo test dev tools lint format types bench sanitize dist clean
 
 help:
-	@echo "make demo      build, then run the main job on a small model made on the spot"
+	@echo "make demo      build, then run the main job on a small trained model"
 	@echo "make test      build, then lint, types and all tests"
 	@echo "make dev       editable install; again after a change, it takes seconds"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"

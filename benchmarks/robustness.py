@@ -33,8 +33,11 @@ from typing import Any
 
 import imatrix
 from imatrix import cli, collector
-from imatrix.demo_model import make_demo_model
 from imatrix.formats import checkpoint as checkpoint_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from random_model import make_random_model
 
 N_CHUNKS = 12
 CALLS = {
@@ -56,7 +59,7 @@ class Ground:
         self.text = folder / "text.txt"
         text = resources.files("imatrix").joinpath("data/calibration.txt").read_text("utf-8")
         self.text.write_text(text[:6000], encoding="utf-8")
-        make_demo_model(self.model)
+        make_random_model(self.model)
         self.work = folder / "work"
         self.clean()
         started = time.monotonic()

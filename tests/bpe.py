@@ -1,4 +1,4 @@
-"""A small byte-level BPE: enough to give the demo model a tokenizer of its own.
+"""A small byte-level BPE: enough to give a test model a tokenizer of its own.
 
 It learns merges from a text and writes them the way the engine reads a ``gpt2``
 vocabulary with ``tokenizer.ggml.pre = "gpt-2"``. At run time the engine does the

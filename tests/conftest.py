@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import engine_tools
 import numpy as np
 import pytest
 from forge import Arch, ModelSpec, make_model
+from random_model import make_random_model
+
+import imatrix
+
+# The text that comes with the package.
+TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
 
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
@@ -74,6 +81,31 @@ def forged(tmp_path_factory: pytest.TempPathFactory) -> Forged:
         return made[key]
 
     return forge
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model with a tokenizer, which nobody may write to."""
+    path = tmp_path_factory.mktemp("model") / "random.gguf"
+    make_random_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of some 5000 tokens by its tokenizer."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT[:12_000] + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def head_matrix(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A matrix of its trunk and head, of 4 chunks of 64 tokens."""
+    path = tmp_path_factory.mktemp("matrix") / "with-head.gguf"
+    with imatrix.Collector(model, n_ctx=64) as collector:
+        collector.run(text, mtp=True, max_chunks=4).save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

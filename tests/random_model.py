@@ -1,4 +1,4 @@
-"""A small model with an MTP head, for demonstrations and tests.
+"""A small model with an MTP head, for tests.
 
 Its weights are random, so it has nothing to say, but it is whole: a tokenizer, a trunk
 with dense and mixture-of-experts blocks, and a NextN draft head. The engine loads it in a
@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+import bpe
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from imatrix import _bpe
-
-__all__ = ["make_demo_model"]
+__all__ = ["make_random_model"]
 
 # Low-bit types need rows that are multiples of 256 (QK_K in ggml-common.h), so every width that
 # is a row somewhere is one: n_embd, n_head * head_dim, n_ff, n_ff_exp.
@@ -45,7 +44,7 @@ _BOS, _EOS, _PAD = _SPECIALS = ("<|begin|>", "<|endoftext|>", "<|pad|>")
 _Array = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
-def make_demo_model(
+def make_random_model(
     path: str | os.PathLike[str],
     *,
     seed: int = 20,
@@ -98,7 +97,7 @@ def make_demo_model(
 def _add_hparams(writer: gguf.GGUFWriter, *, n_layer_nextn: int) -> None:
     # Keys that load_hparams (llama-model.cpp) and glm4-moe.cpp read. rope.dimension_sections
     # stays out: a value of zeros selects a rope that the engine then refuses by aborting.
-    writer.add_name("imatrix demo (random weights)")
+    writer.add_name("random weights")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(_N_CTX_TRAIN)
     writer.add_embedding_length(_N_EMBD)
@@ -126,10 +125,10 @@ def _add_hparams(writer: gguf.GGUFWriter, *, n_layer_nextn: int) -> None:
 
 def _add_vocab(writer: gguf.GGUFWriter) -> None:
     text = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
-    vocab = _bpe.train(text, _N_VOCAB, specials=_SPECIALS)
+    vocab = bpe.train(text, _N_VOCAB, specials=_SPECIALS)
     n_plain = len(vocab.tokens) - len(vocab.specials)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_bpe.PRE_TYPE)
+    writer.add_tokenizer_pre(bpe.PRE_TYPE)
     writer.add_token_list(vocab.tokens)
     writer.add_token_types(
         [gguf.TokenType.NORMAL] * n_plain + [gguf.TokenType.CONTROL] * len(vocab.specials)

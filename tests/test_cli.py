@@ -12,23 +12,20 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import until_told
+from conftest import TEXT, until_told
 from gguf import GGUFReader
+from random_model import make_random_model
 
 import imatrix
 from imatrix import cli
-from imatrix.demo_model import make_demo_model
 from imatrix.matrix import Entry, ImportanceMatrix
 
 EngineTool = Callable[[str], Path]
-
-TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
 
 
 @dataclass
@@ -41,29 +38,6 @@ class Done:
 
 
 Run = Callable[..., Done]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cli") / "demo.gguf"
-    make_demo_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def text(model: Path) -> Path:
-    """Some 5000 tokens by the model's tokenizer."""
-    path = model.with_name("text.txt")
-    path.write_text(TEXT[:12_000] + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def head_matrix(model: Path, text: Path) -> Path:
-    path = model.with_name("with-head.gguf")
-    with imatrix.Collector(model, n_ctx=64) as collector:
-        collector.run(text, mtp=True, max_chunks=4).save(path)
-    return path
 
 
 @pytest.fixture
@@ -286,7 +260,7 @@ def test_a_copy_that_fails_does_not_end_the_run(
 
 def test_a_model_without_a_head(text: Path, run: Run, tmp_path: Path) -> None:
     plain = tmp_path / "plain.gguf"
-    make_demo_model(plain, mtp=False)
+    make_random_model(plain, mtp=False)
     done = run("collect", "-m", plain, "-f", text, "-o", tmp_path / "o", "-c", 64, "--mtp",
                "--chunks", 1)  # fmt: skip
     assert done.status == 0
@@ -723,7 +697,7 @@ def test_earlier_files_that_will_not_do(model: Path, text: Path, run: Run, tmp_p
     out = tmp_path / "out.gguf"
     start = ["collect", "-m", model, "-f", text, "-o", out, *one_at_a_time(), "--in-file"]
     usage_error(run, "text.txt: not a GGUF file", *start, text)
-    usage_error(run, "demo.gguf: it has no sums", *start, model)
+    usage_error(run, "random.gguf: it has no sums", *start, model)
     usage_error(run, "No such file or directory", *start, tmp_path / "missing.gguf")
     other = tmp_path / "other.gguf"
     ImportanceMatrix({"blk.0.x.weight": Entry(np.ones((1, 4)), [1])}).save(other)

@@ -1,4 +1,4 @@
-"""`imatrix demo` does what it tells."""
+"""`imatrix demo` does what it tells, and the README shows what it tells."""
 
 from __future__ import annotations
 
@@ -8,47 +8,124 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EngineTool, run_tool
 from gguf import GGUFReader
 
 import imatrix
-from imatrix import cli
+from imatrix import cli, demo
 from imatrix.matrix import ImportanceMatrix
 
-FILES = ["demo-F16.gguf", "demo-IQ2_XXS.gguf", "trunk-only.gguf", "with-head.gguf"]
+README = Path(__file__).resolve().parents[1] / "README.md"
+FILES = [
+    "head-IQ2_XXS-collected.gguf",
+    "head-IQ2_XXS-flat.gguf",
+    "trunk-only.gguf",
+    "with-head.gguf",
+]
 
 
-def types_of(path: Path) -> dict[str, str]:
-    return {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few chunks say as much as all of them."""
+    monkeypatch.setattr(demo, "_CALIBRATION_CHUNKS", 4)
+    monkeypatch.setattr(demo, "_HELD_OUT_CHUNKS", 3)
 
 
-def test_the_story_and_the_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
+    return {t.name: (t.tensor_type.name, t.data.tobytes()) for t in GGUFReader(path).tensors}
+
+
+def normalized(text: str) -> str:
+    """Without what may change from run to run and with the width of a terminal: numbers, lines
+    and spaces, rules, and whether a difference is one."""
+    text = re.sub(r"collected is better|flat is better|no difference this text can show", "~", text)
+    text = re.sub(r"[+-]?\d+(\.\d+)?%?", "#", text)
+    return " ".join(text.replace("─", " ").split())
+
+
+def test_the_story_the_files_and_the_readme(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], engine_tool: EngineTool
+) -> None:
     folder = tmp_path / "new" / "folder"
     assert cli.main(["demo", "--dir", str(folder)]) == 0
     out, err = capfd.readouterr()
-    assert len(out.splitlines()) < 62  # a screen and a half
-    assert "trunk-only.gguf: 29 weights: 29 trunk, 0 head\n" in out
-    assert "with-head.gguf: 41 weights: 29 trunk, 12 head (block 3)\n" in out
-    assert "blk.3.nextn.eh_proj.weight" in out
-    flat = " ".join(out.split())
-    assert (
-        "refused: demo-F16.gguf: cannot quantize to IQ2_XXS: Missing importance matrix for tensor "
-        "blk.3.attn_q.weight in a very low-bit quantization."
-    ) in flat
-    assert re.search(r"done: demo-IQ2_XXS\.gguf, .* 2\.\d\d bits per weight, head included\n", out)
-    assert f"The files are in {folder}" in flat
-    assert "collecting: chunk 16/16" in err
+    assert "collecting: chunk 4/4" in err
     assert "warning" not in err
     assert "error" not in err
+    assert f"The files are in {folder}" in " ".join(out.split())
 
-    # and it is true
+    # every part of the README's block is told, in this order
+    block = re.search(
+        r"^## `make demo`$.*?^```\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
+    )
+    assert block is not None
+    told = normalized(out)
+    for part in block[1].split("…\n"):
+        _, found, told = told.partition(normalized(part))
+        assert found, f"{part}\nis not in, or not after what the README has before it:\n{out}"
+
+    # the files are what they are called
     assert sorted(path.name for path in folder.iterdir()) == FILES
+    whole = ImportanceMatrix.load(folder / "with-head.gguf")
+    head = max(whole.head_blocks)
     assert not ImportanceMatrix.load(folder / "trunk-only.gguf").head
-    matrix = ImportanceMatrix.load(folder / "with-head.gguf")
-    assert matrix.head_blocks == {3}
-    assert all(entry.covered == 1.0 for entry in matrix.values())
-    types = types_of(folder / "demo-IQ2_XXS.gguf")
-    assert types["blk.3.nextn.eh_proj.weight"] == "IQ2_XXS"
-    assert set(types) == set(types_of(folder / "demo-F16.gguf"))
+    assert dict(ImportanceMatrix.load(folder / "trunk-only.gguf")) == dict(whole.trunk)
+
+    # the engine's own program makes the same tensors of it, and refuses for the same reason
+    def quantized(matrix: Path, ok: bool) -> str:
+        return run_tool(
+            engine_tool("llama-quantize"), "--imatrix", matrix,
+            "--tensor-type", rf"^blk\.{head}\.=iq2_xxs", demo.MODEL, tmp_path / "theirs.gguf",
+            "Q8_0", ok=ok,
+        )  # fmt: skip
+
+    quantized(folder / "with-head.gguf", True)
+    theirs = tensors_of(tmp_path / "theirs.gguf")
+    assert theirs == tensors_of(folder / "head-IQ2_XXS-collected.gguf")
+    assert theirs[f"blk.{head}.nextn.eh_proj.weight"][0] == "IQ2_XXS"
+    flat = tensors_of(folder / "head-IQ2_XXS-flat.gguf")
+    differing = {name for name in theirs if theirs[name] != flat[name]}
+    assert differing
+    assert all(name.startswith(f"blk.{head}.") for name in differing)
+    reason = re.search(
+        r"Missing importance matrix for tensor \S+ in a very low-bit quantization",
+        quantized(folder / "trunk-only.gguf", False),
+    )
+    assert reason is not None
+    assert f"none: {demo.MODEL.name}: cannot quantize to Q8_0: {reason[0]}." in " ".join(
+        out.split()
+    )
+
+    # and the figures are those of the files
+    for name in ("flat", "collected"):
+        found = imatrix.evaluate(
+            folder / f"head-IQ2_XXS-{name}.gguf",
+            demo.HELD_OUT,
+            reference=demo.MODEL,
+            max_chunks=3,
+        )
+        assert found.head_nll is not None
+        assert found.head_kl is not None
+        assert re.search(
+            rf"^ *{name}( ones)? +{found.head_nll.value:.4f} +{found.head_kl.value:.4f} "
+            rf"+{found.draft[0].value:.2%} ",
+            out,
+            re.M,
+        )
+
+
+def estimate(low: float, high: float) -> imatrix.Estimate:
+    return imatrix.Estimate((low + high) / 2, 0.1, low, high, 10)
+
+
+def test_a_verdict_is_what_the_interval_allows() -> None:
+    # a loss: below zero is a gain
+    assert demo._verdict(estimate(-2, -1), -1).plain == "collected is better"
+    assert demo._verdict(estimate(1, 2), -1).plain == "flat is better"
+    assert demo._verdict(estimate(-1, 2), -1).plain == "no difference this text can show"
+    assert demo._verdict(estimate(1, 2), 1).plain == "collected is better"
+    assert demo._verdict(estimate(-2, -1), 1).plain == "flat is better"
+    assert demo._verdict(estimate(0, 2), 1).plain == "no difference this text can show"
 
 
 @pytest.mark.parametrize("keep", [False, True])

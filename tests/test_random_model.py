@@ -1,4 +1,4 @@
-"""The demo model, its tokenizer and the calibration text, checked without the engine."""
+"""The random model, its tokenizer and the calibration text, checked without the engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import math
 from importlib import resources
 from pathlib import Path
 
+import bpe
 import gguf
 import numpy as np
 import pytest
-
-from imatrix import _bpe
-from imatrix.demo_model import make_demo_model
+from random_model import make_random_model
 
 DATA = resources.files("imatrix").joinpath("data")
 
@@ -23,20 +22,20 @@ def text() -> str:
 
 
 @pytest.fixture(scope="module")
-def vocab(text: str) -> _bpe.BytePairEncoding:
-    return _bpe.train(text, 1024, specials=("<|begin|>", "<|endoftext|>", "<|pad|>"))
+def vocab(text: str) -> bpe.BytePairEncoding:
+    return bpe.train(text, 1024, specials=("<|begin|>", "<|endoftext|>", "<|pad|>"))
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "demo.gguf"
-    make_demo_model(path)
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("random") / "random.gguf"
+    make_random_model(path)
     return path
 
 
 @pytest.fixture(scope="module")
-def reader(demo: Path) -> gguf.GGUFReader:
-    return gguf.GGUFReader(demo)
+def reader(made: Path) -> gguf.GGUFReader:
+    return gguf.GGUFReader(made)
 
 
 def value(reader: gguf.GGUFReader, key: str) -> object:
@@ -129,10 +128,10 @@ def test_text_has_the_script(text: str, script: str, first: str, last: str) -> N
     ],
 )
 def test_words_are_cut_as_gpt2_cuts_them(line: str, words: list[str]) -> None:
-    assert _bpe.split_words(line) == words
+    assert bpe.split_words(line) == words
 
 
-def test_vocabulary_layout(vocab: _bpe.BytePairEncoding) -> None:
+def test_vocabulary_layout(vocab: bpe.BytePairEncoding) -> None:
     assert len(vocab.tokens) == len(set(vocab.tokens)) == 1024
     assert vocab.tokens[-3:] == ("<|begin|>", "<|endoftext|>", "<|pad|>")
     assert all(len(token) == 1 for token in vocab.tokens[:256])
@@ -143,7 +142,7 @@ def test_vocabulary_layout(vocab: _bpe.BytePairEncoding) -> None:
     assert not any(char.isspace() for token in vocab.tokens for char in token)
 
 
-def test_round_trip(vocab: _bpe.BytePairEncoding, text: str) -> None:
+def test_round_trip(vocab: bpe.BytePairEncoding, text: str) -> None:
     ids = vocab.encode(text)
     assert vocab.decode(ids) == text
     assert max(ids) < 1021
@@ -153,29 +152,29 @@ def test_round_trip(vocab: _bpe.BytePairEncoding, text: str) -> None:
 @pytest.mark.parametrize(
     "line", ["", " ", "\t\r\n\0", "naïve café", "🙂 not in 中文 alone", "e\u0301 \u200d \U0010fffd"]
 )
-def test_round_trip_of_text_never_seen(vocab: _bpe.BytePairEncoding, line: str) -> None:
+def test_round_trip_of_text_never_seen(vocab: bpe.BytePairEncoding, line: str) -> None:
     assert vocab.decode(vocab.encode(line)) == line
 
 
-def test_decode_leaves_out_specials_and_marks_broken_text(vocab: _bpe.BytePairEncoding) -> None:
+def test_decode_leaves_out_specials_and_marks_broken_text(vocab: bpe.BytePairEncoding) -> None:
     assert vocab.decode([1021, *vocab.encode("hello"), 1022]) == "hello"
     assert vocab.decode([0xC3, *vocab.encode("x")]) == "\ufffdx"  # a lone lead byte
 
 
 def test_merges_apply_in_the_order_learnt() -> None:
-    vocab = _bpe.train("abab abab cab", 259)
+    vocab = bpe.train("abab abab cab", 259)
     assert vocab.merges[:2] == (("a", "b"), ("ab", "ab"))
     assert [vocab.tokens[i] for i in vocab.encode("ababab")] == ["abab", "ab"]
 
 
 def test_training_refuses_what_it_cannot_fill() -> None:
     with pytest.raises(ValueError, match="256 bytes"):
-        _bpe.train("text", 257, specials=("<a>", "<b>"))
+        bpe.train("text", 257, specials=("<a>", "<b>"))
     with pytest.raises(ValueError, match="yields only"):
-        _bpe.train("ab", 300)
+        bpe.train("ab", 300)
     for specials in [("<a>", "<a>"), ("<a>", "e")]:
         with pytest.raises(ValueError, match="must differ"):
-            _bpe.train("some text", 260, specials=specials)
+            bpe.train("some text", 260, specials=specials)
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def test_training_refuses_what_it_cannot_fill() -> None:
 
 def test_keys(reader: gguf.GGUFReader) -> None:
     assert value(reader, "general.architecture") == "glm4moe"
-    assert value(reader, "general.name") == "imatrix demo (random weights)"
+    assert value(reader, "general.name") == "random weights"
     assert value(reader, "glm4moe.block_count") == 4
     assert value(reader, "glm4moe.nextn_predict_layers") == 1
     assert value(reader, "glm4moe.leading_dense_block_count") == 1
@@ -194,7 +193,7 @@ def test_keys(reader: gguf.GGUFReader) -> None:
     assert reader.get_field("glm4moe.rope.dimension_sections") is None
 
 
-def test_tokenizer_keys(reader: gguf.GGUFReader, vocab: _bpe.BytePairEncoding) -> None:
+def test_tokenizer_keys(reader: gguf.GGUFReader, vocab: bpe.BytePairEncoding) -> None:
     assert value(reader, "tokenizer.ggml.model") == "gpt2"
     assert value(reader, "tokenizer.ggml.pre") == "gpt-2"
     assert value(reader, "tokenizer.ggml.tokens") == list(vocab.tokens)
@@ -207,8 +206,8 @@ def test_tokenizer_keys(reader: gguf.GGUFReader, vocab: _bpe.BytePairEncoding) -
     assert types == [int(gguf.TokenType.NORMAL)] * 1021 + [int(gguf.TokenType.CONTROL)] * 3
 
 
-def test_tensors(demo: Path) -> None:
-    shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in tensors(demo).items()}
+def test_tensors(made: Path) -> None:
+    shapes = {name: tuple(map(int, tensor.shape)) for name, tensor in tensors(made).items()}
     assert shapes["token_embd.weight"] == shapes["output.weight"] == (256, 1024)
     assert shapes["blk.0.ffn_down.weight"] == (512, 256)
     assert "blk.0.ffn_gate_inp.weight" not in shapes
@@ -226,8 +225,8 @@ def test_tensors(demo: Path) -> None:
     ]
 
 
-def test_matmul_weights_take_any_type(demo: Path) -> None:
-    for name, tensor in tensors(demo).items():
+def test_matmul_weights_take_any_type(made: Path) -> None:
+    for name, tensor in tensors(made).items():
         small = "norm" in name or "ffn_gate_inp" in name or name.endswith(".bias")
         expected = gguf.GGMLQuantizationType.F32 if small else gguf.GGMLQuantizationType.F16
         assert tensor.tensor_type == expected, name
@@ -235,8 +234,8 @@ def test_matmul_weights_take_any_type(demo: Path) -> None:
             assert tensor.shape[0] % 256 == 0, name
 
 
-def test_weights_are_finite_and_uneven(demo: Path) -> None:
-    found = tensors(demo)
+def test_weights_are_finite_and_uneven(made: Path) -> None:
+    found = tensors(made)
     for name, tensor in found.items():
         assert np.isfinite(np.asarray(tensor.data, dtype=np.float32)).all(), name
     norm = found["blk.1.attn_norm.weight"].data
@@ -246,42 +245,42 @@ def test_weights_are_finite_and_uneven(demo: Path) -> None:
     assert 0.5 < rms < 2
 
 
-def test_same_arguments_same_bytes(demo: Path, tmp_path: Path) -> None:
+def test_same_arguments_same_bytes(made: Path, tmp_path: Path) -> None:
     again, other = tmp_path / "again.gguf", tmp_path / "other.gguf"
-    make_demo_model(str(again))
-    make_demo_model(other, seed=21)
-    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (demo, again, other)]
+    make_random_model(str(again))
+    make_random_model(other, seed=21)
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in (made, again, other)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_without_the_head(demo: Path, tmp_path: Path) -> None:
+def test_without_the_head(made: Path, tmp_path: Path) -> None:
     path = tmp_path / "trunk.gguf"
-    make_demo_model(path, mtp=False)
+    make_random_model(path, mtp=False)
     reader = gguf.GGUFReader(path)
     assert value(reader, "glm4moe.block_count") == 3
     assert reader.get_field("glm4moe.nextn_predict_layers") is None
-    whole, trunk = tensors(demo), tensors(path)
+    whole, trunk = tensors(made), tensors(path)
     assert set(trunk) == {name for name in whole if not name.startswith("blk.3.")}
     for name, tensor in trunk.items():
         assert np.array_equal(tensor.data, whole[name].data), name
 
 
 def test_with_an_lm_head_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "demo.gguf"
-    make_demo_model(path, shared_head_head=True)
+    path = tmp_path / "random.gguf"
+    make_random_model(path, shared_head_head=True)
     assert tuple(tensors(path)["blk.3.nextn.shared_head_head.weight"].shape) == (256, 1024)
     with pytest.raises(ValueError, match="mtp=True"):
-        make_demo_model(path, mtp=False, shared_head_head=True)
+        make_random_model(path, mtp=False, shared_head_head=True)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: gguf.GGUFWriter) -> None:
         raise OSError("disk full")
 
-    path = tmp_path / "demo.gguf"
+    path = tmp_path / "random.gguf"
     path.write_bytes(b"before")
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        make_demo_model(path)
+        make_random_model(path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]

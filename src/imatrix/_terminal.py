@@ -69,9 +69,15 @@ class Terminal:
         self.warn(str(message))
 
 
-# The head's tensors are unused whenever the trunk runs alone; and chunks side by side get
-# somewhat more room than they need where their length is no multiple of 256 (llama_context).
-_NO_NEWS = ("unused tensor", "n_ctx is not divisible by n_seq_max")
+# The head's tensors are unused whenever the trunk runs alone. Contexts get somewhat more room than
+# chunks need, in multiples of 256 (llama_context), which may be more than the model was trained
+# on: of chunks that are, Collector warns. Overrides are what the user asked for (llama-quant.cpp).
+_NO_NEWS = (
+    "unused tensor",
+    "n_ctx is not divisible by n_seq_max",
+    "possible training context overflow",
+    "applying manual override",
+)
 
 
 class _EngineLog(logging.Handler):

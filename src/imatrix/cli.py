@@ -825,7 +825,7 @@ def _add_mtp_files(commands: Commands) -> None:
 def _add_demo(commands: Commands) -> None:
     command = commands.add_parser(
         "demo",
-        help="collect and quantize a small model made on the spot",
+        help="collect, quantize and evaluate a small trained model",
         allow_abbrev=False,
     )
     command.set_defaults(run=_demo)

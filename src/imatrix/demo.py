@@ -1,32 +1,43 @@
-"""`imatrix demo`: the whole job on a small model, and why the head's data matter."""
+"""`imatrix demo`: the whole job on a small trained model, and what the head's data are worth."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 
+import numpy as np
+from rich import box
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 import imatrix
 from imatrix import _show
 from imatrix._terminal import CollectProgress, StepProgress, Terminal, size, tensors_told
-from imatrix.demo_model import make_demo_model
-from imatrix.matrix import ImportanceMatrix
+from imatrix.matrix import Entry, ImportanceMatrix
 
-__all__ = ["run"]
+__all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run"]
+
+_DATA = Path(__file__).parent / "data"
+MODEL = _DATA / "tiny-glm4moe-mtp.gguf"
+CALIBRATION = _DATA / "calibration.txt"
+HELD_OUT = _DATA / "held-out.txt"
 
 _TYPE = "IQ2_XXS"
+_N_CTX = 512
+_DEPTH = 3
 
-# Enough for every expert to see hundreds of rows, and done in seconds.
-_CHUNKS = 16
+# How much of either text; None for all.
+_CALIBRATION_CHUNKS: int | None = None
+_HELD_OUT_CHUNKS: int | None = None
 
 
 def run(terminal: Terminal, folder: Path | None = None, *, keep: bool = False) -> bool:
-    """Make a small model with an MTP head, collect from it with and without the head, and
-    quantize it with both matrices.
+    """Collect from the package's trained model and its MTP head, bring the head to a low-bit type
+    with and without its data, and measure what it drafts.
 
     Args:
         terminal: where to tell.
@@ -34,8 +45,8 @@ def run(terminal: Terminal, folder: Path | None = None, *, keep: bool = False) -
         keep: leave the temporary folder too.
 
     Returns:
-        Whether everything went as told: the engine refused the matrix of the trunk alone, and
-        took the one with the head.
+        Whether everything went as told: the quantizer refused the matrix of the trunk alone, and
+        took those with data for the head.
 
     Raises:
         OSError: the files cannot be written.
@@ -62,45 +73,41 @@ def _place(folder: Path | None, keep: bool) -> Iterator[Path]:
 
 def _steps(terminal: Terminal, place: Path) -> bool:
     out = terminal.out
-    model = place / "demo-F16.gguf"
+    header = imatrix.ModelFile.read(MODEL)
+    head = header.n_trunk
 
-    _heading(terminal, 1, "A small model with an MTP head, random weights")
-    make_demo_model(model)
-    header = imatrix.ModelFile.read(model)
-    first_head = header.n_trunk
-    out.print(
-        Text(
-            f"   {model.name}: {header.architecture}, {size(model.stat().st_size)}, blocks 0 to "
-            f"{first_head - 1} are the trunk, block {first_head} is the head"
-        )
+    _heading(terminal, 1, "A small trained model with an MTP head")
+    _line(
+        terminal,
+        f"{MODEL.name}: {header.architecture}, {size(MODEL.stat().st_size)}, blocks 0 to "
+        f"{head - 1} are the trunk, block {head} is the head",
     )
 
-    _heading(terminal, 2, "The trunk alone, which is all that llama-imatrix sees")
-    trunk_only = _collect(terminal, model, place / "trunk-only.gguf", mtp=False)
-
-    _heading(terminal, 3, "The trunk and the head: --mtp")
-    with_head = _collect(terminal, model, place / "with-head.gguf", mtp=True)
+    _heading(terminal, 2, "Collect both over the calibration text: --mtp")
+    matrix = _collect(terminal)
+    with_head, trunk_only = place / "with-head.gguf", place / "trunk-only.gguf"
+    matrix.save(with_head)
+    matrix.trunk.save(trunk_only)
     out.print()
-    _show.render(out, ImportanceMatrix.load(with_head), with_head.name)
+    _show.render(out, matrix, with_head.name)
 
-    _heading(terminal, 4, f"Quantize to {_TYPE} with the trunk alone")
-    refused = _refusal(terminal, model, place, trunk_only)
+    _heading(terminal, 3, "Would it do? check, before any hour is spent on quantizing")
+    types = {rf"^blk\.{head}\.": _TYPE.lower()}
+    for file in (trunk_only, with_head):
+        _check(terminal, file, types)
+
+    _heading(terminal, 4, f"The head at {_TYPE}, the trunk at Q8_0, measured on other text")
+    refused = _refusal(terminal, place, trunk_only, types)
     if refused is None:
         terminal.error("the engine took a matrix without the head, which it should refuse")
         return False
-    out.print(Text("   refused: ", "red") + Text(refused.replace(f"{place}/", "")))
-
-    _heading(terminal, 5, f"Quantize to {_TYPE} with the trunk and the head")
-    target = place / f"demo-{_TYPE}.gguf"
-    with StepProgress(terminal, "   quantizing", tensors_told) as bar:
-        done = imatrix.quantize(model, target, _TYPE, imatrix=with_head, progress=bar)
-    out.print(
-        Text("   done: ", "green")
-        + Text(
-            f"{target.name}, {size(model.stat().st_size)} -> {size(done.bytes)}, "
-            f"{done.bits_per_weight:.2f} bits per weight, head included"
-        )
-    )
+    found = {"F16 trunk and head": _evaluate(terminal, MODEL, "F16", reference=None)}
+    for name, data in {"flat ones": _flat(matrix), "collected": matrix}.items():
+        target = place / f"head-{_TYPE}-{name.split()[0]}.gguf"
+        with StepProgress(terminal, f"   quantizing, {name}", tensors_told) as bar:
+            imatrix.quantize(MODEL, target, "Q8_0", imatrix=data, tensor_types=types, progress=bar)
+        found[name] = _evaluate(terminal, target, name, reference=MODEL)
+    _render(terminal, found, refused)
     return True
 
 
@@ -108,25 +115,130 @@ def _heading(terminal: Terminal, number: int, text: str) -> None:
     terminal.out.print(Text(f"\n{number}. {text}", "bold"))
 
 
-def _collect(terminal: Terminal, model: Path, target: Path, *, mtp: bool) -> Path:
-    text = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+def _line(terminal: Terminal, text: str) -> None:
+    terminal.out.print(Text(f"   {text}"))
+
+
+def _collect(terminal: Terminal) -> ImportanceMatrix:
     with (
-        imatrix.Collector(model) as collector,
+        imatrix.Collector(MODEL, n_ctx=_N_CTX) as collector,
         CollectProgress(terminal, "   collecting", every=0) as bar,
     ):
-        matrix = collector.run(text, mtp=mtp, max_chunks=_CHUNKS, progress=bar)
-    matrix.save(target)
-    terminal.out.print(Text(f"   {target.name}: {_show.weights_told(matrix)}"))
-    return target
+        return collector.run(CALIBRATION, mtp=True, max_chunks=_CALIBRATION_CHUNKS, progress=bar)
 
 
-def _refusal(terminal: Terminal, model: Path, place: Path, matrix: Path) -> str | None:
-    """The engine's reason to refuse; None if it did not."""
+def _check(terminal: Terminal, file: Path, types: Mapping[str, str]) -> None:
+    found = imatrix.coverage(MODEL, file, "Q8_0", tensor_types=types)
+    if found.ready:
+        verdict = Text("ready", "green")
+    else:
+        verdict = Text(f"{len(found.failing)} weights of the head would fail", "red")
+    terminal.out.print(Text(f"   {file.name}: ") + verdict)
+
+
+def _flat(matrix: ImportanceMatrix) -> ImportanceMatrix:
+    """The trunk's data, and for the head ones: every column weighs the same."""
+    ones = {
+        name: Entry(np.ones_like(entry.sums), np.ones_like(entry.counts))
+        for name, entry in matrix.head.items()
+    }
+    return ImportanceMatrix({**matrix.trunk, **ones})
+
+
+def _refusal(terminal: Terminal, place: Path, matrix: Path, types: Mapping[str, str]) -> str | None:
+    """The reason to refuse, in the engine's words; None if it did not."""
     try:
         with StepProgress(terminal, "   quantizing", tensors_told) as bar:
             imatrix.quantize(
-                model, place / f"demo-{_TYPE}.gguf", _TYPE, imatrix=matrix, progress=bar
+                MODEL,
+                place / f"head-{_TYPE}-none.gguf",
+                "Q8_0",
+                imatrix=matrix,
+                tensor_types=types,
+                progress=bar,
             )
     except imatrix.EngineError as error:
-        return str(error)
+        return str(error).replace(str(MODEL), MODEL.name)
     return None
+
+
+def _evaluate(
+    terminal: Terminal, model: Path, name: str, *, reference: Path | None
+) -> imatrix.Evaluation:
+    with CollectProgress(terminal, f"   evaluating, {name}", every=0) as bar:
+        return imatrix.evaluate(
+            model,
+            HELD_OUT,
+            reference=reference,
+            depth=_DEPTH,
+            n_ctx=_N_CTX,
+            max_chunks=_HELD_OUT_CHUNKS,
+            progress=bar,
+        )
+
+
+def _render(terminal: Terminal, found: Mapping[str, imatrix.Evaluation], refused: str) -> None:
+    flat, collected = found["flat ones"], found["collected"]
+    _indented(terminal, Text("none: ", "red") + Text(refused))
+    terminal.out.print()
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("head data")
+    depths = [f"accepted, {k}" for k in range(1, _DEPTH + 1)]
+    for name in ("head NLL", "KL to F16's", *depths, "tokens a draft"):
+        table.add_column(name, justify="right")
+    for name, each in found.items():
+        if each is flat:
+            table.add_row("none", Text("refused", "red"))
+        table.add_row(
+            name,
+            _told(each.head_nll, "{:.4f}"),
+            _told(each.head_kl, "{:.4f}"),
+            *(_told(rate, "{:.2%}") for rate in each.draft),
+            *[""] * (_DEPTH - len(each.draft)),
+            _told(each.accepted_length, "{:.3f}"),
+        )
+    _indented(terminal, table)
+    _line(
+        terminal,
+        f"accepted, k: how often the trunk takes the k-th token that the head drafts; "
+        f"{len(flat.chunk)} positions",
+    )
+    terminal.out.print()
+
+    difference = collected.compare(flat)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("collected less flat, paired")
+    table.add_column("difference", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("")
+    measures = {
+        "KL to the F16 head, nats": (difference.head_kl, "{:+.4f}", -1),
+        "head NLL, nats": (difference.head_nll, "{:+.4f}", -1),
+        "accepted at depth 1": (difference.agreement, "{:+.2%}", 1),
+        "tokens a draft": (difference.accepted_length, "{:+.3f}", 1),
+    }
+    for name, (estimate, form, sign) in measures.items():
+        if estimate is not None:
+            low, high = form.format(estimate.low), form.format(estimate.high)
+            told = _verdict(estimate, sign)
+            table.add_row(name, form.format(estimate.value), f"{low} to {high}", told)
+    _indented(terminal, table)
+
+
+def _indented(terminal: Terminal, what: RenderableType) -> None:
+    terminal.out.print(Padding(what, (0, 0, 0, 3), expand=False))
+
+
+def _told(estimate: imatrix.Estimate | None, form: str) -> str:
+    return "" if estimate is None else form.format(estimate.value)
+
+
+def _verdict(difference: imatrix.Estimate, sign: int) -> Text:
+    """What the interval allows to say; `sign` is that of a gain."""
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    if low > 0:
+        return Text("collected is better", "green")
+    if high < 0:
+        return Text("flat is better", "red")
+    return Text("no difference this text can show", "yellow")
