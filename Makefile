@@ -10,13 +10,14 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test dev tools lint format types bench sanitize dist clean
+.PHONY: help demo test dev tools lint format types bench quality sanitize dist clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
 	@echo "make test      build, then lint, types and all tests"
 	@echo "make dev       editable install; again after a change, it takes seconds"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
+	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
 	@echo "make sanitize  the core's tests under ASan and UBSan"
 	@echo "make dist      sdist and wheel into dist/"
 
@@ -58,6 +59,9 @@ types: dev
 
 bench: tools
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+quality: dev
+	$(BIN)/python benchmarks/quality.py
 
 sanitize: tools
 	bash tests/native/sanitize.sh

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import machine
 import models
 import pytest
 
@@ -66,19 +65,11 @@ def measure(
     return record
 
 
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        name = found[1]
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
 def _write(times: Times) -> None:
     lines = [
         "# Seconds per chunk",
         "",
-        f"{datetime.date.today()}, {_machine()}, {PASSES} interleaved passes in one run; median "
+        f"{datetime.date.today()}, {machine.told()}, {PASSES} interleaved passes in one run; median "
         "[lowest, highest]. Made by `make bench`.",
     ]
     for name in dict.fromkeys(model for model, _ in times):
