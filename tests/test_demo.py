@@ -38,7 +38,7 @@ def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
 def normalized(text: str) -> str:
     """Without what may change from run to run and with the width of a terminal: numbers, lines
     and spaces, rules, and whether a difference is one."""
-    text = re.sub(r"collected is better|flat is better|no difference this text can show", "~", text)
+    text = re.sub(r"collected is better|flat is better|no difference shown", "~", text)
     text = re.sub(r"[+-]?\d+(\.\d+)?%?", "#", text)
     return " ".join(text.replace("─", " ").split())
 
@@ -122,10 +122,10 @@ def test_a_verdict_is_what_the_interval_allows() -> None:
     # a loss: below zero is a gain
     assert demo._verdict(estimate(-2, -1), -1).plain == "collected is better"
     assert demo._verdict(estimate(1, 2), -1).plain == "flat is better"
-    assert demo._verdict(estimate(-1, 2), -1).plain == "no difference this text can show"
+    assert demo._verdict(estimate(-1, 2), -1).plain == "no difference shown"
     assert demo._verdict(estimate(1, 2), 1).plain == "collected is better"
     assert demo._verdict(estimate(-2, -1), 1).plain == "flat is better"
-    assert demo._verdict(estimate(0, 2), 1).plain == "no difference this text can show"
+    assert demo._verdict(estimate(0, 2), 1).plain == "no difference shown"
 
 
 @pytest.mark.parametrize("keep", [False, True])

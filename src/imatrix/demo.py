@@ -30,6 +30,9 @@ _TYPE = "IQ2_XXS"
 _N_CTX = 512
 _DEPTH = 3
 
+# Columns that a paragraph fills at most.
+_WIDTH = 100
+
 # How much of either text; None for all.
 _CALIBRATION_CHUNKS: int | None = None
 _HELD_OUT_CHUNKS: int | None = None
@@ -101,7 +104,7 @@ def _steps(terminal: Terminal, place: Path) -> bool:
     if refused is None:
         terminal.error("the engine took a matrix without the head, which it should refuse")
         return False
-    found = {"F16 trunk and head": _evaluate(terminal, MODEL, "F16", reference=None)}
+    found = {"F16 (reference)": _evaluate(terminal, MODEL, "F16", reference=None)}
     for name, data in {"flat ones": _flat(matrix), "collected": matrix}.items():
         target = place / f"head-{_TYPE}-{name.split()[0]}.gguf"
         with StepProgress(terminal, f"   quantizing, {name}", tensors_told) as bar:
@@ -184,8 +187,8 @@ def _render(terminal: Terminal, found: Mapping[str, imatrix.Evaluation], refused
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("head data")
-    depths = [f"accepted, {k}" for k in range(1, _DEPTH + 1)]
-    for name in ("head NLL", "KL to F16's", *depths, "tokens a draft"):
+    depths = [f"depth {k}" for k in range(1, _DEPTH + 1)]
+    for name in ("head NLL", "KL", *depths, "tokens"):
         table.add_column(name, justify="right")
     for name, each in found.items():
         if each is flat:
@@ -199,10 +202,13 @@ def _render(terminal: Terminal, found: Mapping[str, imatrix.Evaluation], refused
             _told(each.accepted_length, "{:.3f}"),
         )
     _indented(terminal, table)
-    _line(
+    _indented(
         terminal,
-        f"accepted, k: how often the trunk takes the k-th token that the head drafts; "
-        f"{len(flat.chunk)} positions",
+        Text(
+            "KL: from the F16 head. depth k: how often the trunk accepts the k-th token of a draft "
+            "whose earlier tokens it accepted. tokens: accepted a draft, of "
+            f"{_DEPTH}. {len(flat.chunk)} positions."
+        ),
     )
     terminal.out.print()
 
@@ -227,7 +233,8 @@ def _render(terminal: Terminal, found: Mapping[str, imatrix.Evaluation], refused
 
 
 def _indented(terminal: Terminal, what: RenderableType) -> None:
-    terminal.out.print(Padding(what, (0, 0, 0, 3), expand=False))
+    out = terminal.out
+    out.print(Padding(what, (0, 0, 0, 3), expand=False), width=min(out.width, _WIDTH))
 
 
 def _told(estimate: imatrix.Estimate | None, form: str) -> str:
@@ -241,4 +248,4 @@ def _verdict(difference: imatrix.Estimate, sign: int) -> Text:
         return Text("collected is better", "green")
     if high < 0:
         return Text("flat is better", "red")
-    return Text("no difference this text can show", "yellow")
+    return Text("no difference shown", "yellow")
