@@ -353,21 +353,19 @@ def _calibration(study: Study, name: str) -> Text:
 
 
 def cells(study: Study) -> list[Cell]:
-    """The cells of the study; the costliest part, the main grid, first."""
+    """The cells of the study, what matters most first."""
     base = {"text": study.calibration[0].name, "chunks": study.sizes[-1]}
-    grid = [
-        Cell(part, type_, data, **base)
+    main = {
+        part: [Cell(part, type_, data, **base) for type_ in study.types for data in DATA[part]]
         for part in study.parts
-        for type_ in study.types
-        for data in DATA[part]
-    ]
-    grid += [
+    }
+    calibrations = [
         Cell("head", type_, "ours", text.name, size)
         for type_ in study.calibrated
         for text in study.calibration
         for size in study.sizes
     ]
-    return list(dict.fromkeys(grid))
+    return list(dict.fromkeys([*main.get("head", ()), *calibrations, *main.get("whole", ())]))
 
 
 @dataclass(frozen=True)
