@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from forge import Arch, ModelSpec, make_model
 
+import imatrix
+
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
 
@@ -58,6 +60,11 @@ def engine_tool() -> EngineTool:
             pytest.fail(str(error), pytrace=False)
 
     return find
+
+
+def trained_models() -> list[Path]:
+    """The models with a trained head that ship with the package."""
+    return sorted((Path(imatrix.__file__).parent / "data").glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")

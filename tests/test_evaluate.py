@@ -191,6 +191,7 @@ def test_trunk_and_head_predict_as_the_oracle(arch: Arch, forged: Forged, prose:
     assert (found.known == 1).all()
     assert found.draft[0].value == (found.head.top == found.trunk.top).mean()
     assert found.chunk.tolist() == [0] * 47 + [1] * 47
+    assert found.position.tolist() == [*range(48, 95)] * 2
 
 
 @pytest.mark.parametrize("arch", HEADS)
@@ -525,6 +526,7 @@ def made(
         n_vocab=100,
         digest=digest,
         chunk=chunk,
+        position=np.arange(len(chunk), dtype=np.int32),
         trunk=rows,
         head=None if known is None else rows,
         depth=3,

@@ -135,12 +135,18 @@ class Evaluation:
         n_vocab: tokens of the vocabulary.
         digest: SHA-256 of the tokens, which tells whether two evaluations are of the same text.
         chunk: number of the chunk of each scored position, int32 [n].
+        position: where in its chunk each is, int32 [n]: the slot p that holds x_p and predicts
+            x_{p+1}.
         trunk: the trunk's predictions.
         head: the first head's predictions, each slot fed with the text and the trunk's rows
             (teacher forcing); None without a head.
         depth: how many tokens a draft has; fewer than asked for where a chain has fewer heads.
-        known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`.
-        accepted: int8 [n], how many of these tokens were accepted: known or known - 1.
+        known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`;
+            0 to depth, empty without a head.
+        accepted: int8 [n], how many of these tokens were accepted: known or known - 1. On text
+            that the trunk wrote greedily, accepted[i] is what the engine's speculative decoding
+            accepts of the draft that it begins at slot position[i]; the next one begins at
+            position[i] + accepted[i] + 1.
     """
 
     model: str
@@ -150,6 +156,7 @@ class Evaluation:
     n_vocab: int
     digest: str
     chunk: I32
+    position: I32
     trunk: Predictions
     head: Predictions | None
     depth: int
@@ -504,7 +511,7 @@ def evaluate(
             n_threads=ours._n_threads,
             depth=depth,
         )
-        found, digest = _drive(evaluator, first, chunks, total, progress)
+        found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
         n_vocab = own.n_vocab
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
         if with_head and ours.n_nextn > 1 and ours.mtp_architecture != "gemma4-assistant":
@@ -522,6 +529,12 @@ def evaluate(
         n_vocab=n_vocab,
         digest=digest,
         chunk=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+        position=np.concatenate(
+            [
+                np.arange(n // 2, n // 2 + size, dtype=np.int32)
+                for n, size in zip(lengths, sizes, strict=True)
+            ]
+        ),
         trunk=_joined([chunk["trunk"] for chunk in found], reference is not None),
         head=_joined([chunk["head"] for chunk in found], reference is not None)
         if with_head
@@ -555,9 +568,11 @@ def _drive(
     rest: Iterator[NDArray[np.int32]],
     total: int | None,
     progress: Callable[[Progress], object] | None,
-) -> tuple[list[_session.ChunkEvaluation], str]:
-    """Native steps run in a second thread, so that Ctrl-C reaches this one."""
+) -> tuple[list[_session.ChunkEvaluation], list[int], str]:
+    """What was found by chunk, their lengths, and the digest of their tokens. Native steps run in
+    a second thread, so that Ctrl-C reaches this one."""
     found: list[_session.ChunkEvaluation] = []
+    lengths: list[int] = []
     digest = hashlib.sha256()
     n_tokens = n_scored = 0
     nll = nll_sq = 0.0
@@ -570,6 +585,7 @@ def _drive(
                 following = next(rest, None)
                 done = running.result()
                 found.append(done)
+                lengths.append(len(chunk))
                 digest.update(len(chunk).to_bytes(8, "little") + chunk.astype("<i4").tobytes())
                 n_tokens += len(chunk)
                 n_scored += len(done["trunk"]["nll"])
@@ -583,7 +599,7 @@ def _drive(
         except BaseException:
             evaluator.cancel()
             raise
-    return found, digest.hexdigest()
+    return found, lengths, digest.hexdigest()
 
 
 def _so_far(nll: float, nll_sq: float, n: int) -> Perplexity | None:
