@@ -26,7 +26,14 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.devices import Backends, Device, add_rpc_server, backends
-    from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate
+    from imatrix.evaluation import (
+        Comparison,
+        Difference,
+        Estimate,
+        Evaluation,
+        Predictions,
+        evaluate,
+    )
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -39,6 +46,7 @@ __all__ = [
     "Comparison",
     "Coverage",
     "Device",
+    "Difference",
     "EngineError",
     "Entry",
     "Estimate",
@@ -83,6 +91,7 @@ _NATIVE = {
     "Plan": "collector",
     "Progress": "collector",
     "Comparison": "evaluation",
+    "Difference": "evaluation",
     "Estimate": "evaluation",
     "Evaluation": "evaluation",
     "Predictions": "evaluation",

@@ -25,7 +25,7 @@ from imatrix import _session, corpus
 from imatrix.collector import Collector, Perplexity, Progress
 from imatrix.errors import ModelError
 
-__all__ = ["Comparison", "Estimate", "Evaluation", "Predictions", "evaluate"]
+__all__ = ["Comparison", "Difference", "Estimate", "Evaluation", "Predictions", "evaluate"]
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -57,6 +57,18 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """One evaluation's figure minus another's, and what can be said of it.
+
+    Attributes:
+        verdict: "better" or "worse", for the first of the two, where the interval leaves out
+            zero; "no difference shown" where it does not; "too few chunks to tell" without one.
+    """
+
+    verdict: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,30 +311,42 @@ class Evaluation:
             and np.array_equal(self.trunk.reference_nll, other.trunk.reference_nll)
         )
 
-        def difference(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> Estimate | None:
+        def difference(
+            mine: NDArray[Any] | None, theirs: NDArray[Any] | None, *, less_is_better: bool
+        ) -> Difference | None:
             if mine is None or theirs is None:
                 return None
-            return sample.mean(mine.astype(np.float64) - theirs.astype(np.float64))
+            apart = mine.astype(np.float64) - theirs.astype(np.float64)
+            return _difference(sample.mean(apart), less_is_better)
 
-        heads = self.head is not None and other.head is not None
-        length = None
-        if heads:
-            means = self._length_means() - other._length_means()
-            length = sample.estimate(means, sample.spread(means), len(self.known))
+        def strayed(rows: Predictions, others: Predictions) -> tuple[Difference | None, ...]:
+            if not same_reference:
+                return None, None
+            return (
+                difference(rows.kl, others.kl, less_is_better=True),
+                difference(_matches(rows), _matches(others), less_is_better=False),
+            )
+
+        nll = _difference(sample.mean(self.trunk.nll - other.trunk.nll), True)
+        kl, top1 = strayed(self.trunk, other.trunk)
+        if self.head is None or other.head is None:
+            return Comparison(nll, kl, top1, None, None, None, (), None)
+        head_kl, head_top1 = strayed(self.head, other.head)
+        length = self._length_means() - other._length_means()
         return Comparison(
-            nll=sample.mean(self.trunk.nll - other.trunk.nll),
-            kl=difference(self.trunk.kl, other.trunk.kl) if same_reference else None,
-            top1=difference(_matches(self.trunk), _matches(other.trunk))
-            if same_reference
-            else None,
-            head_nll=difference(self.head.nll, other.head.nll)
-            if self.head is not None and other.head is not None
-            else None,
-            head_kl=difference(self.head.kl, other.head.kl)
-            if self.head is not None and other.head is not None and same_reference
-            else None,
-            agreement=difference(self.accepted >= 1, other.accepted >= 1) if heads else None,
-            accepted_length=length,
+            nll=nll,
+            kl=kl,
+            top1=top1,
+            head_nll=difference(self.head.nll, other.head.nll, less_is_better=True),
+            head_kl=head_kl,
+            head_top1=head_top1,
+            draft=tuple(
+                self._draft_difference(other, k)
+                for k in range(1, min(self._depth_known, other._depth_known) + 1)
+            ),
+            accepted_length=_difference(
+                sample.estimate(length, sample.spread(length), len(self.known)), False
+            ),
         )
 
     def as_data(self) -> dict[str, Any]:
@@ -372,6 +396,22 @@ class Evaluation:
         matches = _matches(rows)
         return None if matches is None else self._sample.mean(matches)
 
+    def _draft_difference(self, other: Evaluation, k: int) -> Difference:
+        """Agreement at depth k of this one minus the other's.
+
+        At depth 1 both are judged at every position. Deeper, each has slots of its own, those
+        where the drafts before were accepted: a difference of two shares over the same resamples.
+        """
+        mine, theirs = self.accepted >= k, other.accepted >= k
+        if k == 1:
+            apart = mine.astype(np.float64) - theirs.astype(np.float64)
+            return _difference(self._sample.mean(apart), False)
+        means = self._sample.means(mine, self.known >= k) - self._sample.means(
+            theirs, other.known >= k
+        )
+        n = min(int((self.known >= k).sum()), int((other.known >= k).sum()))
+        return _difference(self._sample.estimate(means, self._sample.spread(means), n), False)
+
     def _length_means(self) -> F64:
         length = np.zeros(1 + _RESAMPLES)
         reached = np.ones(1 + _RESAMPLES)
@@ -387,24 +427,45 @@ class Comparison:
     """Differences of two evaluations of the same text: the one asked minus the one given.
 
     Paired: each difference is taken position by position, and the intervals resample the chunks
-    of both together. One is clearly better where the interval leaves out zero. None where either
-    has no such figure; those that need a reference, where it was not the same one.
+    of both together. None where either has no such figure; those that need a reference, where it
+    was not the same one.
 
     Attributes:
-        nll, kl: of the trunk, nats a token; below zero, the one asked is better.
-        top1: share of positions; above zero, the one asked is better.
-        head_nll, head_kl: of the head; below zero, the one asked is better.
-        agreement: draft agreement at depth 1; above zero, the one asked is better.
-        accepted_length: drafted tokens a verification; above zero, the one asked is better.
+        nll, kl: of the trunk, nats a token.
+        top1: the trunk's likeliest token is the reference's, share of positions.
+        head_nll, head_kl: of the head, nats a token.
+        head_top1: as top1, of the head and the reference's head.
+        draft: draft agreement by depth, as deep as both were judged. From depth 2 on each model
+            has been judged at slots of its own, those that Evaluation.draft speaks of: `error` is
+            then the standard deviation of the bootstrap and `n` the smaller number of slots.
+            Empty without heads.
+        accepted_length: drafted tokens accepted a verification.
     """
 
-    nll: Estimate
-    kl: Estimate | None
-    top1: Estimate | None
-    head_nll: Estimate | None
-    head_kl: Estimate | None
-    agreement: Estimate | None
-    accepted_length: Estimate | None
+    nll: Difference
+    kl: Difference | None
+    top1: Difference | None
+    head_nll: Difference | None
+    head_kl: Difference | None
+    head_top1: Difference | None
+    draft: tuple[Difference, ...]
+    accepted_length: Difference | None
+
+    def as_data(self) -> dict[str, Any]:
+        """The differences as plain data for JSON, in the form of Evaluation.as_data()."""
+        head = None
+        if self.head_nll is not None:
+            head = {
+                "nll": _data(self.head_nll),
+                "kl": _data(self.head_kl),
+                "top1": _data(self.head_top1),
+                "agreement": [_data(found) for found in self.draft],
+                "accepted_length": _data(self.accepted_length),
+            }
+        return {
+            "trunk": {"nll": _data(self.nll), "kl": _data(self.kl), "top1": _data(self.top1)},
+            "head": head,
+        }
 
 
 def evaluate(
@@ -635,9 +696,20 @@ def _exp(mean: Estimate) -> Estimate:
     return Estimate(value, value * mean.error, low, high, mean.n)
 
 
-def _data(estimate: Estimate | None) -> dict[str, float | int | None] | None:
+def _difference(found: Estimate, less_is_better: bool) -> Difference:
+    if math.isnan(found.low):
+        verdict = "too few chunks to tell"
+    elif found.low <= 0 <= found.high:
+        verdict = "no difference shown"
+    else:
+        verdict = "better" if (found.high < 0) == less_is_better else "worse"
+    return Difference(found.value, found.error, found.low, found.high, found.n, verdict)
+
+
+def _data(estimate: Estimate | None) -> dict[str, float | int | str | None] | None:
     if estimate is None:
         return None
+    verdict = {"verdict": estimate.verdict} if isinstance(estimate, Difference) else {}
     figures = {
         "value": estimate.value,
         "error": estimate.error,
@@ -647,4 +719,5 @@ def _data(estimate: Estimate | None) -> dict[str, float | int | None] | None:
     return {
         **{name: v if math.isfinite(v) else None for name, v in figures.items()},
         "n": estimate.n,
+        **verdict,
     }
