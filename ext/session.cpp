@@ -1,7 +1,6 @@
 #include "session.h"
 
 #include "engine_log.h"
-#include "for_each_row.h"
 #include "row_kernels.h"
 
 #include "ggml-backend.h"
@@ -19,13 +18,6 @@ namespace imatrix {
 namespace {
 
 std::atomic<int64_t> g_live_sessions{0};
-
-// Tokens in the graphs that are only looked at. Prime, so that a layer cropped to its
-// output rows cannot look like one that keeps them all.
-constexpr int32_t kProbeTokens = 61;
-
-// Slots of a later head that run side by side, each in a sequence of its own (run_later_head).
-constexpr int32_t kSlotsTogether = 64;
 
 void init_backend_once() {
     static std::once_flag once;
@@ -134,9 +126,6 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
 
 // --- Session: contexts -----------------------------------------------------
 
-void Session::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
-void Session::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
-
 Session::~Session() {
     if (trunk_ != nullptr) {
         --g_live_sessions;
@@ -150,41 +139,25 @@ const char * Session::kernel() const { return best_row_kernel().name; }
 void Session::set_hook_enabled(bool enabled) { hook_.set_enabled(enabled); }
 
 Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
-    clear_error();
-    llama_context_params engine = llama_context_default_params();
+    ContextParams params;
     // each sequence gets n_ctx tokens, rounded up as the engine would round the whole
     // (llama-context.cpp), or it would round a sequence down
     const int32_t padded = params_.n_seq > 1 ? (params_.n_ctx + 255) / 256 * 256 : params_.n_ctx;
-    engine.n_ctx         = static_cast<uint32_t>(padded * params_.n_seq);
-    engine.n_batch       = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch      = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max     = static_cast<uint32_t>(params_.n_seq);
-    // room for the logits of this many rows is reserved in every graph
-    engine.n_outputs_max     = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
-    engine.n_threads         = params_.n_threads;
-    engine.n_threads_batch   = params_.n_threads;
-    engine.cb_eval           = EvalHook::callback;
-    engine.cb_eval_user_data = &hook_;
-    engine.abort_callback    = [](void * data) -> bool {
-        return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
-    };
-    engine.abort_callback_data = &cancelled_;
-    engine.no_perf             = true;
-    if (head) {
-        engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
-        engine.ctx_other = trunk_.get();
-    }
+    params.n_ctx         = padded * params_.n_seq;
+    params.n_batch       = params_.n_batch;
+    params.n_ubatch      = params_.n_ubatch;
+    params.n_seq         = params_.n_seq;
+    params.n_outputs     = all_outputs ? params_.n_batch : params_.n_seq;
+    params.n_threads     = params_.n_threads;
+    params.hook          = &hook_;
+    params.cancelled     = &cancelled_;
+    params.trunk         = head ? trunk_.get() : nullptr;
     if (sharing_ || (head && n_heads_ > 1)) { // see run_later_head, run_sharing_head
-        engine.kv_unified = true;
-        engine.n_seq_max  = kSlotsTogether + 1;
-        engine.n_ctx =
-            static_cast<uint32_t>(params_.n_ctx + (sharing_ ? 0 : kSlotsTogether * n_heads_));
-        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
+        params.branch_cells = sharing_ ? 0 : kSlotsTogether * n_heads_;
     }
-    out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
-    if (out == nullptr) {
-        return engine_error(Code::engine_failed,
-                            head ? "the engine made no MTP context" : "the engine made no context");
+    const Status status = imatrix::make_context(head ? *head_model_ : model_, params, out);
+    if (!status.ok()) {
+        return status;
     }
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
@@ -442,14 +415,14 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
 
 // -log softmax(logits)[next token] for some rows of the trunk's last batch.
 void Session::score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                    const std::vector<int32_t> & batch_index, std::vector<double> & nll) const {
+                    const std::vector<int32_t> & batch_index, std::vector<double> & nll) {
     const int32_t              n_vocab = model_.n_vocab();
     std::vector<const float *> logits(batch_index.size());
     for (size_t k = 0; k < batch_index.size(); ++k) {
         logits[k] = llama_get_logits_ith(trunk_.get(), batch_index[k]);
     }
     nll.assign(logits.size(), 0.0);
-    for_each_row(logits.size(), params_.n_threads, [&](size_t k) {
+    hook_.threads().run(logits.size(), [&](size_t k) {
         const float * row = logits[k];
         float         top = row[0];
         for (int32_t v = 1; v < n_vocab; ++v) {

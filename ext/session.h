@@ -2,6 +2,7 @@
 // both and their squared activations into the sums.
 #pragma once
 
+#include "context.h"
 #include "eval_hook.h"
 #include "status.h"
 #include "sums.h"
@@ -13,8 +14,6 @@
 #include <vector>
 
 struct llama_model;
-struct llama_context;
-struct llama_batch_ext;
 
 namespace imatrix {
 
@@ -129,20 +128,12 @@ public:
     static int64_t live(); // sessions that exist, for leak tests
 
 private:
-    struct FreeContext {
-        void operator()(llama_context * ctx) const;
-    };
-    struct FreeBatch {
-        void operator()(llama_batch_ext * batch) const;
-    };
     struct HeadRow { // one row for the MTP context
         int32_t       token;
         int32_t       pos;
         int32_t       seq;
         const float * state; // [n_embd_h_]
     };
-    using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
-    using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
 
     Status make_context(bool head, bool all_outputs, ContextPtr & out);
     Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
@@ -160,7 +151,7 @@ private:
     Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
     Status check_rows(int64_t n_tokens) const;
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                 const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
+                 const std::vector<int32_t> & batch_index, std::vector<double> & nll);
 
     const Model & model_;
     const Model * head_model_;

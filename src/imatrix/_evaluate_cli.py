@@ -183,7 +183,7 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
         soft_wrap=True,
     )
     if found.reference is not None:
-        out.print(f"against {found.reference}", markup=False, soft_wrap=True)
+        out.print(f"reference: {found.reference}", markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "value", "± error", "95 % interval", "positions"):
         table.add_column(name, justify="left" if name == "" else "right")
