@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import resource
 import time
@@ -536,9 +535,7 @@ def export(
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
     w.add_token_list(tokens)
-    w.add_token_types(
-        [gguf.TokenType.NORMAL] * n_plain + [gguf.TokenType.CONTROL] * len(SPECIALS)
-    )
+    w.add_token_types([gguf.TokenType.NORMAL] * n_plain + [gguf.TokenType.CONTROL] * len(SPECIALS))
     w.add_token_merges([f"{a} {b}" for a, b in merges])
     w.add_bos_token_id(tokens.index(BOS))
     w.add_eos_token_id(tokens.index(EOS))
@@ -553,7 +550,7 @@ def export(
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
-    os.replace(part, path)
+    part.replace(path)
 
 
 def load(path: Path) -> tuple[Shape, Trunk, Head, Tokenizer]:
@@ -594,14 +591,12 @@ def load(path: Path) -> tuple[Shape, Trunk, Head, Tokenizer]:
 # --- the figures ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def measure(path: Path, text: str, n_ctx: int = 512) -> dict[str, Any]:
+def measure(path: Path, text: str, n_ctx: int = 512, threads: int = 2) -> dict[str, Any]:
     """What `imatrix.evaluate` reports at depth 1, by chunk, in float64 and from this file alone.
 
-    Chunks of n_ctx tokens of one stream, which begins with BOS; the tail is dropped, the first token
-    of each chunk replaced by BOS. Scored
-    are the positions p of the second half but the last: n_ctx/2 <= p < n_ctx - 1
-    (llama-perplexity). Trunk row p and head slot p both predict x_{p+1}.
+    Chunks of n_ctx tokens of one stream, which begins with BOS; the tail is dropped, the first
+    token of each chunk replaced by BOS. Scored are the positions p of the second half but the last:
+    n_ctx/2 <= p < n_ctx - 1 (llama-perplexity). Trunk row p and head slot p both predict x_{p+1}.
     """
     s, trunk, head, tokenizer = load(path)
     bos = s.n_vocab - len(SPECIALS) + SPECIALS.index(BOS)
@@ -613,26 +608,34 @@ def measure(path: Path, text: str, n_ctx: int = 512) -> dict[str, Any]:
     for chunk in chunks:
         digest.update(n_ctx.to_bytes(8, "little") + chunk.astype("<i4").tobytes())
     scored = slice(n_ctx // 2, n_ctx - 1)
-    found: dict[str, list[Any]] = {"trunk_nll": [], "head_nll": [], "agreement": []}
-    for chunk in chunks:
+
+    @torch.no_grad()
+    def score(chunk: np.ndarray) -> tuple[float, float, float]:
         x = torch.from_numpy(chunk)[None]
         h, logits, _ = trunk(x, cos, sin)
         head_logits, _ = head(x, h, trunk.token_embd, cos, sin)
         targets = x[0, 1:][scored]
         rows, head_rows = logits[0, :-1][scored], head_logits[0, :-1][scored]
-        found["trunk_nll"].append(F.cross_entropy(rows, targets).item())
-        found["head_nll"].append(F.cross_entropy(head_rows, targets).item())
         same = rows.argmax(-1) == head_rows.argmax(-1)
-        found["agreement"].append(same.double().mean().item())
+        return (
+            F.cross_entropy(rows, targets).item(),
+            F.cross_entropy(head_rows, targets).item(),
+            same.double().mean().item(),
+        )
+
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as workers:
+        found = np.array(list(workers.map(score, chunks)))
+    by_chunk = dict(zip(("trunk_nll", "head_nll", "agreement"), found.T.tolist(), strict=True))
     return {
         "n_ctx": n_ctx,
         "n_tokens": len(ids),
         "n_chunks": len(chunks),
         "tokens_sha256": digest.hexdigest(),  # as Evaluation.digest
-        "nll": float(np.mean(found["trunk_nll"])),
-        "head_nll": float(np.mean(found["head_nll"])),
-        "agreement": float(np.mean(found["agreement"])),
-        "by_chunk": {name: [round(v, 7) for v in values] for name, values in found.items()},
+        "nll": float(np.mean(by_chunk["trunk_nll"])),
+        "head_nll": float(np.mean(by_chunk["head_nll"])),
+        "agreement": float(np.mean(by_chunk["agreement"])),
+        "by_chunk": {name: [round(v, 7) for v in values] for name, values in by_chunk.items()},
     }
 
 
