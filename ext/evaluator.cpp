@@ -74,7 +74,10 @@ void Predictions::resize(size_t n, bool with_reference) {
 
 // --- Runner ----------------------------------------------------------------
 
-void Runner::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
+void Runner::FreeContext::operator()(llama_context * ctx) const {
+    llama_free(ctx);
+    --g_live_contexts;
+}
 void Runner::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
 
 int32_t Runner::together() const { return std::min(kSlotsTogether, params_.n_batch); }
@@ -112,6 +115,7 @@ Status Runner::make_context(bool head, ContextPtr & out) {
         return engine_error(Code::engine_failed,
                             head ? "the engine made no MTP context" : "the engine made no context");
     }
+    ++g_live_contexts;
     // every token's row, of the trunk for the head and of the head for its next draft
     llama_set_embeddings_nextn(out.get(), head || params_.mtp, /*masked=*/false);
     return {};

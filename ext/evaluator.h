@@ -1,6 +1,7 @@
 // How well a model and its MTP head predict a text, and how far each strays from a reference.
 #pragma once
 
+#include "live.h"
 #include "session.h"
 #include "status.h"
 
@@ -111,7 +112,7 @@ private:
     std::vector<float>  states_; // row p is the state of slot p: zeros, then the trunk's rows
 };
 
-class Evaluator {
+class Evaluator : public Counted<Evaluator> {
 public:
     // The reference's models are NULL without one; heads are NULL where none is evaluated. All
     // must outlive the evaluator.

@@ -18,8 +18,6 @@
 namespace imatrix {
 namespace {
 
-std::atomic<int64_t> g_live_sessions{0};
-
 // Tokens in the graphs that are only looked at. Prime, so that a layer cropped to its
 // output rows cannot look like one that keeps them all.
 constexpr int32_t kProbeTokens = 61;
@@ -51,7 +49,10 @@ Status engine_error(Code code, const std::string & what) {
 
 // --- Model -----------------------------------------------------------------
 
-void Model::Free::operator()(llama_model * model) const { llama_model_free(model); }
+void Model::Free::operator()(llama_model * model) const {
+    llama_model_free(model);
+    --g_live_models;
+}
 
 Status Model::load(const ModelParams & params) {
     init_backend_once();
@@ -70,6 +71,7 @@ Status Model::load(const ModelParams & params) {
     if (model_ == nullptr) {
         return engine_error(Code::bad_model, "the engine could not load the model");
     }
+    ++g_live_models;
     return {};
 }
 
@@ -134,16 +136,11 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
 
 // --- Session: contexts -----------------------------------------------------
 
-void Session::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
-void Session::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
-
-Session::~Session() {
-    if (trunk_ != nullptr) {
-        --g_live_sessions;
-    }
+void Session::FreeContext::operator()(llama_context * ctx) const {
+    llama_free(ctx);
+    --g_live_contexts;
 }
-
-int64_t Session::live() { return g_live_sessions; }
+void Session::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
 
 const char * Session::kernel() const { return best_row_kernel().name; }
 
@@ -186,6 +183,7 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
         return engine_error(Code::engine_failed,
                             head ? "the engine made no MTP context" : "the engine made no context");
     }
+    ++g_live_contexts;
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
         // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
@@ -282,9 +280,6 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
 
 Status Session::open(const SessionParams & params) {
     init_backend_once();
-    if (trunk_ == nullptr) {
-        ++g_live_sessions;
-    }
     head_batch_.reset();
     trunk_batch_.reset();
     head_.reset();
@@ -342,7 +337,6 @@ Status Session::open(const SessionParams & params) {
     if (!status.ok()) {
         head_.reset();
         trunk_.reset();
-        --g_live_sessions;
     }
     return status;
 }

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from imatrix._version import __version__
 from imatrix.errors import (
     CheckpointError,
+    EngineDiedError,
     EngineError,
     ImatrixError,
+    LockedError,
     ModelError,
     NonFiniteError,
     RowsMissingError,
@@ -39,6 +41,7 @@ __all__ = [
     "Comparison",
     "Coverage",
     "Device",
+    "EngineDiedError",
     "EngineError",
     "Entry",
     "Estimate",
@@ -49,6 +52,7 @@ __all__ = [
     "ImatrixError",
     "ImportanceMatrix",
     "LeftOut",
+    "LockedError",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
