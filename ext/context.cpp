@@ -2,6 +2,7 @@
 
 #include "engine_log.h"
 #include "eval_hook.h"
+#include "live.h"
 #include "session.h"
 
 #include "llama.h"
@@ -10,7 +11,10 @@
 
 namespace imatrix {
 
-void FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
+void FreeContext::operator()(llama_context * ctx) const {
+    llama_free(ctx);
+    --g_live_contexts;
+}
 void FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
 
 Status make_context(const Model & model, const ContextParams & params, ContextPtr & out) {
@@ -48,6 +52,7 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
                                                      ? "the engine made no MTP context"
                                                      : "the engine made no context");
     }
+    ++g_live_contexts;
     return {};
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "context.h"
+#include "live.h"
 #include "parallel.h"
 #include "session.h"
 #include "status.h"
@@ -104,7 +105,7 @@ private:
     std::vector<float>  states_; // row p is the state of slot p: zeros, then the trunk's rows
 };
 
-class Evaluator {
+class Evaluator : public Counted<Evaluator> {
 public:
     // The reference's models are NULL without one; heads are NULL where none is evaluated. All
     // must outlive the evaluator.

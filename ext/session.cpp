@@ -17,8 +17,6 @@
 namespace imatrix {
 namespace {
 
-std::atomic<int64_t> g_live_sessions{0};
-
 void init_backend_once() {
     static std::once_flag once;
     std::call_once(once, [] {
@@ -43,7 +41,10 @@ Status engine_error(Code code, const std::string & what) {
 
 // --- Model -----------------------------------------------------------------
 
-void Model::Free::operator()(llama_model * model) const { llama_model_free(model); }
+void Model::Free::operator()(llama_model * model) const {
+    llama_model_free(model);
+    --g_live_models;
+}
 
 Status Model::load(const ModelParams & params) {
     init_backend_once();
@@ -62,6 +63,7 @@ Status Model::load(const ModelParams & params) {
     if (model_ == nullptr) {
         return engine_error(Code::bad_model, "the engine could not load the model");
     }
+    ++g_live_models;
     return {};
 }
 
@@ -125,14 +127,6 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
 }
 
 // --- Session: contexts -----------------------------------------------------
-
-Session::~Session() {
-    if (trunk_ != nullptr) {
-        --g_live_sessions;
-    }
-}
-
-int64_t Session::live() { return g_live_sessions; }
 
 const char * Session::kernel() const { return best_row_kernel().name; }
 
@@ -255,9 +249,6 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
 
 Status Session::open(const SessionParams & params) {
     init_backend_once();
-    if (trunk_ == nullptr) {
-        ++g_live_sessions;
-    }
     head_batch_.reset();
     trunk_batch_.reset();
     head_.reset();
@@ -315,7 +306,6 @@ Status Session::open(const SessionParams & params) {
     if (!status.ok()) {
         head_.reset();
         trunk_.reset();
-        --g_live_sessions;
     }
     return status;
 }

@@ -4,6 +4,7 @@
 
 #include "context.h"
 #include "eval_hook.h"
+#include "live.h"
 #include "status.h"
 #include "sums.h"
 
@@ -90,12 +91,11 @@ struct GraphPlan {
     int64_t                    n_wanted      = 0; // nodes_to_the_last(), with outputs for all rows
 };
 
-class Session {
+class Session : public Counted<Session> {
 public:
     // `head` is the model that holds the head: the same one, or a file of its own. Both must
     // outlive the session. NULL where no head will be asked for.
     Session(const Model & trunk, const Model * head) : model_(trunk), head_model_(head) {}
-    ~Session();
     Session(const Session &)             = delete;
     Session & operator=(const Session &) = delete;
 
@@ -124,8 +124,6 @@ public:
     const GraphPlan &    trunk_plan() const { return trunk_plan_; }
     const GraphPlan &    head_plan() const { return head_plan_; }
     const char *         kernel() const;
-
-    static int64_t live(); // sessions that exist, for leak tests
 
 private:
     struct HeadRow { // one row for the MTP context

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from imatrix._version import __version__
 from imatrix.errors import (
     CheckpointError,
+    EngineDiedError,
     EngineError,
     ImatrixError,
+    LockedError,
     ModelError,
     NonFiniteError,
     RowsMissingError,
@@ -47,6 +49,7 @@ __all__ = [
     "Coverage",
     "Device",
     "Difference",
+    "EngineDiedError",
     "EngineError",
     "Entry",
     "Estimate",
@@ -57,6 +60,7 @@ __all__ = [
     "ImatrixError",
     "ImportanceMatrix",
     "LeftOut",
+    "LockedError",
     "ModelError",
     "ModelFile",
     "NonFiniteError",

@@ -25,6 +25,12 @@ cdef extern from "status.h" namespace "imatrix" nogil:
         int64_t channel
 
 
+cdef extern from "live.h" namespace "imatrix" nogil:
+    # each an std::atomic, which is read as a number
+    int64_t g_live_contexts
+    int64_t g_live_models
+
+
 cdef extern from "engine_log.h" namespace "imatrix" nogil:
     ctypedef void (*LogSink)(int level, const char * line) noexcept
     void set_log_sink(LogSink sink, int level)
@@ -111,6 +117,8 @@ cdef extern from "sums.h" namespace "imatrix" nogil:
     cdef cppclass Sums:
         const vector[Weight] & weights() const
         const vector[Slot] & slots() const
+        @staticmethod
+        int64_t live()
 
 
 cdef extern from "eval_hook.h" namespace "imatrix" nogil:
@@ -217,3 +225,5 @@ cdef extern from "evaluator.h" namespace "imatrix" nogil:
         Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out)
         void cancel()
         void clear_cancel()
+        @staticmethod
+        int64_t live()

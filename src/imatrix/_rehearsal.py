@@ -11,6 +11,7 @@ It cannot see what would end the process only while a graph runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -37,6 +38,16 @@ _NO_CARDS = {
 _ASSERTION = re.compile(r"\S*?([\w-]+/[\w-]+\.(?:cpp|c|h|cu|m)):(\d+): (.*)")
 
 
+def module_command(module: str, *argv: str) -> list[str]:
+    """Runs a module of ours as a program, by this interpreter.
+
+    `python -m` would look for modules in the current folder first, where anybody's files may be.
+    """
+    start = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    start += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=False)"
+    return [sys.executable, "-c", start, *argv]
+
+
 def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> None:
     """Build the graphs of a run in a child process.
 
@@ -53,7 +64,7 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> N
         return
     work = {"model": str(model), "mtp_model": mtp_model and str(mtp_model), "settings": settings}
     child = subprocess.run(
-        [sys.executable, "-m", "imatrix._rehearsal", json.dumps(work)],
+        module_command("imatrix._rehearsal", json.dumps(work)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -66,47 +77,48 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> N
         if child.returncode != 0:
             _log.warning("no rehearsal of %s: %s", model, child.stderr.strip()[-500:])
         return
-    raise ModelError(
-        f"{mtp_model or model}: the engine ends the process on this model while it builds the "
-        f"graphs: {_last_words(child.stderr, child.returncode)}. Its metadata and its tensors do "
-        "not go together; convert it again, or report it with the output of `imatrix --version`."
+    raise refusal(mtp_model or model, last_words(child.stderr, child.returncode))
+
+
+def refusal(path: Path | str, cause: str) -> ModelError:
+    """The error for a model that ended a process which only built its graphs."""
+    return ModelError(
+        f"{path}: the engine ends the process on this model while it builds the graphs: {cause}. "
+        "Its metadata and its tensors do not go together; convert it again, or report it with the "
+        "output of `imatrix --version`."
     )
 
 
-def _last_words(stderr: str, status: int) -> str:
+def last_words(stderr: str, status: int) -> str:
+    """What ended a process: the engine's assertion if there is one, else the signal."""
+    name = f"status {status}"
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-status).name
     for line in reversed(stderr.splitlines()):
         if found := _ASSERTION.match(line.strip()):
             return f"{found[1]}:{found[2]}: {found[3]}"
-    if status < 0:
-        try:
-            return signal.Signals(-status).name
-        except ValueError:
-            pass
-    return f"status {status}"
+    return name
 
 
-def _main() -> None:
+def build(model: str, mtp_model: str | None, settings: dict[str, Any]) -> None:
+    """Build the graphs of a run, from the header alone, in this process."""
     from imatrix import _session
-
-    work = json.loads(sys.argv[1])
-    settings = work["settings"]
 
     def load(path: str, mtp: bool) -> _session.Model:
         return _session.Model(
             path, mtp=mtp, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
         )
 
-    try:
-        separate = work["mtp_model"]
-        model = load(work["model"], settings["mtp"] and separate is None)
+    # what raises is not what is looked for here: the run itself will meet it, and raise it
+    with contextlib.suppress(Exception):
+        trunk = load(model, settings["mtp"] and mtp_model is None)
         head = None
         if settings["mtp"]:
-            head = model if separate is None else load(separate, True)
-        _session.Session(model, head).open(**settings)
-    except Exception:
-        # not what is looked for here: the run itself will meet it, and raise it
-        return
+            head = trunk if mtp_model is None else load(mtp_model, True)
+        _session.Session(trunk, head).open(**settings)
 
 
 if __name__ == "__main__":
-    _main()
+    work = json.loads(sys.argv[1])
+    build(work["model"], work["mtp_model"], work["settings"])

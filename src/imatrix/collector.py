@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import itertools
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -17,19 +21,27 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix import _session, corpus
+from imatrix import _isolate, _session, corpus
 from imatrix._keeper import OTHER_RUN, Keeper
+from imatrix._lock import locked
+from imatrix._native_thread import NativeThread, end_at_exit
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
 from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
-from imatrix.errors import CheckpointError, ModelError, NonFiniteError
-from imatrix.formats.checkpoint import Checkpoint, Setting
+from imatrix.errors import CheckpointError, EngineDiedError, ModelError, NonFiniteError
+from imatrix.formats import FormatError
+from imatrix.formats import checkpoint as checkpoint_file
+from imatrix.formats.checkpoint import Checkpoint, Group, Setting
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
 from imatrix.model_file import ModelFile
 from imatrix.mtp_files import check_fit
 
 Scores = list[tuple[float, float, int]]
+
+# Here, or in a process of their own.
+NativeModel = _session.Model | _isolate.Model
+NativeSession = _session.Session | _isolate.Session
 
 _FOREIGN_HEAD = "mtp:"  # kForeignHead in ext/session.h
 
@@ -138,12 +150,21 @@ class Collector:
         rehearse: build the graphs in a child process first, from the header alone, so that a
             model on which the engine would end the process is a ModelError instead. Takes a
             fraction of a second, once for each kind of run.
+        isolate: run the engine in a process of its own, started when it is first needed and ended
+            by close(). Should the engine or the system end that one, this one stays: run() raises
+            EngineDiedError, which names the chunk and what there is to go on from. The rehearsal
+            takes place there, so that it costs no other process. Texts, checkpoints and matrices
+            stay in this process; the sums come over for each checkpoint and each `matrix`.
         device_sums: sum activations that lie in a device's memory there, where the device can,
             and fetch the sums once a chunk. False copies every activation to the host. Either
             way the sums are float32 within a chunk or less and float64 beyond.
 
     The model is loaded by the first run (or here, if `mtp` is True or False). Use it as a context
     manager, or call close().
+
+    Any thread may use it, and there may be several in one process, each with a run of its own; one
+    has one run at a time. In a process forked from the one that made it, it can only be closed.
+    See docs/robustness.md.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -167,10 +188,20 @@ class Collector:
         check_tensors: bool = False,
         rehearse: bool = True,
         device_sums: bool = True,
+        isolate: bool = False,
     ) -> None:
-        self._model: _session.Model | None = None
-        self._head_model: _session.Model | None = None
-        self._session: _session.Session | None = None
+        self._model: NativeModel | None = None
+        self._head_model: NativeModel | None = None
+        self._session: NativeSession | _Kept | None = None
+        self._engine: _isolate.Engine | None = None
+        self._pid = os.getpid()
+        self._state = threading.RLock()  # a chunk counts wholly or not at all, in any thread
+        self._guard = threading.RLock()  # who runs, and what is loaded
+        self._runner: int | None = None  # the thread of a run
+        self._over = threading.Event()  # no run is on
+        self._over.set()
+        self._ending: str | None = None  # why the run has to end
+        self._stepping: NativeSession | None = None  # what _end() has to stop
         self._closed = True  # until all arguments are found good
         for name, value, least in (
             ("n_ctx", n_ctx, 2),
@@ -208,6 +239,7 @@ class Collector:
         self._rehearse = rehearse
         self._rehearsed: set[tuple[bool, bool, bool]] = set()
         self._device_sums = device_sums
+        self._isolate = isolate
         self._loaded_mtp = False
         self._tally = _Tally()
         self._seconds = 0.0
@@ -242,7 +274,9 @@ class Collector:
     def matrix(self) -> ImportanceMatrix:
         """A copy of what the current run, or else the last one, has collected so far.
 
-        After an error or KeyboardInterrupt in run() it holds every chunk that was complete.
+        After an error or KeyboardInterrupt in run() it holds every chunk that was complete; after
+        an EngineDiedError those in the checkpoint. Asked for in another thread while a chunk
+        runs, it waits for that chunk.
         """
         return self._matrix_of("")
 
@@ -259,32 +293,35 @@ class Collector:
 
     def _matrix_of(self, prefix: str) -> ImportanceMatrix:
         """The entries whose native names start with `prefix`, without it."""
-        entries: dict[str, Entry] = {}
-        if self._session is not None:
-            entries = {
-                name.removeprefix(prefix): Entry(sums, counts, name=name)
-                for name, (sums, counts) in self._session.snapshot().items()
-                if name.startswith(_FOREIGN_HEAD) == bool(prefix)
-            }
-        return ImportanceMatrix(
-            entries,
-            datasets=self._datasets,
-            chunk_count=self._chunks,
-            chunk_size=self._n_ctx,
-            provenance=Provenance(
-                collector=f"imatrix {__version__}",
-                engine=engine_name(),
-                mtp=self._with_head,
-                n_ctx=self._n_ctx,
-                dataset_digest=self._digest.hexdigest(),
-                left_out=tuple(self._left_out),
-            ),
-        )
+        self._check_process()
+        with self._state:
+            entries: dict[str, Entry] = {}
+            if self._session is not None:
+                entries = {
+                    name.removeprefix(prefix): Entry(sums, counts, name=name)
+                    for name, (sums, counts) in self._session.snapshot().items()
+                    if name.startswith(_FOREIGN_HEAD) == bool(prefix)
+                }
+            return ImportanceMatrix(
+                entries,
+                datasets=self._datasets,
+                chunk_count=self._chunks,
+                chunk_size=self._n_ctx,
+                provenance=Provenance(
+                    collector=f"imatrix {__version__}",
+                    engine=engine_name(),
+                    mtp=self._with_head,
+                    n_ctx=self._n_ctx,
+                    dataset_digest=self._digest.hexdigest(),
+                    left_out=tuple(self._left_out),
+                ),
+            )
 
     @property
     def perplexity(self) -> Perplexity | None:
         """Perplexity over the current or last run; None unless it was asked for."""
-        return self._tally.perplexity
+        with self._state:
+            return self._tally.perplexity
 
     @property
     def n_vocab(self) -> int:
@@ -301,11 +338,80 @@ class Collector:
     # --- life --------------------------------------------------------------
 
     def close(self) -> None:
-        """Free the model, the contexts and the sums. Safe to call twice."""
-        self._session = None
-        self._model = None
-        self._head_model = None
+        """Free the model, the contexts and the sums. Safe to call twice.
+
+        A run that is on in another thread is ended first: it raises RuntimeError there, and its
+        checkpoint is written. Called by the run's own thread (in `progress`, say), it ends the
+        run when that comes back.
+        """
         self._closed = True
+        if os.getpid() != self._pid:
+            return  # a fork: what is native belongs to the process that made it
+        self._end("this Collector was closed")
+        if self._runner == threading.get_ident():
+            return  # run() does the rest
+        self._over.wait()
+        self._free()
+
+    def _free(self) -> None:
+        with self._state:
+            self._session = None
+            self._model = None
+            self._head_model = None
+            self._loaded_mtp = False
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def _end(self, why: str) -> None:
+        """Have the run that is on end soon, from any thread."""
+        with self._guard:
+            if self._runner is not None:
+                self._ending = why
+                if self._stepping is not None:
+                    self._stepping.cancel()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Be the one run of this Collector."""
+        self._check_process()
+        with self._guard:
+            if self._runner is not None:
+                where = "this" if self._runner == threading.get_ident() else "another"
+                raise RuntimeError(
+                    f"a run of this Collector is on, in {where} thread; wait for it, or make a "
+                    "Collector of its own for each"
+                )
+            self._runner = threading.get_ident()
+            self._over.clear()
+            self._ending = None
+        end_at_exit.running.add(self)
+        try:
+            yield
+        except InterruptedError:
+            # of the step that _end() has stopped
+            if self._ending is None:
+                raise
+            raise RuntimeError(f"the run was ended: {self._ending}") from None
+        finally:
+            end_at_exit.running.discard(self)
+            with self._guard:
+                self._runner = None
+                if self._closed:
+                    self._free()
+                self._over.set()
+
+    def _check_ending(self) -> None:
+        if self._ending is not None:
+            raise RuntimeError(f"the run was ended: {self._ending}")
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this Collector belongs to process {self._pid}, of which this one is a fork: what "
+                "the engine has there is not here. Make a Collector here with isolate=True, or "
+                "start processes by multiprocessing's 'spawn'"
+            )
 
     def __enter__(self) -> Collector:
         return self
@@ -319,7 +425,7 @@ class Collector:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
             warnings.warn(
                 f"Collector({str(self._file.path)!r}) was never closed; use it in a with statement",
                 ResourceWarning,
@@ -360,7 +466,8 @@ class Collector:
             perplexity: score the text as it runs; see the property `perplexity`.
             on_nonfinite: what a NaN or Inf activation does: end the run, or leave out its chunk,
                 which the matrix then remembers (Provenance.left_out).
-            checkpoint: file to go on from if the run is interrupted. It is written every
+            checkpoint: file to go on from if the run is interrupted; one run at a time can have
+                it. It is written every
                 `checkpoint_every` chunks, every three minutes at least, at the end, and where an
                 error or Ctrl-C ends the run. Where there is one, the run goes on from it and gives
                 the same matrix, bit for bit, as without the interruption (on one backend, with
@@ -382,6 +489,10 @@ class Collector:
                 a model without a tokenizer.
             CheckpointError (a ValueError): the checkpoint is of another model, text or setting,
                 or damaged.
+            LockedError (a RuntimeError): another run has this checkpoint; it names the process.
+            RuntimeError: a run of this Collector is on, it was closed meanwhile, or this process
+                is a fork of the one that made it.
+            EngineDiedError: with isolate=True, the process that ran the engine is gone.
             NonFiniteError: a NaN or Inf activation; that chunk is discarded, the earlier ones stay.
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
@@ -390,6 +501,39 @@ class Collector:
             raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
         if checkpoint_every < 0:
             raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
+        with self._running(), _locked(checkpoint):
+            return self._run(
+                texts,
+                mtp=mtp,
+                max_chunks=max_chunks,
+                skip_chunks=skip_chunks,
+                process_output=process_output,
+                parse_special=parse_special,
+                perplexity=perplexity,
+                on_nonfinite=on_nonfinite,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                restart=restart,
+                progress=progress,
+            )
+
+    def _run(
+        self,
+        texts: corpus.Texts,
+        *,
+        mtp: bool,
+        max_chunks: int | None,
+        skip_chunks: int,
+        process_output: bool,
+        parse_special: bool,
+        perplexity: bool,
+        on_nonfinite: Literal["stop", "skip"],
+        checkpoint: str | os.PathLike[str] | None,
+        checkpoint_every: int,
+        restart: bool,
+        progress: Callable[[Progress], object] | None,
+    ) -> ImportanceMatrix:
+        """run(), as the only one."""
         model, with_head = self._prepare(mtp, process_output, perplexity)
         self._reset_run(_dataset_names(texts), with_head, skip_chunks, on_nonfinite == "skip")
         chunks, total, text = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
@@ -413,10 +557,15 @@ class Collector:
         # bad text is an error before any context is made
         first = next(chunks, None)
 
+        session: NativeSession | _Kept
         if first is None:  # the checkpoint is of a run that was done
-            session = _session.Session(model, self._head_model)
+            session = _Kept()
         else:
-            session = self._open(model, with_head, process_output, perplexity)
+            try:
+                session = self._open(model, with_head, process_output, perplexity)
+            except EngineDiedError as error:
+                self._outlive(error, keeper)
+                raise
         if found is not None:
             self._take_over(found, session)
             found = None  # as large as the sums
@@ -425,16 +574,20 @@ class Collector:
         if self._resumed:
             report()
         try:
-            if first is not None:
+            if not isinstance(session, _Kept):
+                assert first is not None
                 self._drive(session, itertools.chain([first], chunks), keeper, report)
+            if keeper is not None:
+                keeper.save(self._done)
+        except EngineDiedError as error:
+            self._outlive(error, keeper)
+            raise
         except BaseException:
             if keeper is not None:
                 keeper.save(self._done)
             raise
-        if keeper is not None:
-            keeper.save(self._done)
         if self._left_out:
-            warnings.warn(_left_out_told(self._left_out), stacklevel=2)
+            warnings.warn(_left_out_told(self._left_out), stacklevel=3)
         return self.matrix
 
     def plan(self, *, mtp: bool = False, process_output: bool = False) -> Plan:
@@ -443,8 +596,9 @@ class Collector:
         Raises:
             ModelError, ValueError, MemoryError: as run() does.
         """
-        model, with_head = self._prepare(mtp, process_output, False)
-        session = self._open(model, with_head, process_output, False)
+        with self._running():
+            model, with_head = self._prepare(mtp, process_output, False)
+            session = self._open(model, with_head, process_output, False)
         (trunk_outputs, trunk), (head_outputs, head) = (
             session.plan["trunk"],
             session.plan["head"],
@@ -458,11 +612,54 @@ class Collector:
         return Plan(trunk, head, never, trunk_outputs, head_outputs)
 
     def _open(
-        self, model: _session.Model, with_head: bool, process_output: bool, perplexity: bool
-    ) -> _session.Session:
-        session = _session.Session(model, self._head_model)
-        session.open(**self._settings(with_head, process_output, perplexity))
+        self, model: NativeModel, with_head: bool, process_output: bool, perplexity: bool
+    ) -> NativeSession:
+        session: NativeSession
+        with self._dropping_engine():
+            if isinstance(model, _isolate.Model):
+                assert not isinstance(self._head_model, _session.Model)
+                session = _isolate.Session(model, self._head_model)
+            else:
+                assert not isinstance(self._head_model, _isolate.Model)
+                session = _session.Session(model, self._head_model)
+            session.open(**self._settings(with_head, process_output, perplexity))
         return session
+
+    @contextmanager
+    def _dropping_engine(self) -> Iterator[None]:
+        """Where loading fails or is interrupted, the engine's own process goes, and with it what
+        it may still be busy with."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, EngineDiedError):
+                error.args = (f"{error.args[0]}, while it loaded {self._file.path}",)
+            elif not isinstance(error, Exception):
+                self._drop_engine()
+            raise
+
+    def _drop_engine(self) -> None:
+        with self._state:
+            self._session = self._model = self._head_model = None
+            self._loaded_mtp = False
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def _started(self) -> _isolate.Engine:
+        """The engine's own process, a new one where the last one has died."""
+        if self._engine is not None and not self._engine.alive:
+            self._drop_engine()
+        if self._engine is None:
+            self._engine = _isolate.Engine()
+        return self._engine
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the engine sees a device to put layers on (with isolate, where it runs)."""
+        if self._isolate:
+            return _isolate.has_gpu(self._started())
+        return any(device["gpu"] for device in _session.backends()[1])
 
     def _settings(self, with_head: bool, process_output: bool, perplexity: bool) -> dict[str, Any]:
         """What _session.Session.open takes."""
@@ -480,7 +677,7 @@ class Collector:
 
     def _prepare(
         self, mtp: bool, process_output: bool, perplexity: bool
-    ) -> tuple[_session.Model, bool]:
+    ) -> tuple[NativeModel, bool]:
         """The model, loaded for what was asked, and whether there is a head to collect."""
         if self._closed:
             raise ValueError("this Collector is closed")
@@ -496,7 +693,7 @@ class Collector:
             warnings.warn(
                 f"{self._file.path.name} ({self.architecture}) has no MTP head "
                 "(nextn_predict_layers is absent or 0): collecting the trunk only",
-                stacklevel=3,
+                stacklevel=4,
             )
         with_head = mtp and self.n_nextn > 0
         if with_head:
@@ -504,18 +701,23 @@ class Collector:
         check_memory(self._file)
         kind = (with_head, process_output, perplexity)
         if self._rehearse and kind not in self._rehearsed:
-            bundled = self._head_file is self._file
-            rehearse_in_child(
-                self._file.path,
-                self._head_file.path if with_head and not bundled else None,
-                self._settings(*kind),
-            )
+            head = self._head_file.path if with_head and self._head_file is not self._file else None
+            if self._isolate:
+                with self._dropping_engine():
+                    _isolate.rehearse(
+                        self._started(),
+                        str(self._file.path),
+                        None if head is None else str(head),
+                        self._settings(*kind),
+                    )
+            else:
+                rehearse_in_child(self._file.path, head, self._settings(*kind))
             self._rehearsed.add(kind)
         return self._load(with_head), with_head
 
     def _drive(
         self,
-        session: _session.Session,
+        session: NativeSession,
         chunks: Iterator[NDArray[np.int32]],
         keeper: Keeper | None,
         report: Callable[[], None],
@@ -526,11 +728,12 @@ class Collector:
         groups = _groups(chunks, self._n_seq, self._done)
         before = self._seconds
         started = time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+        with self._stoppable(session), NativeThread() as native:
             running: Future[None] | None = None
             try:
                 group = next(groups, None)
                 while group is not None:
+                    self._check_ending()
                     running = native.submit(self._collect, session, group)
                     try:
                         following = next(groups, None)
@@ -548,15 +751,30 @@ class Collector:
                     _settle(session, running)
                 raise
 
-    def _collect(self, session: _session.Session, group: list[NDArray[np.int32]]) -> None:
+    @contextmanager
+    def _stoppable(self, session: NativeSession) -> Iterator[None]:
+        """_end() reaches this session's steps."""
+        with self._guard:
+            self._stepping = session
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._stepping = None
+
+    def _collect(self, session: NativeSession, group: list[NDArray[np.int32]]) -> None:
         """Collect chunks side by side and count them; in the native thread."""
+        with self._state:
+            self._collect_group(session, group)
+
+    def _collect_group(self, session: NativeSession, group: list[NDArray[np.int32]]) -> None:
         lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
         try:
             scores = session.step(np.concatenate(group), lengths)
         except NonFiniteError as error:
             if len(group) > 1:  # which of them it was shows when each runs by itself
                 for chunk in group:
-                    self._collect(session, [chunk])
+                    self._collect_group(session, [chunk])
                 return
             error.chunk = self._skipped + self._done
             if not self._skip_nonfinite:
@@ -564,6 +782,9 @@ class Collector:
                 raise
             token = error.chunk * self._n_ctx
             self._left_out.append(LeftOut(error.chunk, token, error.weight))
+        except EngineDiedError as error:
+            error.chunk = self._skipped + self._done
+            raise
         else:
             for chunk in group:
                 self._digest.update(chunk.astype("<i4").tobytes())
@@ -612,6 +833,7 @@ class Collector:
         self._digest = hashlib.sha256()  # of the chunks that count
         self._text_digest = hashlib.sha256()  # of all that are done
         self._tally = _Tally()
+        self._digests: dict[int, Any] = {}  # by chunks done, at the last checkpoints
 
     # --- checkpoints -------------------------------------------------------
 
@@ -633,6 +855,8 @@ class Collector:
         return found
 
     def _checkpoint(self, settings: dict[str, Setting]) -> Checkpoint:
+        # what _outlive goes back to; the one before it, where this one cannot be written
+        self._digests = {**dict(list(self._digests.items())[-1:]), self._done: self._digest.copy()}
         return Checkpoint(
             done=self._done,
             tokens=self._tokens,
@@ -669,12 +893,17 @@ class Collector:
             raise CheckpointError(
                 f"{path} is of another text: the first {found.done} chunks differ. {OTHER_RUN}"
             )
+        self._digests = {found.done: self._digest.copy()}
 
-    def _take_over(self, found: Checkpoint, session: _session.Session) -> None:
+    def _take_over(self, found: Checkpoint, session: NativeSession | _Kept) -> None:
         """Stand where the checkpoint was written."""
         for group in found.groups:
             session.restore(*group)
-        self._done = self._resumed = found.done
+        self._resumed = found.done
+        self._stand_at(found)
+
+    def _stand_at(self, found: Checkpoint) -> None:
+        self._done = found.done
         self._chunks = found.done - len(found.left_out)
         self._tokens = found.tokens
         self._seconds = found.seconds
@@ -682,9 +911,46 @@ class Collector:
         self._tally.nll, self._tally.nll_sq = found.nll, found.nll_sq
         self._tally.n = found.scored
 
+    def _outlive(self, error: EngineDiedError, keeper: Keeper | None) -> None:
+        """The engine's process is gone, and the sums with it: go back to the checkpoint, and say
+        in the error what there is."""
+        at = error.chunk
+        ran = "" if at is None else f", in chunk {at}"
+        if at is not None and self._n_seq > 1:
+            ran = f", in one of the chunks {at} to {at + self._n_seq - 1}"
+        done = self._done
+        found = None
+        if keeper is not None and keeper.saved:
+            with contextlib.suppress(OSError, FormatError):
+                found = checkpoint_file.read(keeper.path)
+        self._drop_engine()
+        if found is None or keeper is None:
+            self._reset_run(self._datasets, self._with_head, self._skipped, self._skip_nonfinite)
+            left = (
+                f"There is no checkpoint to go on from, {done} chunk(s) are lost"
+                + (": give run() one (checkpoint=)." if keeper is None else ".")
+                if done
+                else "No chunk was finished."
+            )
+        else:
+            self._stand_at(found)
+            self._digest = self._digests.get(found.done, hashlib.sha256())
+            self._session = _Kept(found.groups)
+            error.checkpoint = keeper.path
+            age = datetime.timedelta(
+                seconds=max(0, round(time.time() - keeper.path.stat().st_mtime))
+            )
+            left = (
+                f"{keeper.path} holds {found.done} chunk(s) and is {age} old (h:mm:ss): run the "
+                "same again to go on from it. If it ends at the same chunk again, collect those "
+                "before it (max_chunks, --chunks) and those after it (skip_chunks, --chunk) by "
+                "themselves, and add the matrices (+, --in-file)."
+            )
+        error.args = (f"{error.args[0]}{ran}. {left}",)
+
     def _chunks_of(
         self,
-        model: _session.Model,
+        model: NativeModel,
         texts: corpus.Texts,
         parse_special: bool,
         skip_chunks: int,
@@ -721,13 +987,17 @@ class Collector:
                 "cannot be tokenized; give token lists, or a file converted with its tokenizer"
             )
 
-    def _loaded(self) -> _session.Model:
+    def _loaded(self) -> NativeModel:
+        self._check_process()
         if self._closed:
             raise ValueError("this Collector is closed")
-        return self._model if self._model is not None else self._load(False)
+        with self._guard:
+            return self._model if self._model is not None else self._load(False)
 
-    def _load(self, head: bool) -> _session.Model:
+    def _load(self, head: bool) -> NativeModel:
         """The trunk's model; with `head` the head's is in _head_model, else None is."""
+        if self._engine is not None and not self._engine.alive:
+            self._drop_engine()
         if head:
             check_head(self._head_file)
         bundled = head and self._head_file is self._file
@@ -748,17 +1018,25 @@ class Collector:
     def _native_models(self, head: bool) -> tuple[_session.Model, _session.Model | None]:
         """The trunk and, with `head`, what holds the head, rehearsed and loaded for other native
         work."""
+        assert not self._isolate
         model, _ = self._prepare(head, False, False)
+        assert isinstance(model, _session.Model)
+        assert not isinstance(self._head_model, _isolate.Model)
         return model, self._head_model
 
-    def _load_file(self, file: ModelFile, mtp: bool) -> _session.Model:
-        model = _session.Model(
-            str(file.path),
-            mtp=mtp,
-            n_gpu_layers=self._n_gpu_layers,
-            use_mmap=self._use_mmap,
-            check_tensors=self._check_tensors,
-        )
+    def _load_file(self, file: ModelFile, mtp: bool) -> NativeModel:
+        options: dict[str, Any] = {
+            "mtp": mtp,
+            "n_gpu_layers": self._n_gpu_layers,
+            "use_mmap": self._use_mmap,
+            "check_tensors": self._check_tensors,
+        }
+        model: NativeModel
+        if self._isolate:
+            with self._dropping_engine():
+                model = _isolate.Model(self._started(), str(file.path), **options)
+        else:
+            model = _session.Model(str(file.path), **options)
         if not model.has_decoder:
             raise ModelError(
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "
@@ -768,15 +1046,33 @@ class Collector:
             warnings.warn(
                 f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
                 f"{file.path.name} was trained on",
-                stacklevel=4,
+                stacklevel=5,
             )
         return model
+
+
+class _Kept:
+    """What a session had collected, without one."""
+
+    def __init__(self, groups: list[Group] | None = None) -> None:
+        self._groups = groups or []
+
+    def restore(
+        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
+    ) -> None:
+        self._groups.append((names, sums, counts))
+
+    def groups(self) -> list[Group]:
+        return self._groups
+
+    def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        return {name: (sums, counts) for names, sums, counts in self._groups for name in names}
 
 
 class _Tokenizing:
     """The model as a tokenizer that refuses text where there is none; token lists still pass."""
 
-    def __init__(self, model: _session.Model, check: Callable[[], None]) -> None:
+    def __init__(self, model: NativeModel, check: Callable[[], None]) -> None:
         self._model = model
         self._check = check
         self.add_bos = model.add_bos
@@ -821,7 +1117,18 @@ def _groups(
         yield group
 
 
-def _settle(session: _session.Session, running: Future[None]) -> None:
+def _locked(checkpoint: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
+    """One run a checkpoint. Where no lock can be written nothing else can: that is told when the
+    checkpoint is due."""
+    if checkpoint is None:
+        return contextlib.nullcontext()
+    try:
+        return locked(checkpoint, "checkpoint")
+    except OSError:
+        return contextlib.nullcontext()
+
+
+def _settle(session: NativeSession, running: Future[None]) -> None:
     """End the running step, and wait until it has: its sums count or they do not."""
     session.cancel()
     while not running.done():

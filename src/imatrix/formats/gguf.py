@@ -174,6 +174,9 @@ def opened(
 class Writer(GGUFWriter):
     """GGUFWriter for a file that is no model."""
 
+    def write_tensor_data(self, tensor: NDArray[Any], tensor_endianess: Any = None) -> None:
+        super().write_tensor_data(tensor.view(_Written), tensor_endianess)
+
     def add_architecture(self) -> None:
         """Nothing: an importance matrix has none, and llama-imatrix writes none."""
 
@@ -190,6 +193,14 @@ class Writer(GGUFWriter):
             head = self._pack("I", vtype) if add_vtype else b""
             return head + self._pack("I", sub_type) + self._pack("Q", 0)
         return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array whose writing fails as a file's does: ndarray.tofile says how many values were
+    written, and not that the disk is full."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(np.ascontiguousarray(self).data)
 
 
 class _WrongKindError(Exception):
