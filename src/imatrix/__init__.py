@@ -19,11 +19,14 @@ from imatrix.errors import (
     ModelError,
     NonFiniteError,
     RowsMissingError,
+    TemplateError,
 )
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
+from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
+    from imatrix.chat_template import ChatOptions, ChatTemplate
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate
@@ -31,9 +34,13 @@ if TYPE_CHECKING:
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
+    from imatrix.run_report import ExpertCoverage, Report
 
 __all__ = [
     "Backends",
+    "Chat",
+    "ChatOptions",
+    "ChatTemplate",
     "CheckpointError",
     "Collector",
     "Comparison",
@@ -43,12 +50,14 @@ __all__ = [
     "Entry",
     "Estimate",
     "Evaluation",
+    "ExpertCoverage",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
     "LeftOut",
+    "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
@@ -58,8 +67,12 @@ __all__ = [
     "Progress",
     "Provenance",
     "Quantized",
+    "Report",
     "RowsMissingError",
+    "Source",
+    "TemplateError",
     "TensorCoverage",
+    "TextSource",
     "__version__",
     "add_rpc_server",
     "backends",
@@ -95,6 +108,8 @@ _NATIVE = {
     "Coverage": "preflight",
     "TensorCoverage": "preflight",
     "coverage": "preflight",
+    "ExpertCoverage": "run_report",
+    "Report": "run_report",
     "Quantized": "quantizer",
     "quantize": "quantizer",
 }
