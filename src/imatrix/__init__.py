@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imatrix._version import __version__
+from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
     EngineError,
@@ -26,7 +27,6 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
-    from imatrix.chat_template import ChatOptions, ChatTemplate
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate

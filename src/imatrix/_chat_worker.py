@@ -170,6 +170,7 @@ def main() -> None:
     except Exception as error:
         answer(_failure(error))
         return
+    _alarm(0)
     answer({})
     for line in sys.stdin:
         values = json.loads(line)

@@ -199,6 +199,12 @@ def describe(progress: imatrix.Progress) -> str:
         parts.append(f"ETA {duration(left)}")
     if progress.perplexity is not None:
         parts.append(f"PPL {progress.perplexity.value:.4f}")
+    if (experts := progress.experts) is not None:
+        block, expert, rows = experts.thinnest
+        parts.append(
+            f"experts {experts.n_reached}/{experts.n_experts} at {experts.wanted} rows, "
+            f"thinnest {block} expert {expert}: {rows}"
+        )
     return ", ".join(parts)
 
 

@@ -226,7 +226,11 @@ class ChatTemplate:
             "memory": _MEMORY,
             "seconds": self._seconds + _START_SECONDS,
         }
-        self._ask(json.dumps(setup), _START_SECONDS)
+        try:
+            self._ask(json.dumps(setup), _START_SECONDS)
+        except TemplateError:
+            self.close()  # it has ended, or will
+            raise
 
     def _ask(self, line: str, seconds: float) -> dict[str, Any]:
         child = self._child

@@ -165,6 +165,11 @@ class Source:
         kind = self._kind or _kind_of(path)
         return path if kind == "text" and path.suffix not in _PACKED else None
 
+    @property
+    def at(self) -> str:
+        """The path, "-", or name of the data set; "" for an iterable."""
+        return self._at
+
     def check(self) -> None:
         """Find out now whether there is something to read.
 
