@@ -236,7 +236,11 @@ def test_the_clock_and_the_dice_are_still() -> None:
         ("a\n{% if %}", "Expected an expression", 2),
         ("a\nb\n{{ raise_exception('no tools here') }}", "no tools here", 3),
         ("\n{{ messages[0].a.b }}", "has no attribute 'a'", 2),
-        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe", 1),
+        (
+            "{{ ''.__class__.__mro__ }}",
+            "access to attribute '__class__' of 'str' object is unsafe",
+            1,
+        ),
         ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe", 1),
         ("\n{% set ns = namespace(_x=1) %}", "underscored name '_x'", 2),
         ("{% macro f() %}\n{{ f() }}{% endmacro %}{{ f() }}", "calls itself too deeply", 2),
@@ -344,13 +348,17 @@ def test_a_model_without_a_template(chatty: ModelSpec, tmp_path: Path) -> None:
     plain = make_model(tmp_path / "plain.gguf", "llama", seed=3)
     chat = [Chat([{"role": "user", "content": "x"}])]
     with Collector(plain.path, n_ctx=32, n_threads=1, rehearse=False) as made:
-        with pytest.raises(TemplateError, match=r"plain\.gguf has no chat template .* and the text"):
+        with pytest.raises(
+            TemplateError, match=r"plain\.gguf has no chat template .* and the text"
+        ):
             made.run(chat)
         assert made.run(chat, chat=ChatOptions(text="{{ messages[0].content * 9 }}")).chunk_count
     # what is wrong with a chat is told with the template's line
     with (
         Collector(chatty.path, n_ctx=32, n_threads=1, rehearse=False) as made,
-        pytest.raises(TemplateError, match=r"chatty\.gguf: chat template 'tool_use', line 1: .*None"),
+        pytest.raises(
+            TemplateError, match=r"chatty\.gguf: chat template 'tool_use', line 1: .*None"
+        ),
     ):
         made.run(chat, chat=ChatOptions(template="tool_use"))
 
