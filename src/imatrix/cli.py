@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _show, _sources_cli, atomic
+from imatrix import _check_cli, _evaluate_cli, _hub_cli, _show, _sources_cli, atomic
 from imatrix._arguments import (
     Commands,
     add_tensor_type,
@@ -163,8 +163,10 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
             "with --in-file",
             USAGE,
         )
+    if text is not None:
+        _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
-        raise _Stopped("no model: give one with -m MODEL", USAGE)
+        raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
     _check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
@@ -623,6 +625,7 @@ def _add_collect(commands: Commands) -> None:
     command.set_defaults(run=_collect)
     add = command.add_argument
     add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
+    _hub_cli.add_arguments(command)
     _sources_cli.add_arguments(command)
     add(
         "-o",
