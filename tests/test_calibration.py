@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command(
-    model: Path, prose: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: Path,
+    prose: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(*argv: object) -> tuple[int, str]:
         capfd.readouterr()
@@ -320,6 +325,18 @@ def test_the_command(
     expected.save(tmp_path / "expected.gguf")
     assert out.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
     assert "experts 24/24 at 20 rows, thinnest " in err
+    assert cli.main(["show", str(out)]) == 0
+    shown = capfd.readouterr().out
+    assert expected.provenance is not None
+    tokens = expected.provenance.tokens
+    assert f"of up to 64 tokens, no document beside another; {tokens} tokens\n" in shown
+    assert re.search(r"text +\S+(chat\.jsonl|web\.txt\.gz) 5\d\.\d%, \S+ 4\d\.\d%\n", shown)
+    with monkeypatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal then
+        status, err = run(*given, "--min-expert-rows", 20, "-o", out, "--restart")
+    assert status == 0
+    bar = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err)
+    assert re.search(r"experts +━+ 24/24 at 20 rows, thin", bar)
     # a chat without a template, or with one that fails, is bad input
     status, err = run("-f", tmp_path / "chat.jsonl", "-o", tmp_path / "no.gguf")
     assert status == 2

@@ -333,6 +333,17 @@ def test_special_tokens_are_parsed_and_the_template_is_chosen(chatty: ModelSpec)
     assert ran([talk], ChatOptions(text="{{ messages | length }}2")) == chatty.encode("22")
 
 
+def test_names_that_a_chat_has_by_itself(chatty: ModelSpec) -> None:
+    chat = Chat([{"role": "user", "content": "x"}], variables={"tools": [], "self": 1})
+    with (
+        Collector(chatty.path, n_ctx=32, n_threads=1, rehearse=False) as made,
+        pytest.raises(ValueError, match=r"'tools' cannot be among a template's further names"),
+    ):
+        made.run([chat])
+    with ChatTemplate("{{ self }}{{ x }}") as template:  # `self` is the template's own in Jinja
+        assert template.render([{"role": "user"}], x=5).endswith("5")
+
+
 def test_the_models_template_by_name(chatty: ModelSpec) -> None:
     with Collector(chatty.path, n_ctx=32, n_threads=1) as made:
         with made.chat_template() as template:

@@ -44,6 +44,9 @@ _SPECIAL = {
 # Names that a message's reasoning goes by; the first is what templates read
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+# What a template gets from the chat and the options, not from anybody's further names
+_ARGUMENTS = ("messages", "tools", "add_generation_prompt")
+
 _CHARACTERS = 16 * 2**20
 _MEMORY = 512 * 2**20
 _SECONDS = 10.0
@@ -137,6 +140,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Iterable[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
@@ -294,13 +298,19 @@ class Renderer:
         options = self._options
         tools = options.tools if chat.tools is None else chat.tools
         messages = list(chat.messages)
-        if options.system is not None and (not messages or messages[0].get("role") != "system"):
+        if options.system is not None and not _begins_with_system(messages):
             messages.insert(0, {"role": "system", "content": options.system})
+        variables = {**options.variables, **chat.variables}
+        if taken := [name for name in _ARGUMENTS if name in variables]:
+            raise ValueError(
+                f"{', '.join(map(repr, taken))} cannot be among a template's further names "
+                "(chat_template_kwargs, --chat-template-kwargs): a chat has them by itself"
+            )
         return self.template(with_tools=tools is not None).render(
             messages,
             tools=tools,
             add_generation_prompt=options.generation_prompt,
-            **{**options.variables, **chat.variables},
+            **variables,
         )
 
     def template(self, *, with_tools: bool = False) -> ChatTemplate:
@@ -346,6 +356,14 @@ def templates(metadata: Mapping[str, str]) -> dict[str, str]:
         if key.startswith(f"{_KEY}.")
     }
     return {**named, "default": metadata[_KEY]} if _KEY in metadata else named
+
+
+def _begins_with_system(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return (
+        bool(messages)
+        and isinstance(messages[0], Mapping)
+        and (messages[0].get("role") == "system")
+    )
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
