@@ -69,6 +69,38 @@ Status Model::load(const ModelParams & params) {
 
 int32_t Model::n_nextn() const { return llama_model_n_layer_nextn(model_.get()); }
 int32_t Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
+std::string Model::token_text(int32_t token) const {
+    const llama_vocab * vocab = llama_model_get_vocab(model_.get());
+    if (token < 0 || token >= llama_vocab_n_tokens(vocab)) {
+        return {};
+    }
+    return llama_vocab_get_text(vocab, token);
+}
+
+std::vector<std::pair<std::string, std::string>>
+Model::metadata(const std::string & prefix) const {
+    const auto text = [](auto && get) {
+        // the engine tells the length, and writes a final zero
+        const int32_t size = get(nullptr, 0);
+        std::string   out(static_cast<size_t>(std::max(size, 0)) + 1, '\0');
+        get(out.data(), out.size());
+        out.pop_back();
+        return out;
+    };
+    std::vector<std::pair<std::string, std::string>> found;
+    for (int32_t i = 0; i < llama_model_meta_count(model_.get()); ++i) {
+        std::string key = text([&](char * out, size_t size) {
+            return llama_model_meta_key_by_index(model_.get(), i, out, size);
+        });
+        if (key.compare(0, prefix.size(), prefix) == 0) {
+            found.emplace_back(std::move(key), text([&](char * out, size_t size) {
+                return llama_model_meta_val_str_by_index(model_.get(), i, out, size);
+            }));
+        }
+    }
+    return found;
+}
+
 int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
 bool    Model::has_decoder() const { return llama_model_has_decoder(model_.get()); }
 

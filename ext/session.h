@@ -46,6 +46,10 @@ public:
     bool          add_bos() const;
     int32_t       bos() const;
     std::string   description() const;
+    std::string   token_text(int32_t token) const; // "" for a token that there is not
+
+    // Keys that begin with `prefix` and their values as text, arrays left out.
+    std::vector<std::pair<std::string, std::string>> metadata(const std::string & prefix) const;
 
     Status tokenize(const std::string & text, bool add_special, bool parse_special,
                     std::vector<int32_t> & out) const;

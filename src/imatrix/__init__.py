@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imatrix._version import __version__
+from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
     EngineDiedError,
@@ -21,9 +22,11 @@ from imatrix.errors import (
     ModelError,
     NonFiniteError,
     RowsMissingError,
+    TemplateError,
 )
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
+from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
@@ -40,9 +43,13 @@ if TYPE_CHECKING:
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
+    from imatrix.run_report import ExpertCoverage, Report
 
 __all__ = [
     "Backends",
+    "Chat",
+    "ChatOptions",
+    "ChatTemplate",
     "CheckpointError",
     "Collector",
     "Comparison",
@@ -54,6 +61,7 @@ __all__ = [
     "Entry",
     "Estimate",
     "Evaluation",
+    "ExpertCoverage",
     "ExtractReport",
     "FormatError",
     "GraftReport",
@@ -61,6 +69,7 @@ __all__ = [
     "ImportanceMatrix",
     "LeftOut",
     "LockedError",
+    "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
@@ -70,8 +79,12 @@ __all__ = [
     "Progress",
     "Provenance",
     "Quantized",
+    "Report",
     "RowsMissingError",
+    "Source",
+    "TemplateError",
     "TensorCoverage",
+    "TextSource",
     "__version__",
     "add_rpc_server",
     "backends",
@@ -108,6 +121,8 @@ _NATIVE = {
     "Coverage": "preflight",
     "TensorCoverage": "preflight",
     "coverage": "preflight",
+    "ExpertCoverage": "run_report",
+    "Report": "run_report",
     "Quantized": "quantizer",
     "quantize": "quantizer",
 }

@@ -153,6 +153,8 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool add_bos() const
         int32_t bos() const
         string description() const
+        string token_text(int32_t token) const
+        vector[pair[string, string]] metadata(const string & prefix) const
         Status tokenize(const string & text, cbool add_special, cbool parse_special,
                         vector[int32_t] & out) const
 

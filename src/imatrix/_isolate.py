@@ -275,6 +275,16 @@ class Model:
         if hasattr(self, "number"):
             self.engine.tell("free", self.number)
 
+    def token_text(self, token: int) -> str:
+        found, _ = self.engine.ask("token_text", object=self.number, token=token)
+        text: str = found["text"]
+        return text
+
+    def metadata(self, prefix: str) -> dict[str, str]:
+        found, _ = self.engine.ask("metadata", object=self.number, prefix=prefix)
+        metadata: dict[str, str] = found["metadata"]
+        return metadata
+
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         options = {"add_special": add_special, "parse_special": parse_special}
         _, (tokens,) = self.engine.ask("tokenize", object=self.number, text=text, options=options)
@@ -325,6 +335,10 @@ class Session:
 
     def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
         return {name: data for names, *data in self.groups() for name in names}  # type: ignore[misc]
+
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        found, arrays = self._engine.ask("counts", object=self._number)
+        return dict(zip(found["names"], arrays, strict=True))
 
     def restore(
         self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]

@@ -306,6 +306,15 @@ cdef class Model:
     def description(self):
         return _text(self._model.get().description())
 
+    def token_text(self, int token):
+        """How the vocabulary spells a token; "" for a token that there is not."""
+        return _text(self._model.get().token_text(token))
+
+    def metadata(self, str prefix):
+        """Keys of the file that begin with `prefix` and their values as text, arrays left out."""
+        return {_text(each.first): _text(each.second)
+                for each in self._model.get().metadata(prefix.encode("utf-8"))}
+
     def tokenize(self, str text, *, bint add_special, bint parse_special):
         """Token ids of a text, int32 [n_tokens]."""
         cdef string native = text.encode("utf-8")
@@ -417,6 +426,24 @@ cdef class Session:
             sums_view = sums
             memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
             out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
+        return out
+
+    def counts(self):
+        """name -> counts int64 [n_counts], copies, of every weight that has been seen."""
+        out = {}
+        cdef const _core.Slot * slot
+        cdef int64_t[::1] view
+        cdef size_t w
+        for w in range(self._session.get().sums().weights().size()):
+            if self._session.get().sums().weights()[w].slot == <size_t>-1:
+                continue
+            slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
+            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
+            if slot.total_counts.size() == 0:
+                continue
+            view = counts
+            memcpy(&view[0], slot.total_counts.data(), slot.total_counts.size() * sizeof(int64_t))
+            out[_text(self._session.get().sums().weights()[w].name)] = counts
         return out
 
     def groups(self):

@@ -97,6 +97,12 @@ class Worker:
         model = self._objects[request["object"]]
         return {}, [model.tokenize(request["text"], **request["options"])]
 
+    def _do_token_text(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        return {"text": self._objects[request["object"]].token_text(request["token"])}, []
+
+    def _do_metadata(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        return {"metadata": self._objects[request["object"]].metadata(request["prefix"])}, []
+
     def _do_session(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         head = None if request["head"] is None else self._objects[request["head"]]
         session = _session.Session(self._objects[request["model"]], head)
@@ -117,6 +123,10 @@ class Worker:
         groups = self._objects[request["object"]].groups()
         arrays = [array for _, sums, counts in groups for array in (sums, counts)]
         return {"names": [names for names, _, _ in groups]}, arrays
+
+    def _do_counts(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        counts = self._objects[request["object"]].counts()
+        return {"names": list(counts)}, list(counts.values())
 
     def _do_restore(self, request: dict[str, Any], arrays: list[NDArray[Any]]) -> Answer:
         self._objects[request["object"]].restore(request["names"], *arrays)

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _show, atomic
+from imatrix import _check_cli, _evaluate_cli, _hub_cli, _show, _sources_cli, atomic
 from imatrix._arguments import (
     Commands,
     add_tensor_type,
@@ -46,6 +46,7 @@ from imatrix._terminal import (
     size,
     tensors_told,
 )
+from imatrix.corpus import Texts
 from imatrix.formats import FormatError
 from imatrix.formats.checkpoint import read as read_checkpoint
 from imatrix.formats.checkpoint import write as write_checkpoint
@@ -155,16 +156,18 @@ def _told(error: Exception) -> str:
 
 
 def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
-    text = _text(args)
+    text = _sources_cli.texts(args)
     if text is None and not args.in_file:
         raise _Stopped(
             "nothing to collect from: give a text with -f FILE or -p TEXT, or files to combine "
             "with --in-file",
             USAGE,
         )
+    if text is not None:
+        _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
-        raise _Stopped("no model: give one with -m MODEL", USAGE)
-    _check_output(args.output, [args.model, args.mtp_model, args.file])
+        raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    _check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
     except imatrix.LockedError as error:
@@ -188,7 +191,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _collect_locked(
     args: argparse.Namespace,
-    text: str | Path | None,
+    text: Texts | None,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
 ) -> int:
@@ -210,11 +213,12 @@ def _collect_locked(
 
 def _collect_text(
     args: argparse.Namespace,
-    text: str | Path,
+    text: Texts,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
+    text_arguments = _sources_cli.run_arguments(args)
     checkpoint = _checkpoint_path(args)
     # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
     n_seq = 1 if mtp else max(1, args.batch_size // args.ctx_size)
@@ -251,6 +255,7 @@ def _collect_text(
                     skip_chunks=args.chunk,
                     process_output=args.process_output,
                     parse_special=args.parse_special,
+                    **text_arguments,
                     perplexity=args.ppl,
                     on_nonfinite=args.on_nonfinite,
                     checkpoint=checkpoint,
@@ -269,6 +274,7 @@ def _collect_text(
         terminal.note(f"wrote {args.output}")
         _tell_matrix(matrix, terminal)
         checkpoint.unlink(missing_ok=True)  # all it held is safe now
+        _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
     return OK
@@ -460,13 +466,6 @@ def _same_file(a: str, b: str) -> bool:
 def _crossed(every: int, before: int, after: int) -> bool:
     """Whether counting from `before` to `after` passed a multiple of `every`."""
     return every > 0 and after // every > before // every
-
-
-def _text(args: argparse.Namespace) -> str | Path | None:
-    if args.file is None:
-        return args.prompt if args.prompt else None
-    with Path(args.file).open("rb"):  # now, not when the model is loaded
-        return Path(args.file)
 
 
 def _check_output(path: str, inputs: list[str | None]) -> None:
@@ -670,9 +669,8 @@ def _add_collect(commands: Commands) -> None:
     command.set_defaults(run=_collect)
     add = command.add_argument
     add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("-f", "--file", metavar="TEXT", help="calibration text, UTF-8")
-    text.add_argument("-p", "--prompt", metavar="TEXT", help="calibration text, spelled out")
+    _hub_cli.add_arguments(command)
+    _sources_cli.add_arguments(command)
     add(
         "-o",
         "--output",

@@ -29,19 +29,26 @@ from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
 from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
+from imatrix.chat_template import ChatOptions, ChatTemplate, Renderer
+from imatrix.corpus import Chunk, Chunks, Packing
 from imatrix.errors import CheckpointError, EngineDiedError, ModelError, NonFiniteError
 from imatrix.formats import FormatError
 from imatrix.formats import checkpoint as checkpoint_file
 from imatrix.formats.checkpoint import Checkpoint, Group, Setting
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
 from imatrix.model_file import ModelFile
 from imatrix.mtp_files import check_fit
+from imatrix.run_report import Ended, ExpertCoverage, Report, coverage_of
+from imatrix.text_sources import Mixture, Source
 
 Scores = list[tuple[float, float, int]]
 
 # Here, or in a process of their own.
 NativeModel = _session.Model | _isolate.Model
 NativeSession = _session.Session | _isolate.Session
+
+# The digest, tokens of each source, documents begun and tokens dropped of each source.
+_Mark = tuple[Any, list[int], tuple[tuple[int, int], ...]]
 
 _FOREIGN_HEAD = "mtp:"  # kForeignHead in ext/session.h
 
@@ -73,6 +80,7 @@ class Progress:
         seconds: spent on chunks, in an interrupted run that this one goes on from too.
         perplexity: of the chunks so far, None unless asked for.
         resumed: chunks taken over from a checkpoint, those left out among them; 0 if none were.
+        experts: rows of the experts so far, None unless min_expert_rows was given.
     """
 
     chunks: int
@@ -81,6 +89,7 @@ class Progress:
     seconds: float
     perplexity: Perplexity | None
     resumed: int = 0
+    experts: ExpertCoverage | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,18 @@ class Collector:
         ModelError (a ValueError): not a GGUF model, truncated, or without tensors it claims.
         MemoryError: the model does not fit.
     """
+
+    # what a run knows of its text; of each source its name, weight, tokens that count, and how
+    # many documents were begun and tokens dropped
+    _packing: Packing
+    _seed: int | None
+    _min_expert_rows: int | None
+    _ended: Ended
+    _ended_by: str | None
+    _names: tuple[str, ...]
+    _weights: tuple[float | None, ...]
+    _source_tokens: list[int]
+    _read: tuple[tuple[int, int], ...]
 
     def __init__(
         self,
@@ -314,7 +335,37 @@ class Collector:
                     n_ctx=self._n_ctx,
                     dataset_digest=self._digest.hexdigest(),
                     left_out=tuple(self._left_out),
+                    tokens=self._tokens,
+                    packing=self._packing,
+                    seed=self._seed,
+                    sources=self._sources(),
                 ),
+            )
+
+    def _sources(self) -> tuple[TextSource, ...]:
+        return tuple(
+            TextSource(name, documents, tokens, dropped, weight)
+            for name, tokens, weight, (documents, dropped) in zip(
+                self._names, self._source_tokens, self._weights, self._read, strict=True
+            )
+        )
+
+    @property
+    def report(self) -> Report:
+        """What the current run, or else the last one, made of its text so far."""
+        self._check_process()
+        with self._state:
+            counts = {} if self._session is None else self._session.counts()
+            return Report(
+                sources=self._sources(),
+                chunks=self._chunks,
+                tokens=self._tokens,
+                packing=self._packing,
+                seed=self._seed,
+                digest=self._digest.hexdigest(),
+                ended=self._ended,
+                ended_by=self._ended_by,
+                experts=coverage_of(counts, self._min_expert_rows or 1),
             )
 
     @property
@@ -334,6 +385,22 @@ class Collector:
         """Token ids of a text by the model's own tokenizer, int32 [n_tokens]."""
         self._check_tokenizer()
         return self._loaded().tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def chat_template(self, name: str | None = None) -> ChatTemplate:
+        """The model's chat template, with its special tokens; see ChatTemplate.
+
+        Args:
+            name: of one of several; None for the default.
+
+        Raises:
+            TemplateError: the model has no such template.
+        """
+        return self._renderer(self._loaded(), ChatOptions(template=name)).template()
+
+    def _renderer(self, model: NativeModel, options: ChatOptions) -> Renderer:
+        return Renderer(
+            model.metadata("tokenizer."), model.token_text, options, str(self._file.path)
+        )
 
     # --- life --------------------------------------------------------------
 
@@ -445,6 +512,9 @@ class Collector:
         skip_chunks: int = 0,
         process_output: bool = False,
         parse_special: bool = False,
+        packing: Packing = "stream",
+        chat: ChatOptions | None = None,
+        min_expert_rows: int | None = None,
         perplexity: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         checkpoint: str | os.PathLike[str] | None = None,
@@ -456,13 +526,22 @@ class Collector:
         own; add matrices with `+`.
 
         Args:
-            texts: a string, an open file, a path, or an iterable of strings or of token lists;
-                see imatrix.corpus.chunks for how they are cut.
+            texts: a string, an open file, a path, an iterable of strings, of Chats or of token
+                lists, a Source, or a Mixture of sources; see imatrix.corpus.chunks for how they
+                are cut.
             mtp: collect the MTP/NextN head too. A model without one gives a warning.
             max_chunks: chunks to collect at most; None for all.
             skip_chunks: chunks to leave out at the start.
             process_output: collect output.weight too (the trunk's rows only).
-            parse_special: read special tokens that the text spells out as such.
+            parse_special: read special tokens that the text spells out as such. Chats have theirs
+                read in any case.
+            packing: "stream", as llama-imatrix cuts a text; "document", where no document sees
+                another: each chunk is run by itself and holds tokens of one, so that many are
+                shorter than n_ctx. The head pairs tokens within a chunk only.
+            chat: how chats are rendered; None for the model's own template, as it is.
+            min_expert_rows: go on until every expert of every block, the head's too, has seen
+                that many rows, or the text or max_chunks comes to its end; None for all the text.
+                Whether it has is seen after each step, of n_seq chunks.
             perplexity: score the text as it runs; see the property `perplexity`.
             on_nonfinite: what a NaN or Inf activation does: end the run, or leave out its chunk,
                 which the matrix then remembers (Provenance.left_out).
@@ -484,7 +563,10 @@ class Collector:
             one that failed.
 
         Raises:
-            ValueError: no tokens, a bad number, or mtp with n_seq other than 1.
+            ValueError: no tokens, a bad number, mtp with n_seq other than 1, a source that cannot
+                be understood, or min_expert_rows for a model without experts.
+            TemplateError (a ValueError): a chat cannot be rendered.
+            ImportError: a library that reads a source is not installed.
             ModelError: the head that the metadata claim is not in the file, or text was given to
                 a model without a tokenizer.
             CheckpointError (a ValueError): the checkpoint is of another model, text or setting,
@@ -501,6 +583,8 @@ class Collector:
             raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
         if checkpoint_every < 0:
             raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
+        if min_expert_rows is not None:
+            self._check_experts(min_expert_rows)
         with self._running(), _locked(checkpoint):
             return self._run(
                 texts,
@@ -509,6 +593,9 @@ class Collector:
                 skip_chunks=skip_chunks,
                 process_output=process_output,
                 parse_special=parse_special,
+                packing=packing,
+                chat=chat,
+                min_expert_rows=min_expert_rows,
                 perplexity=perplexity,
                 on_nonfinite=on_nonfinite,
                 checkpoint=checkpoint,
@@ -526,6 +613,9 @@ class Collector:
         skip_chunks: int,
         process_output: bool,
         parse_special: bool,
+        packing: Packing,
+        chat: ChatOptions | None,
+        min_expert_rows: int | None,
         perplexity: bool,
         on_nonfinite: Literal["stop", "skip"],
         checkpoint: str | os.PathLike[str] | None,
@@ -536,20 +626,67 @@ class Collector:
         """run(), as the only one."""
         model, with_head = self._prepare(mtp, process_output, perplexity)
         self._reset_run(_dataset_names(texts), with_head, skip_chunks, on_nonfinite == "skip")
-        chunks, total, text = self._chunks_of(model, texts, parse_special, skip_chunks, max_chunks)
+        options = ChatOptions() if chat is None else chat
+        render = self._renderer(model, options)
+        chunks, total, text = self._packed(
+            model, texts, packing, render, parse_special, skip_chunks, max_chunks
+        )
+        self._packing = packing
+        self._min_expert_rows = min_expert_rows
+        self._seed = texts.seed if isinstance(texts, Mixture) else None
+        self._weights = _weights(texts)
+        self._names = _source_names(texts, chunks.names)
+        self._source_tokens = [0] * len(self._names)
+        self._read = ((0, 0),) * len(self._names)
+        try:
+            return self._run_chunks(
+                model,
+                with_head,
+                chunks,
+                total,
+                {
+                    "mtp": with_head,
+                    "process_output": process_output,
+                    "parse_special": parse_special,
+                    "perplexity": perplexity,
+                    "skip_chunks": skip_chunks,
+                    "max_chunks": -1 if max_chunks is None else max_chunks,
+                    **_text_settings(texts, packing, chat, min_expert_rows),
+                    **text,
+                },
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                restart=restart,
+                max_chunks=max_chunks,
+                progress=progress,
+            )
+        finally:
+            render.close()
+
+    def _run_chunks(
+        self,
+        model: NativeModel,
+        with_head: bool,
+        chunks: Chunks,
+        total: int | None,
+        arguments: dict[str, Setting],
+        *,
+        checkpoint: str | os.PathLike[str] | None,
+        checkpoint_every: int,
+        restart: bool,
+        max_chunks: int | None,
+        progress: Callable[[Progress], object] | None,
+    ) -> ImportanceMatrix:
+        """The rest of _run(), with the text at hand. `arguments`: those of run() that must be the
+        same to go on from a checkpoint."""
+        process_output, perplexity = (
+            bool(arguments["process_output"]),
+            bool(arguments["perplexity"]),
+        )
         keeper = None
         found = None
         if checkpoint is not None:
-            settings: dict[str, Setting] = {
-                **self._identity(),
-                "mtp": with_head,
-                "process_output": process_output,
-                "parse_special": parse_special,
-                "perplexity": perplexity,
-                "skip_chunks": skip_chunks,
-                "max_chunks": -1 if max_chunks is None else max_chunks,
-                **text,
-            }
+            settings: dict[str, Setting] = {**self._identity(), **arguments}
             keeper = Keeper(checkpoint, checkpoint_every, lambda: self._checkpoint(settings))
             found = None if restart else keeper.load(settings)
         if found is not None:
@@ -574,9 +711,17 @@ class Collector:
         if self._resumed:
             report()
         try:
-            if not isinstance(session, _Kept):
-                assert first is not None
+            if first is not None and not self._enough():
+                assert not isinstance(session, _Kept)
                 self._drive(session, itertools.chain([first], chunks), keeper, report)
+            if not self._enough():
+                # the end of the text: what it dropped there is known now
+                self._read = chunks.read
+                self._ended_by = None if chunks.ended is None else self._names[chunks.ended]
+                if self._done == max_chunks:
+                    self._ended = "max_chunks"
+            elif self._min_expert_rows is not None:
+                self._ended = "min_expert_rows"
             if keeper is not None:
                 keeper.save(self._done)
         except EngineDiedError as error:
@@ -587,8 +732,32 @@ class Collector:
                 keeper.save(self._done)
             raise
         if self._left_out:
-            warnings.warn(_left_out_told(self._left_out), stacklevel=3)
+            warnings.warn(_left_out_told(self._left_out), stacklevel=4)
         return self.matrix
+
+    def _check_experts(self, min_expert_rows: int) -> None:
+        if min_expert_rows < 1:
+            raise ValueError(f"min_expert_rows must be 1 or more, got {min_expert_rows}")
+        if self._file.integers.get("expert_count", 0) < 2:
+            raise ValueError(
+                f"min_expert_rows={min_expert_rows}, but {self._file.path.name} "
+                f"({self.architecture}) has no experts; leave it out"
+            )
+
+    def _coverage(self) -> ExpertCoverage | None:
+        """Of the experts, where a number of rows is wanted. Between two steps only."""
+        if self._min_expert_rows is None or self._session is None:
+            return None
+        return coverage_of(self._session.counts(), self._min_expert_rows)
+
+    def _enough(self) -> bool:
+        """Whether the experts have the rows that were wanted. Seen only where a group of chunks
+        ends, so that a run that went on from a checkpoint within one ends where one that was
+        never interrupted does."""
+        if self._done % self._n_seq:
+            return False
+        found = self._coverage()
+        return found is not None and found.reached
 
     def plan(self, *, mtp: bool = False, process_output: bool = False) -> Plan:
         """What run() would collect and what it never could. Loads the model, runs nothing.
@@ -718,7 +887,7 @@ class Collector:
     def _drive(
         self,
         session: NativeSession,
-        chunks: Iterator[NDArray[np.int32]],
+        chunks: Iterator[Chunk],
         keeper: Keeper | None,
         report: Callable[[], None],
     ) -> None:
@@ -745,6 +914,8 @@ class Collector:
                     if keeper is not None:
                         keeper.step(self._done)
                     report()
+                    if self._enough():
+                        break
                     group = following
             except BaseException:
                 if running is not None:
@@ -762,15 +933,15 @@ class Collector:
             with self._guard:
                 self._stepping = None
 
-    def _collect(self, session: NativeSession, group: list[NDArray[np.int32]]) -> None:
+    def _collect(self, session: NativeSession, group: list[Chunk]) -> None:
         """Collect chunks side by side and count them; in the native thread."""
         with self._state:
             self._collect_group(session, group)
 
-    def _collect_group(self, session: NativeSession, group: list[NDArray[np.int32]]) -> None:
-        lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
+    def _collect_group(self, session: NativeSession, group: list[Chunk]) -> None:
+        lengths = np.array([len(chunk.tokens) for chunk in group], dtype=np.int32)
         try:
-            scores = session.step(np.concatenate(group), lengths)
+            scores = session.step(np.concatenate([chunk.tokens for chunk in group]), lengths)
         except NonFiniteError as error:
             if len(group) > 1:  # which of them it was shows when each runs by itself
                 for chunk in group:
@@ -780,20 +951,25 @@ class Collector:
             if not self._skip_nonfinite:
                 _tell_where(error, self._chunks)
                 raise
-            token = error.chunk * self._n_ctx
-            self._left_out.append(LeftOut(error.chunk, token, error.weight))
+            self._left_out.append(LeftOut(error.chunk, group[0].start, error.weight))
         except EngineDiedError as error:
             error.chunk = self._skipped + self._done
             raise
         else:
             for chunk in group:
-                self._digest.update(chunk.astype("<i4").tobytes())
+                self._digest.update(chunk.tokens.astype("<i4").tobytes())
                 self._chunks += 1
-                self._tokens += len(chunk)
+                self._tokens += len(chunk.tokens)
+                self._count_sources(chunk)
             self._tally.add(scores)
         for chunk in group:
-            self._text_digest.update(chunk.astype("<i4").tobytes())
+            self._text_digest.update(chunk.tokens.astype("<i4").tobytes())
+            self._read = chunk.read
             self._done += 1
+
+    def _count_sources(self, chunk: Chunk) -> None:
+        for source, tokens in chunk.parts:
+            self._source_tokens[source] += tokens
 
     def _reporter(
         self, progress: Callable[[Progress], object] | None, total: int | None
@@ -807,6 +983,7 @@ class Collector:
                     self._seconds,
                     self._tally.perplexity,
                     self._resumed,
+                    self._coverage(),
                 )
                 progress(done)
 
@@ -833,7 +1010,17 @@ class Collector:
         self._digest = hashlib.sha256()  # of the chunks that count
         self._text_digest = hashlib.sha256()  # of all that are done
         self._tally = _Tally()
-        self._digests: dict[int, Any] = {}  # by chunks done, at the last checkpoints
+        # of the last checkpoints, by chunks done: see _outlive
+        self._marks: dict[int, _Mark] = {}
+        self._packing = "stream"
+        self._seed = None
+        self._min_expert_rows = None
+        self._ended = "text"
+        self._ended_by = None
+        self._names = ()
+        self._weights = ()
+        self._source_tokens = []
+        self._read = ()
 
     # --- checkpoints -------------------------------------------------------
 
@@ -856,7 +1043,7 @@ class Collector:
 
     def _checkpoint(self, settings: dict[str, Setting]) -> Checkpoint:
         # what _outlive goes back to; the one before it, where this one cannot be written
-        self._digests = {**dict(list(self._digests.items())[-1:]), self._done: self._digest.copy()}
+        self._marks = {**dict(list(self._marks.items())[-1:]), self._done: self._mark()}
         return Checkpoint(
             done=self._done,
             tokens=self._tokens,
@@ -870,10 +1057,14 @@ class Collector:
             groups=[] if self._session is None else self._session.groups(),
         )
 
+    def _mark(self) -> _Mark:
+        """What a checkpoint need not hold: the text, read again, gives it."""
+        return self._digest.copy(), list(self._source_tokens), self._read
+
     def _read_past(
         self,
         found: Checkpoint,
-        chunks: Iterator[NDArray[np.int32]],
+        chunks: Iterator[Chunk],
         path: str | os.PathLike[str] | None,
     ) -> None:
         """Take the chunks that are done off the text, and see that they are the same."""
@@ -885,15 +1076,17 @@ class Collector:
                     f"{path} is of another text: {found.done} chunks of it are done, this one "
                     f"has {number}. {OTHER_RUN}"
                 )
-            tokens = chunk.astype("<i4").tobytes()
+            tokens = chunk.tokens.astype("<i4").tobytes()
             self._text_digest.update(tokens)
+            self._read = chunk.read
             if number not in left_out:
                 self._digest.update(tokens)
+                self._count_sources(chunk)
         if self._text_digest.hexdigest() != found.text_digest:
             raise CheckpointError(
                 f"{path} is of another text: the first {found.done} chunks differ. {OTHER_RUN}"
             )
-        self._digests = {found.done: self._digest.copy()}
+        self._marks = {found.done: self._mark()}
 
     def _take_over(self, found: Checkpoint, session: NativeSession | _Kept) -> None:
         """Stand where the checkpoint was written."""
@@ -934,7 +1127,8 @@ class Collector:
             )
         else:
             self._stand_at(found)
-            self._digest = self._digests.get(found.done, hashlib.sha256())
+            if (mark := self._marks.get(found.done)) is not None:
+                self._digest, self._source_tokens, self._read = mark
             self._session = _Kept(found.groups)
             error.checkpoint = keeper.path
             age = datetime.timedelta(
@@ -956,6 +1150,22 @@ class Collector:
         skip_chunks: int,
         max_chunks: int | None,
     ) -> tuple[Iterator[NDArray[np.int32]], int | None, dict[str, Setting]]:
+        """_packed() for a stream without chats."""
+        chunks, total, text = self._packed(
+            model, texts, "stream", None, parse_special, skip_chunks, max_chunks
+        )
+        return (chunk.tokens for chunk in chunks), total, text
+
+    def _packed(
+        self,
+        model: NativeModel,
+        texts: corpus.Texts,
+        packing: Packing,
+        render: Renderer | None,
+        parse_special: bool,
+        skip_chunks: int,
+        max_chunks: int | None,
+    ) -> tuple[Chunks, int | None, dict[str, Setting]]:
         """The chunks; how many there will be, and what tells the text from another, as far as
         that can be known before it is read."""
         total = None
@@ -968,15 +1178,21 @@ class Collector:
             texts = [tokens]
             text["text_tokens"] = len(tokens)
             text["text_digest"] = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
-            total = max(1, len(tokens) // self._n_ctx) - skip_chunks
+            if packing == "stream":
+                total = max(1, len(tokens) // self._n_ctx) - skip_chunks
+            else:  # a single document; a BOS in front of each chunk takes a token's place
+                total = sum(1 for _ in corpus.chunks(texts, model, self._n_ctx, packing=packing))
+                total -= skip_chunks
             total = total if max_chunks is None else min(total, max_chunks)
-        chunks = corpus.chunks(
+        chunks = Chunks(
             texts,
             _Tokenizing(model, self._check_tokenizer),
             self._n_ctx,
+            packing=packing,
             parse_special=parse_special,
             skip_chunks=skip_chunks,
             max_chunks=max_chunks,
+            render=render,
         )
         return chunks, total, text
 
@@ -1068,6 +1284,9 @@ class _Kept:
     def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
         return {name: (sums, counts) for names, sums, counts in self._groups for name in names}
 
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        return {name: counts for names, _, counts in self._groups for name in names}
+
 
 class _Tokenizing:
     """The model as a tokenizer that refuses text where there is none; token lists still pass."""
@@ -1091,15 +1310,50 @@ def engine_name() -> str:
 
 
 def _dataset_names(texts: corpus.Texts) -> list[str]:
+    if isinstance(texts, Source):
+        return [texts.name] if texts.name else []
+    if isinstance(texts, Mixture):
+        return list(dict.fromkeys(name for name in texts.names if name))
     if isinstance(texts, os.PathLike):
         return [os.fspath(texts)]
     name = getattr(texts, "name", None)
     return [name] if isinstance(name, str) else []
 
 
-def _groups(
-    chunks: Iterator[NDArray[np.int32]], n_seq: int, done: int
-) -> Iterator[list[NDArray[np.int32]]]:
+def _source_names(texts: corpus.Texts, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the sources; a text that is no source is called what its data set is."""
+    return names if isinstance(texts, (Source, Mixture)) else (*_dataset_names(texts), "")[:1]
+
+
+def _weights(texts: corpus.Texts) -> tuple[float | None, ...]:
+    if not isinstance(texts, Mixture):
+        return (None,)
+    return texts.weights or (None,) * len(texts.sources)
+
+
+def _text_settings(
+    texts: corpus.Texts,
+    packing: Packing,
+    chat: ChatOptions | None,
+    min_expert_rows: int | None,
+) -> dict[str, Setting]:
+    """What decides the chunks beside the text, where it is not the default."""
+    found: dict[str, Setting] = {}
+    if packing != "stream":
+        found["packing"] = packing
+    if min_expert_rows is not None:
+        found["min_expert_rows"] = min_expert_rows
+    if isinstance(texts, Mixture):
+        if texts.seed is not None:
+            found["seed"] = texts.seed
+        if texts.weights is not None:
+            found["weights"] = " ".join(map(repr, texts.weights))
+    if chat is not None:
+        found["chat"] = chat.digest()
+    return found
+
+
+def _groups(chunks: Iterator[Chunk], n_seq: int, done: int) -> Iterator[list[Chunk]]:
     """Chunks in groups of n_seq, the last one shorter.
 
     Where `done` ends inside a group, that group had a chunk with a NaN and ran chunk by chunk:
@@ -1107,7 +1361,7 @@ def _groups(
     """
     for chunk in itertools.islice(chunks, -done % n_seq):
         yield [chunk]
-    group: list[NDArray[np.int32]] = []
+    group: list[Chunk] = []
     for chunk in chunks:
         group.append(chunk)
         if len(group) == n_seq:  # at once: nothing is taken from the text before its time

@@ -71,3 +71,14 @@ class NonFiniteError(ImatrixError, ArithmeticError):
         self.channel = channel
         self.expert = expert
         self.chunk = chunk
+
+
+class TemplateError(ImatrixError, ValueError):
+    """A chat template that cannot be rendered: it has an error, raised one, or took too much.
+
+    line: the template's line, from 1; None if unknown.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
