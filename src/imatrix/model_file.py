@@ -118,4 +118,3 @@ class ModelFile:
                     file.seek(header + (size - header) * sample // _SAMPLES)
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
-

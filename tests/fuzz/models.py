@@ -13,7 +13,25 @@ from forge import make_model
 from forge_any import make_any
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # llama_token_type (include/llama.h)
-_WORDS = ["▁", "▁t", "▁the", "he", "in", "er", "an", "on", "a", "e", "o", "t", "s", "n", "i", "r", "h"]
+_WORDS = [
+    "▁",
+    "▁t",
+    "▁the",
+    "he",
+    "in",
+    "er",
+    "an",
+    "on",
+    "a",
+    "e",
+    "o",
+    "t",
+    "s",
+    "n",
+    "i",
+    "r",
+    "h",
+]
 
 
 def _bytes_and_words(model: str, specials: list[str], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +84,11 @@ _FORGED: dict[str, dict[str, Any]] = {
     "qwen35": {"n_nextn": 1, **_SMALL},
     "hy_v3": {"n_nextn": 2, **_SMALL, **_EXPERTS},
 }
-_NARROW = {"feed_forward_length": 64, "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 32}
+_NARROW = {
+    "feed_forward_length": 64,
+    "expert_feed_forward_length": 32,
+    "expert_shared_feed_forward_length": 32,
+}
 _ANY = (
     "step35", "mimo2", "qwen35moe", "qwen3next", "bailingmoe3", "cohere2moe", "deepseek2",
     "deepseek4", "nemotron_h_moe", "gemma4",

@@ -34,7 +34,11 @@ def mutated_bytes(data: bytes, rng: random.Random, dictionary: list[bytes], limi
     """One to eight changes to bytes, in the first `limit` of them for the most part."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 8))):
-        at = rng.randrange(min(len(out), limit) + 1) if rng.random() < 0.9 else rng.randrange(len(out) + 1)
+        at = (
+            rng.randrange(min(len(out), limit) + 1)
+            if rng.random() < 0.9
+            else rng.randrange(len(out) + 1)
+        )
         match rng.randrange(9):
             case 0 if at < len(out):
                 out[at] ^= 1 << rng.randrange(8)
@@ -93,7 +97,11 @@ def _value(kind: int, old: Any, rng: random.Random) -> Any:
             return _bounded(-old if rng.random() < 0.5 else old * rng.choice((0.5, 2.0, 1000.0)))
         return rng.choice(FLOATS)
     if isinstance(old, int) and rng.random() < 0.4:
-        return old + rng.choice((-2, -1, 1, 2)) if rng.random() < 0.6 else rng.choice((old * 2, old // 2, -old, old * 3))
+        return (
+            old + rng.choice((-2, -1, 1, 2))
+            if rng.random() < 0.6
+            else rng.choice((old * 2, old // 2, -old, old * 3))
+        )
     return rng.choice(NUMBERS)
 
 
@@ -116,7 +124,9 @@ def _change_key(file: File, rng: random.Random) -> None:
             case 4:
                 del values[rng.randrange(len(values) + 1) :]
             case 5:
-                values += [values[-1] if values else _value(key.kind, None, rng)] * rng.choice((1, 2, 100))
+                values += [values[-1] if values else _value(key.kind, None, rng)] * rng.choice(
+                    (1, 2, 100)
+                )
             case 6:
                 _retype(key, rng)
             case _:
@@ -157,7 +167,9 @@ def _change_keys(file: File, rng: random.Random) -> None:
         case _:
             if file.keys:
                 key = rng.choice(file.keys)
-                key.name = rng.choice((rng.choice(file.keys).name, key.name[:-1], key.name + b"\0", *TEXTS[:6]))
+                key.name = rng.choice(
+                    (rng.choice(file.keys).name, key.name[:-1], key.name + b"\0", *TEXTS[:6])
+                )
 
 
 def _change_tensor(file: File, rng: random.Random) -> None:
@@ -170,7 +182,9 @@ def _change_tensor(file: File, rng: random.Random) -> None:
             other = rng.choice(file.tensors)
             tensor.name, other.name = other.name, tensor.name
         case 3:
-            tensor.name = rng.choice((rng.choice(file.tensors).name, tensor.name + b"\0x", tensor.name + b"x" * 64, b""))
+            tensor.name = rng.choice(
+                (rng.choice(file.tensors).name, tensor.name + b"\0x", tensor.name + b"x" * 64, b"")
+            )
         case 4 | 5 | 6:
             _reshape(tensor, rng)
         case 7:
@@ -179,10 +193,22 @@ def _change_tensor(file: File, rng: random.Random) -> None:
         case 8:
             tensor.offset = rng.choice((*NUMBERS, 32, 64, len(tensor.data)))
         case 9:
-            fill = rng.choice((b"\0", b"\xff", struct.pack("<f", math.nan), struct.pack("<f", math.inf), struct.pack("<i", 1000)))
+            fill = rng.choice(
+                (
+                    b"\0",
+                    b"\xff",
+                    struct.pack("<f", math.nan),
+                    struct.pack("<f", math.inf),
+                    struct.pack("<f", 3e38),
+                    struct.pack("<f", 1e-45),
+                    struct.pack("<i", 1000),
+                )
+            )
             tensor.data = (fill * len(tensor.data))[: len(tensor.data)]
         case 10:
-            file.tensors.append(Tensor(tensor.name + b"2", list(tensor.dims), tensor.kind, tensor.data))
+            file.tensors.append(
+                Tensor(tensor.name + b"2", list(tensor.dims), tensor.kind, tensor.data)
+            )
         case _:
             tensor.data = tensor.data[: len(tensor.data) // 2]
 
@@ -192,7 +218,9 @@ def _reshape(tensor: Tensor, rng: random.Random) -> None:
     match rng.randrange(6):
         case 0 | 1 if dims:
             at = rng.randrange(len(dims))
-            dims[at] = rng.choice((0, 1, dims[at] - 1, dims[at] + 1, dims[at] * 2, dims[at] // 2, rng.choice(NUMBERS)))
+            dims[at] = rng.choice(
+                (0, 1, dims[at] - 1, dims[at] + 1, dims[at] * 2, dims[at] // 2, rng.choice(NUMBERS))
+            )
         case 2 if dims:
             del dims[rng.randrange(len(dims))]
         case 3:
@@ -207,7 +235,10 @@ def _reshape(tensor: Tensor, rng: random.Random) -> None:
 
 def _refill(tensor: Tensor) -> None:
     """As many bytes as the new shape and type take, where that is a reasonable number."""
-    if all(0 <= dim < 2**32 for dim in tensor.dims) and (size := size_of(tensor.dims, tensor.kind)) < 2**23:
+    if (
+        all(0 <= dim < 2**32 for dim in tensor.dims)
+        and (size := size_of(tensor.dims, tensor.kind)) < 2**23
+    ):
         data = tensor.data or b"\0"
         tensor.data = (data * (size // len(data) + 1))[:size]
 
@@ -226,7 +257,13 @@ def _change_frame(file: File, rng: random.Random) -> None:
             rng.shuffle(file.keys)
         case _:
             alignment = rng.choice((0, 1, 2, 8, 16, 33, 64, 4096, 2**31, 2**32 - 1))
-            file.keys.append(Key(b"general.alignment", rng.choice((4, 4, 4, 10, STRING)), b"x" if alignment == 33 else alignment))
+            file.keys.append(
+                Key(
+                    b"general.alignment",
+                    rng.choice((4, 4, 4, 10, STRING)),
+                    b"x" if alignment == 33 else alignment,
+                )
+            )
             last = file.keys[-1]
             if last.kind == STRING:
                 last.value = b"32"
