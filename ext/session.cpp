@@ -1,6 +1,7 @@
 #include "session.h"
 
 #include "engine_log.h"
+#include "graph_check.h"
 #include "row_kernels.h"
 
 #include "ggml-backend.h"
@@ -139,22 +140,31 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
                               "a text of 2 GiB or more cannot be tokenized in one piece: give it "
                               "as several strings");
     }
-    const int32_t length = static_cast<int32_t>(text.size());
-    out.resize(text.size() / 2 + 16);
-    int32_t n = llama_tokenize(vocab, text.data(), length, out.data(),
-                               static_cast<int32_t>(out.size()), add_special, parse_special);
-    if (n == INT32_MIN) {
-        return Status::failed(Code::bad_argument, "the text has more than 2^31 tokens");
+    // a vocabulary that lacks a byte or a token that the text needs: std::out_of_range
+    try {
+        const int32_t length = static_cast<int32_t>(text.size());
+        out.resize(text.size() / 2 + 16);
+        int32_t n = llama_tokenize(vocab, text.data(), length, out.data(),
+                                   static_cast<int32_t>(out.size()), add_special, parse_special);
+        if (n == INT32_MIN) {
+            return Status::failed(Code::bad_argument, "the text has more than 2^31 tokens");
+        }
+        if (n < 0) { // the room that it needs
+            out.resize(static_cast<size_t>(-n));
+            n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
+                               add_special, parse_special);
+        }
+        if (n < 0) {
+            return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
+        }
+        out.resize(static_cast<size_t>(n));
+    } catch (const std::bad_alloc &) {
+        return Status::failed(Code::out_of_memory, "out of memory while tokenizing");
+    } catch (const std::exception & error) {
+        return Status::failed(Code::bad_model,
+                              std::string("the model's vocabulary cannot make tokens of the text (") +
+                                  error.what() + "); give token lists, or convert it again");
     }
-    if (n < 0) { // the room that it needs
-        out.resize(static_cast<size_t>(-n));
-        n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
-                           add_special, parse_special);
-    }
-    if (n < 0) {
-        return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
-    }
-    out.resize(static_cast<size_t>(n));
     return {};
 }
 
@@ -208,12 +218,16 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
     const int32_t n_tokens  = kProbeTokens * n_seq;
+    Status        sound;
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =
             llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
                                 static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
+        }
+        if (sound.ok()) {
+            sound = check_graph(graph);
         }
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
@@ -236,6 +250,9 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (!add_graph(1, one) || !add_graph(n_tokens, plan.weights)) {
             return engine_error(Code::engine_failed, "the engine could not reserve a graph");
         }
+    }
+    if (!sound.ok()) {
+        return sound;
     }
     if (head) {
         llama_set_nextn_layer_offset(ctx, 0);

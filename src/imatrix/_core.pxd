@@ -58,14 +58,23 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         int n_dims
         int64_t[4] ne
 
+    cdef cppclass FileTable:
+        string name
+        int64_t offset
+        int64_t count
+
     cdef cppclass ModelFile:
         string architecture
         string tokenizer
         int64_t block_count
         int64_t n_nextn
         int64_t split_count
+        int64_t split_no
+        int64_t split_tensors
         int64_t data_offset
+        bint aligned
         vector[FileTensor] tensors
+        vector[FileTable] tables
         vector[pair[string, int64_t]] integers
 
     Status read_model_file(const string & path, ModelFile & out)

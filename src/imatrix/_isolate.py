@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _frames, devices
-from imatrix._rehearsal import last_words, module_command, refusal
+from imatrix._rehearsal import last_words, module_command
 from imatrix.errors import (
     EngineDiedError,
     EngineError,
@@ -350,18 +350,6 @@ class Session:
         found, _ = self._engine.ask("counters", object=self._number)
         counters: dict[str, int] = found["counters"]
         return counters
-
-
-def rehearse(engine: Engine, model: str, mtp_model: str | None, settings: dict[str, Any]) -> None:
-    """Build the graphs of a run in the worker, from the header alone.
-
-    Raises:
-        ModelError: that was the worker's end; the message has the engine's last words.
-    """
-    try:
-        engine.ask("rehearse", model=model, mtp_model=mtp_model, settings=settings)
-    except EngineDiedError as error:
-        raise refusal(mtp_model or model, error.cause) from error
 
 
 def has_gpu(engine: Engine) -> bool:

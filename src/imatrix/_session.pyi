@@ -9,6 +9,10 @@ class ModelHeader(TypedDict):
     block_count: int
     n_nextn: int
     split_count: int
+    split_no: int
+    split_tensors: int
+    aligned: bool
+    tables: list[tuple[str, int, int]]
     data_offset: int
     tensors: dict[str, tuple[int, ...]]
     integers: dict[str, int]

@@ -92,9 +92,13 @@ def model_file(path):
         "block_count": found.block_count,
         "n_nextn": found.n_nextn,
         "split_count": found.split_count,
+        "split_no": found.split_no,
+        "split_tensors": found.split_tensors,
+        "aligned": bool(found.aligned),
         "data_offset": found.data_offset,
         "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
                     for t in found.tensors},
+        "tables": [(_text(t.name), t.offset, t.count) for t in found.tables],
         "integers": {_text(i.first): i.second for i in found.integers},
     }
 

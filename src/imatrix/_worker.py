@@ -17,7 +17,6 @@ from typing import IO, Any
 from numpy.typing import NDArray
 
 from imatrix import _frames, _session
-from imatrix._rehearsal import build
 from imatrix.errors import NonFiniteError
 
 Answer = tuple[dict[str, Any], list[NDArray[Any]]]
@@ -75,10 +74,6 @@ class Worker:
             os._exit(1)
 
     # --- what can be asked -------------------------------------------------
-
-    def _do_rehearse(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
-        build(request["model"], request["mtp_model"], request["settings"])
-        return {}, []
 
     def _do_rpc(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         _session.add_rpc_server(request["endpoint"])

@@ -28,7 +28,13 @@ from imatrix._native_thread import NativeThread, end_at_exit
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
-from imatrix.architectures import check_assistant, check_head, check_memory, check_trunk
+from imatrix.architectures import (
+    check_assistant,
+    check_head,
+    check_memory,
+    check_tables,
+    check_trunk,
+)
 from imatrix.chat_template import ChatOptions, ChatTemplate, Renderer
 from imatrix.corpus import Chunk, Chunks, Packing
 from imatrix.errors import CheckpointError, EngineDiedError, ModelError, NonFiniteError
@@ -259,6 +265,8 @@ class Collector:
         self._check_tensors = check_tensors
         self._rehearse = rehearse
         self._rehearsed: set[tuple[bool, bool, bool]] = set()
+        self._rehearsed_loads: set[bool] = set()
+        self._tokenizer_fault: str | None = None
         self._device_sums = device_sums
         self._isolate = isolate
         self._loaded_mtp = False
@@ -870,18 +878,14 @@ class Collector:
         check_memory(self._file)
         kind = (with_head, process_output, perplexity)
         if self._rehearse and kind not in self._rehearsed:
-            head = self._head_file.path if with_head and self._head_file is not self._file else None
-            if self._isolate:
-                with self._dropping_engine():
-                    _isolate.rehearse(
-                        self._started(),
-                        str(self._file.path),
-                        None if head is None else str(head),
-                        self._settings(*kind),
-                    )
-            else:
-                rehearse_in_child(self._file.path, head, self._settings(*kind))
+            bundled = self._head_file is self._file
+            self._tokenizer_fault = rehearse_in_child(
+                self._file.path,
+                self._head_file.path if with_head and not bundled else None,
+                self._settings(*kind),
+            )
             self._rehearsed.add(kind)
+            self._rehearsed_loads.add(with_head)
         return self._load(with_head), with_head
 
     def _drive(
@@ -1202,6 +1206,13 @@ class Collector:
                 f"{self._file.path}: the model has no tokenizer (tokenizer.ggml.model), so text "
                 "cannot be tokenized; give token lists, or a file converted with its tokenizer"
             )
+        self._loaded()  # the tokenizer is rehearsed with it
+        if self._tokenizer_fault is not None:
+            raise ModelError(
+                f"{self._file.path}: the engine's tokenizer ends the process with the vocabulary "
+                f"of this model: {self._tokenizer_fault}. Give token lists, or convert the model "
+                "again with its tokenizer."
+            )
 
     def _loaded(self) -> NativeModel:
         self._check_process()
@@ -1216,7 +1227,13 @@ class Collector:
             self._drop_engine()
         if head:
             check_head(self._head_file)
+            check_tables(self._head_file)
+        check_tables(self._file)
         bundled = head and self._head_file is self._file
+        if self._rehearse and head not in self._rehearsed_loads:
+            separate = self._head_file.path if head and not bundled else None
+            self._tokenizer_fault = rehearse_in_child(self._file.path, separate, {"mtp": head})
+            self._rehearsed_loads.add(head)
         if self._model is None or (bundled and not self._loaded_mtp):
             self._session = None
             self._model = None  # a reload with the head must not hold the model twice
@@ -1244,7 +1261,8 @@ class Collector:
         options: dict[str, Any] = {
             "mtp": mtp,
             "n_gpu_layers": self._n_gpu_layers,
-            "use_mmap": self._use_mmap,
+            # the engine maps a file only where its tensors are aligned, or ends the process
+            "use_mmap": self._use_mmap and file.aligned,
             "check_tensors": self._check_tensors,
         }
         model: NativeModel
