@@ -309,6 +309,7 @@ def save(found: imatrix.Evaluation, path: Path) -> None:
     assert found.head is not None
     arrays: dict[str, Any] = {
         "chunk": found.chunk,
+        "position": found.position,
         "known": found.known,
         "accepted": found.accepted,
         "about": np.array(json.dumps([found.n_ctx, found.n_vocab, found.depth, found.digest])),
@@ -337,6 +338,7 @@ def load(path: Path) -> imatrix.Evaluation:
             n_vocab=n_vocab,
             digest=digest,
             chunk=arrays["chunk"],
+            position=arrays["position"],
             trunk=trunk,
             head=head,
             depth=depth,

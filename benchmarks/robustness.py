@@ -1,17 +1,21 @@
-"""Kills `imatrix collect` over and over and sees that nothing is lost, torn or counted twice.
+"""Kills `imatrix collect` over and over, breaks its files, and sees that nothing is lost, torn or
+counted twice.
 
-    python benchmarks/robustness.py --kills 1000 --steps 0
+    python benchmarks/robustness.py --kills 1000 --isolated 100 --write
 
-Two ways to die, both by SIGKILL, which no program can catch:
-
-- at random moments, again and again until the run is through (--kills in all);
-- at every call that opens, writes, syncs, renames or removes a file, one run a call (--steps: how
-  many of them, spread evenly; 0 for all).
+- calls: a run dies by SIGKILL, which no program can catch, before every system call that opens,
+  writes, syncs, renames, removes, changes or locks a file in the output's folder, and after half
+  of every write; one run a call (--steps: how many of them, spread evenly; 0 for all, -1 for none).
+  Once for a plain run, once for one whose output is its --in-file too.
+- errors: every such call fails once, and from there on for ever, with ENOSPC, EIO or EROFS.
+- moments: killed at random moments, again and again until the run is through (--kills in all).
+- isolated: the same with the engine in a process of its own; the run's process, the engine's, or
+  both are killed (--isolated in all).
 
 After every death each file that is there must be whole: OUT a matrix of some of the chunks,
 OUT.checkpoint a checkpoint. And in the end OUT must be, to the bit, the file of a run that nobody
-killed. A process that is killed does not take with it what the system holds in memory for it:
-power cuts are not tried here (see imatrix.atomic for what is done about them).
+killed, and alone. A process that is killed does not take with it what the system holds in memory
+for it: power cuts are not tried here (see imatrix.atomic for what is done about them).
 
 Runs are forks of this process, which imports everything once and never starts the engine itself.
 """
@@ -19,31 +23,39 @@ Runs are forks of this process, which imports everything once and never starts t
 from __future__ import annotations
 
 import argparse
+import datetime
+import errno
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-import imatrix
-from imatrix import cli, collector
-from imatrix.formats import checkpoint as checkpoint_file
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
+import faults
 from random_model import make_random_model
 
-N_CHUNKS = 12
-CALLS = {
-    "open", "write", "pwrite", "flush", "truncate", "ftruncate", "fsync", "close", "chmod",
-    "rename", "replace", "unlink", "remove", "flock",
-}  # fmt: skip
+import imatrix  # noqa: E402
+from imatrix import cli, collector  # noqa: E402
+from imatrix.formats import checkpoint as checkpoint_file  # noqa: E402
+
+LONG, SHORT = 12, 2  # chunks of a run, for random moments and for each call
+ERRORS_OF = {
+    faults.OPEN: (errno.ENOSPC, errno.EROFS),
+    faults.WRITE: (errno.ENOSPC, errno.EIO),
+    faults.SYNC: (errno.ENOSPC, errno.EIO),
+}
+RESULTS = ROOT / "benchmarks" / "results" / "robustness.md"
 
 
 class Failed(Exception):
@@ -51,31 +63,47 @@ class Failed(Exception):
 
 
 class Ground:
-    """A model, a text, and folders to run in."""
+    """A model, a text, and a folder to run in.
 
-    def __init__(self, folder: Path) -> None:
+    n_chunks: of a run; it saves after each.
+    twice: the output is an input too, with data in it.
+    """
+
+    def __init__(self, folder: Path, n_chunks: int, *, twice: bool = False) -> None:
+        folder.mkdir()
         self.folder = folder
+        self.n_chunks = n_chunks
+        self.twice = twice
         self.model = folder / "model.gguf"
         self.text = folder / "text.txt"
+        self.tally = faults.Tally()
         text = resources.files("imatrix").joinpath("data/calibration.txt").read_text("utf-8")
         self.text.write_text(text[:6000], encoding="utf-8")
         make_random_model(self.model)
         self.work = folder / "work"
+        self.earlier = folder / "earlier.gguf"
+        self.out = self.work / "out.gguf"
+        self.checkpoint = self.work / "out.gguf.checkpoint"
+        if twice:
+            self.twice = False
+            self.clean()
+            self.run()
+            shutil.copy(self.out, self.earlier)
+            self.twice = True
         self.clean()
         started = time.monotonic()
-        if wait(self.start()) != 0:
-            raise Failed(f"the run that nobody kills failed: {self.log()}")
+        self.run()
         self.seconds = time.monotonic() - started
-        self.expected = (self.work / "out.gguf").read_bytes()
-        self.clean()
+        self.expected = self.out.read_bytes()
 
     def clean(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
+        if self.twice:
+            shutil.copy(self.earlier, self.out)
 
-    def start(self, prepare: Callable[[], None] = lambda: None) -> int:
+    def start(self, prepare: Callable[[], None] = lambda: None, *, isolate: bool = False) -> int:
         """Start a run, and give its process id."""
-        out = self.work / "out.gguf"
         pid = os.fork()
         if pid:
             return pid
@@ -86,32 +114,53 @@ class Ground:
             # a process of its own a run, and no part of what is tried here
             collector.rehearse_in_child = lambda *_: None
             prepare()
-            argv = f"collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --chunks {N_CHUNKS}".split()
-            argv += ["-m", str(self.model), "-f", str(self.text), "-o", str(out)]
+            argv = f"collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --chunks {self.n_chunks}".split()
+            argv += ["-m", str(self.model), "-f", str(self.text), "-o", str(self.out)]
+            argv += ["--in-file", str(self.out)] if self.twice else []
+            argv += ["--isolate" if isolate else "--no-isolate"]
             status = cli.main(argv)
         finally:
             os._exit(status)
+
+    def run(self, *, isolate: bool = False) -> None:
+        """A run that has to go well."""
+        if (status := wait(self.start(isolate=isolate))) != 0:
+            raise Failed(f"exit status {status}: {self.log()}")
 
     def log(self) -> str:
         return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
 
     def check(self) -> None:
         """Every file is whole, whatever happened."""
-        out, checkpoint = self.work / "out.gguf", self.work / "out.gguf.checkpoint"
-        if out.exists() and not 1 <= imatrix.ImportanceMatrix.load(out).chunk_count <= N_CHUNKS:
+        out, checkpoint = self.out, self.checkpoint
+        limit = self.n_chunks * (2 if self.twice else 1)
+        if out.exists() and not 1 <= imatrix.ImportanceMatrix.load(out).chunk_count <= limit:
             raise Failed(f"{out} is no part of the run")
-        if checkpoint.exists() and not 1 <= checkpoint_file.read(checkpoint).done <= N_CHUNKS:
+        if checkpoint.exists() and not 1 <= checkpoint_file.read(checkpoint).done <= self.n_chunks:
             raise Failed(f"{checkpoint} is no part of the run")
-        if out.exists() and not checkpoint.exists() and out.read_bytes() != self.expected:
+        if self.twice:
+            if out.read_bytes() not in (self.earlier.read_bytes(), self.expected):
+                raise Failed(f"{out} is neither the old one nor the new one")
+        elif out.exists() and not checkpoint.exists() and out.read_bytes() != self.expected:
             raise Failed(f"{out} is not the whole run, and there is no checkpoint to go on from")
 
+    def finish(self, *, isolate: bool = False) -> None:
+        """The same command again gives the file that it should be, and leaves nothing else."""
+        # all done: the output is an input too, so the same command once more would add to it
+        if not (self.twice and not self.checkpoint.exists() and self.is_done()):
+            self.run(isolate=isolate)
+        self.check_end()
+
+    def is_done(self) -> bool:
+        return self.out.exists() and self.out.read_bytes() == self.expected
+
     def check_end(self) -> None:
-        """The file is the one it should be, and it is alone."""
-        if (self.work / "out.gguf").read_bytes() != self.expected:
+        if not self.is_done():
             raise Failed("the file differs from that of a run that was not killed")
-        left = sorted(path.name for path in self.work.iterdir())
-        if left != ["out.gguf"]:
-            raise Failed(f"files are left over: {left}")
+        # what a process that is gone may leave, the next run takes over
+        left = {path.name for path in self.work.iterdir()} - {"out.gguf"}
+        if not self.twice and left:
+            raise Failed(f"files are left over: {sorted(left)}")
 
 
 def wait(pid: int) -> int:
@@ -119,8 +168,88 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_at_random(ground: Ground, kills: int, rng: random.Random) -> int:
-    """Kill until it has been done so often; gives the number of whole runs in between."""
+def watched(ground: Ground, action: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    def prepare() -> None:
+        ground.tally.clear()
+        faults.watch(ground.work, ground.tally)
+        action()
+
+    return prepare
+
+
+def calls_of(ground: Ground) -> list[int]:
+    """The kinds of the calls that an undisturbed run makes."""
+    ground.clean()
+    ground.tally.clear()
+    if wait(ground.start(watched(ground))) != 0:
+        raise Failed(ground.log())
+    ground.check_end()
+    return ground.tally.kinds
+
+
+def kill_at_calls(ground: Ground, steps: int) -> str:
+    """One run a call."""
+    kinds = calls_of(ground)
+    told = str(ground.tally)
+    deaths = [(number, faults.KILL) for number in range(1, len(kinds) + 1)]
+    deaths += [(n, faults.TEAR) for n, kind in enumerate(kinds, 1) if kind == faults.WRITE]
+    tried = spread(deaths, steps)
+    for number, action in tried:
+        ground.clean()
+        prepare = watched(ground, lambda number=number, action=action: faults.arm(number, action))
+        if (status := wait(ground.start(prepare))) != -signal.SIGKILL:
+            raise Failed(f"call {number} did not come; exit status {status}: {ground.log()}")
+        try:
+            ground.check()
+            ground.finish()
+        except Failed as error:
+            raise Failed(f"after a death at call {number} ({action}): {error}") from None
+    return f"{len(tried)} of {len(deaths)} deaths at {len(kinds)} calls ({told})"
+
+
+def fail_at_calls(ground: Ground, steps: int) -> str:
+    """One run a call, a kind of error, and a length of it."""
+    kinds = calls_of(ground)
+    cases = [
+        (number, action, error)
+        for number, kind in enumerate(kinds, 1)
+        for action in (faults.FAIL, faults.FAIL_ON)
+        for error in ERRORS_OF.get(kind, (errno.EIO,))
+    ]
+    tried = spread(cases, steps)
+    ends: Counter[str] = Counter()
+    for number, action, error in tried:
+        ground.clean()
+        # a full disk has no room, for the rest it is as ever
+        affected = faults.OPEN | faults.WRITE | faults.SYNC
+        if error != errno.ENOSPC:
+            affected = faults.ALL
+
+        def arm(
+            number: int = number, action: int = action, error: int = error, kinds: int = affected
+        ) -> None:
+            faults.arm(number, action, kinds=kinds, error=error)
+
+        status = wait(ground.start(watched(ground, arm)))
+        log = ground.log()
+        where = f"{errno.errorcode[error]} at call {number} ({action}), exit status {status}"
+        if status not in (0, 1, 2) or "Traceback" in log:
+            raise Failed(f"{where}: {log}")
+        # what has failed is told, unless it was a courtesy or a lock that is not needed
+        if status != 0 and os.strerror(error) not in log:
+            raise Failed(f"{where}, but it does not say why: {log}")
+        ends["went well" if status == 0 else f"ended with {status}"] += 1
+        try:
+            ground.check()
+            ground.finish()
+        except Failed as failed:
+            raise Failed(f"after {where}: {failed}; it said {log}") from None
+    told = ", ".join(f"{n} {how}" for how, n in ends.most_common())
+    return f"{len(tried)} of {len(cases)} failures ({told})"
+
+
+def kill_at_random(ground: Ground, kills: int, rng: random.Random) -> str:
+    """Kill until it has been done so often."""
     done = runs = 0
     while done < kills:
         ground.clean()
@@ -134,73 +263,131 @@ def kill_at_random(ground: Ground, kills: int, rng: random.Random) -> int:
                 raise Failed(f"exit status {status}: {ground.log()}")
             done += 1
             ground.check()
-        else:
-            if (status := wait(ground.start())) != 0:
-                raise Failed(f"exit status {status}: {ground.log()}")
-        ground.check_end()
+        ground.finish()
         runs += 1
-    return runs
+    return f"{done} kills in {runs} runs"
 
 
-def kill_at_call(number: int, folder: Path, count_into: int | None = None) -> Callable[[], None]:
-    """Makes a run die at its number-th call of CALLS; or counts them all, into a descriptor."""
-    seen = 0
-
-    def look(_frame: object, event: str, function: Any) -> None:
-        nonlocal seen
-        if event != "c_call" or function.__name__ not in CALLS:
-            return
-        owner = getattr(function, "__self__", None)
-        name = getattr(owner, "name", None)
-        if isinstance(name, (str, int)) and str(folder) not in str(name):
-            return  # a stream: the progress that is told
-        seen += 1
-        if count_into is not None:
-            os.lseek(count_into, 0, os.SEEK_SET)
-            os.write(count_into, str(seen).encode())
-        elif seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return lambda: sys.setprofile(look)
-
-
-def kill_at_calls(ground: Ground, steps: int) -> tuple[int, int]:
-    """One run a call; gives how many calls were tried, and how many there are."""
+def kill_isolated(ground: Ground, kills: int, rng: random.Random) -> str:
+    """The same with two processes."""
+    done = runs = 0
+    victims: Counter[str] = Counter()
     ground.clean()
-    tally = os.open(ground.folder / "calls", os.O_RDWR | os.O_CREAT)
-    wait(ground.start(kill_at_call(0, ground.work, tally)))
-    n_calls = int(os.pread(tally, 32, 0))
-    ground.check_end()
-    steps = min(steps or n_calls, n_calls)
-    for step in range(steps):
-        number = 1 + step * n_calls // steps
+    started = time.monotonic()
+    ground.run(isolate=True)
+    seconds = time.monotonic() - started
+    while done < kills:
         ground.clean()
-        if (status := wait(ground.start(kill_at_call(number, ground.work)))) != -signal.SIGKILL:
-            raise Failed(f"call {number} did not come; exit status {status}: {ground.log()}")
-        ground.check()
-        if (status := wait(ground.start())) != 0:
-            raise Failed(f"after a death at call {number}: exit status {status}: {ground.log()}")
-        ground.check_end()
-    return steps, n_calls
+        for _ in range(kills - done):
+            pid = ground.start(isolate=True)
+            time.sleep(rng.uniform(0, seconds))
+            engine = child_of(pid)
+            who = rng.choice(["run", "engine", "both"])
+            if engine is None:
+                who = "run"
+            if who != "engine":
+                os.kill(pid, signal.SIGKILL)
+            if who != "run" and engine is not None and child_of(pid, or_orphan=engine) == engine:
+                try:
+                    os.kill(engine, signal.SIGKILL)
+                except ProcessLookupError:
+                    who = "run"
+            if (status := wait(pid)) == 0:
+                break
+            log = ground.log()
+            if status not in ((1, 2) if who == "engine" else (-signal.SIGKILL,)):
+                raise Failed(f"exit status {status} after the {who}: {log}")
+            if who == "engine" and "SIGKILL" not in log:
+                raise Failed(f"it does not say what ended the engine: {log}")
+            done += 1
+            victims[who] += 1
+            ground.check()
+        ground.finish(isolate=True)
+        runs += 1
+    told = ", ".join(f"{n} of the {who}" for who, n in sorted(victims.items()))
+    return f"{done} kills in {runs} runs ({told})"
+
+
+def child_of(pid: int, or_orphan: int | None = None) -> int | None:
+    if or_orphan is not None:
+        return or_orphan
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return int(found[0]) if found else None
+
+
+def spread(cases: list, steps: int) -> list:
+    if steps < 0:
+        return []
+    steps = min(steps or len(cases), len(cases))
+    return [cases[step * len(cases) // steps] for step in range(steps)]
+
+
+def machine() -> str:
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    name = platform.machine() if model is None else model[1]
+    return f"{len(os.sched_getaffinity(0))} cores of {name}, Linux {platform.release()}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill imatrix collect, and see what is left.")
     parser.add_argument("--kills", type=int, default=1000, help="at random (default: 1000)")
+    parser.add_argument("--isolated", type=int, default=100, help="with two processes")
     parser.add_argument("--steps", type=int, default=0, help="at calls (default: 0, each of them)")
+    parser.add_argument("--errors", type=int, default=0, help="errors at calls (0: each)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help=f"figures into {RESULTS.name}")
     args = parser.parse_args()
+    if not faults.SUPPORTED:
+        parser.error("Linux on x86-64 or aarch64 only")
+    rng = random.Random(args.seed)
+    lines: list[str] = []
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+
+        def tell(what: str, found: str) -> None:
+            lines.append(f"| {what} | {found} |")
+            print(f"{what}: {found}", flush=True)
+
         try:
-            ground = Ground(Path(folder))
-            steps, n_calls = kill_at_calls(ground, args.steps)
-            print(f"killed at {steps} of {n_calls} file calls: to the bit", flush=True)
-            runs = kill_at_random(ground, args.kills, random.Random(args.seed))
-            print(f"killed {args.kills} times in {runs} runs: to the bit", flush=True)
+            plain = Ground(Path(folder, "plain"), SHORT)
+            tell("SIGKILL at every call of a run", kill_at_calls(plain, args.steps))
+            tell("errors at every call of a run", fail_at_calls(plain, args.errors))
+            twice = Ground(Path(folder, "twice"), SHORT, twice=True)
+            tell("SIGKILL, output is an input too", kill_at_calls(twice, args.steps))
+            tell("errors, output is an input too", fail_at_calls(twice, args.errors))
+            long = Ground(Path(folder, "long"), LONG)
+            if args.kills:
+                tell("SIGKILL at random moments", kill_at_random(long, args.kills, rng))
+            if args.isolated:
+                tell("the same, two processes", kill_isolated(long, args.isolated, rng))
         except Failed as error:
             print(f"FAILED: {error}")
             return 1
+    minutes = (time.monotonic() - started) / 60
+    print(f"all to the bit, in {minutes:.0f} min")
+    if args.write:
+        write(lines, minutes, args.seed)
     return 0
+
+
+def write(lines: list[str], minutes: float, seed: int) -> None:
+    """Put the figures into the results, between the marks."""
+    begin, end = "<!-- kills -->\n", "<!-- /kills -->\n"
+    text = RESULTS.read_text(encoding="utf-8")
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    date = datetime.date.today().isoformat()
+    body = (
+        f"{date}, {machine()}, imatrix {imatrix.__version__}, seed {seed}, {minutes:.0f} min; a "
+        f"run has {SHORT} chunks ({LONG} where it is killed at random) and saves after each.\n\n| what | how often |\n|---|---|\n"
+        + "\n".join(lines)
+        + "\n\nAll of them: every file whole after each death, and the final file the same to the "
+        "bit.\n"
+    )
+    RESULTS.write_text(head + begin + body + end + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

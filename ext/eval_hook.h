@@ -86,8 +86,10 @@ public:
     // as one split: others would run on what was never computed.
     void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
     void set_threads(size_t n) { threads_.set_threads(n); }
-    bool grouping() const { return grouping_; }
-    void stop_grouping() { grouping_ = false; }
+    // For other work between two decodes.
+    Parallel & threads() { return threads_; }
+    bool       grouping() const { return grouping_; }
+    void       stop_grouping() { grouping_ = false; }
 
     // With sharing, weights of one slot must all have seen the rows that went into it.
     bool groups_agree() const;

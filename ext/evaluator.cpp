@@ -1,7 +1,6 @@
 #include "evaluator.h"
 
 #include "engine_log.h"
-#include "for_each_row.h"
 
 #include "ggml.h"
 #include "llama-ext.h"
@@ -14,13 +13,6 @@
 
 namespace imatrix {
 namespace {
-
-// Tokens in the graph that is only looked at. Prime, so that rows cropped to the outputs cannot
-// look like all of them.
-constexpr int32_t kProbeTokens = 61;
-
-// Slots whose drafts run side by side, each in a sequence of its own.
-constexpr int32_t kSlotsTogether = 64;
 
 struct Softmax {
     int32_t top;     // the first of the largest
@@ -74,43 +66,25 @@ void Predictions::resize(size_t n, bool with_reference) {
 
 // --- Runner ----------------------------------------------------------------
 
-void Runner::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
-void Runner::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
-
 int32_t Runner::together() const { return std::min(kSlotsTogether, params_.n_batch); }
 
 Status Runner::make_context(bool head, ContextPtr & out) {
-    clear_error();
-    llama_context_params engine = llama_context_default_params();
-    engine.n_ctx                = static_cast<uint32_t>(params_.n_ctx);
-    engine.n_batch              = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch  = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max = 1;
-    // room for the logits of so many rows is reserved in every graph: the second half of a chunk
+    ContextParams params;
+    params.n_ctx     = params_.n_ctx;
+    params.n_batch   = params_.n_batch;
+    params.n_ubatch  = params_.n_ubatch;
+    params.n_threads = params_.n_threads;
+    params.cancelled = &cancelled_;
+    params.trunk     = head ? trunk_.get() : nullptr;
+    // the second half of a chunk is scored
     const int32_t scored = std::min(params_.n_batch, (params_.n_ctx + 1) / 2);
-    engine.n_outputs_max = static_cast<uint32_t>(!head && all_outputs_ ? params_.n_batch : scored);
-    engine.n_threads     = params_.n_threads;
-    engine.n_threads_batch = params_.n_threads;
-    engine.abort_callback  = [](void * data) -> bool {
-        return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
-    };
-    engine.abort_callback_data = &cancelled_;
-    engine.no_perf             = true;
-    if (head) {
-        engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
-        engine.ctx_other = trunk_.get();
+    params.n_outputs     = !head && all_outputs_ ? params_.n_batch : scored;
+    if (head || sharing_) { // drafts branch off, see share_cells
+        params.branch_cells = sharing_ ? 0 : kSlotsTogether * (params_.depth - 1);
     }
-    if (head || sharing_) { // drafts are sequences that share cells, see share_cells
-        const int32_t cells  = sharing_ ? 0 : kSlotsTogether * (params_.depth - 1);
-        engine.kv_unified    = true;
-        engine.n_seq_max     = kSlotsTogether + 1;
-        engine.n_ctx         = static_cast<uint32_t>(params_.n_ctx + cells);
-        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
-    }
-    out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
-    if (out == nullptr) {
-        return engine_error(Code::engine_failed,
-                            head ? "the engine made no MTP context" : "the engine made no context");
+    const Status status = imatrix::make_context(head ? *head_model_ : model_, params, out);
+    if (!status.ok()) {
+        return status;
     }
     // every token's row, of the trunk for the head and of the head for its next draft
     llama_set_embeddings_nextn(out.get(), head || params_.mtp, /*masked=*/false);
@@ -309,6 +283,7 @@ Status Evaluator::open(const EvaluatorParams & params) {
                                                       std::to_string(model_.n_vocab()));
     }
     params_ = params;
+    threads_.set_threads(static_cast<size_t>(std::max(1, params.n_threads)));
     Status status;
     try {
         status = runner_->open(params);
@@ -325,7 +300,7 @@ Status Evaluator::open(const EvaluatorParams & params) {
 
 // Scores rows of the last decode: row k of the engine's batch predicts targets[index].
 Status Evaluator::score(bool head, const int32_t * targets, const std::vector<Scored> & rows,
-                        Predictions & out) const {
+                        Predictions & out) {
     std::vector<const float *> logits(rows.size());
     std::vector<const float *> reference(reference_ != nullptr ? rows.size() : 0);
     for (size_t k = 0; k < rows.size(); ++k) {
@@ -341,7 +316,7 @@ Status Evaluator::score(bool head, const int32_t * targets, const std::vector<Sc
         }
     }
     const int32_t n_vocab = model_.n_vocab();
-    for_each_row(rows.size(), params_.n_threads, [&](size_t k) {
+    threads_.run(rows.size(), [&](size_t k) {
         const size_t  i       = static_cast<size_t>(rows[k].index);
         const Softmax softmax = softmax_of(logits[k], n_vocab);
         out.nll[i]            = nll_of(logits[k], softmax, targets[i]);

@@ -1,6 +1,9 @@
 // How well a model and its MTP head predict a text, and how far each strays from a reference.
 #pragma once
 
+#include "context.h"
+#include "live.h"
+#include "parallel.h"
 #include "session.h"
 #include "status.h"
 
@@ -82,15 +85,6 @@ public:
     int32_t together() const; // slots that run side by side in sequences of their own
 
 private:
-    struct FreeContext {
-        void operator()(llama_context * ctx) const;
-    };
-    struct FreeBatch {
-        void operator()(llama_batch_ext * batch) const;
-    };
-    using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
-    using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
-
     Status make_context(bool head, ContextPtr & out);
     Status crops_rows(llama_context * ctx, bool & out) const;
     Status decode(llama_context * ctx, llama_batch_ext * batch, const std::vector<Row> & rows,
@@ -111,7 +105,7 @@ private:
     std::vector<float>  states_; // row p is the state of slot p: zeros, then the trunk's rows
 };
 
-class Evaluator {
+class Evaluator : public Counted<Evaluator> {
 public:
     // The reference's models are NULL without one; heads are NULL where none is evaluated. All
     // must outlive the evaluator.
@@ -141,12 +135,13 @@ private:
     Status draft_step(const int32_t * tokens, int32_t scored, int32_t k,
                       const std::vector<int32_t> & slots, std::vector<int32_t> & drafted);
     Status score(bool head, const int32_t * targets, const std::vector<Scored> & rows,
-                 Predictions & out) const;
+                 Predictions & out);
 
     const Model &           model_;
     const Model *           reference_model_;
     std::atomic<bool>       cancelled_{false};
     EvaluatorParams         params_;
+    Parallel                threads_; // that score rows
     std::unique_ptr<Runner> runner_;
     std::unique_ptr<Runner> reference_; // NULL without one
     // hidden_[k] row i: what the head gave at depth k+1 of the draft that begins at scored slot i

@@ -1,4 +1,4 @@
-// A few threads that wait for work: the hook adds rows with them between the engine's own steps.
+// A few threads that wait for work between the engine's own steps: rows to add, logits to score.
 #pragma once
 
 #include <condition_variable>

@@ -1,7 +1,7 @@
 #include "session.h"
 
 #include "engine_log.h"
-#include "for_each_row.h"
+#include "graph_check.h"
 #include "row_kernels.h"
 
 #include "ggml-backend.h"
@@ -17,15 +17,6 @@
 
 namespace imatrix {
 namespace {
-
-std::atomic<int64_t> g_live_sessions{0};
-
-// Tokens in the graphs that are only looked at. Prime, so that a layer cropped to its
-// output rows cannot look like one that keeps them all.
-constexpr int32_t kProbeTokens = 61;
-
-// Slots of a later head that run side by side, each in a sequence of its own (run_later_head).
-constexpr int32_t kSlotsTogether = 64;
 
 void init_backend_once() {
     static std::once_flag once;
@@ -51,7 +42,10 @@ Status engine_error(Code code, const std::string & what) {
 
 // --- Model -----------------------------------------------------------------
 
-void Model::Free::operator()(llama_model * model) const { llama_model_free(model); }
+void Model::Free::operator()(llama_model * model) const {
+    llama_model_free(model);
+    --g_live_models;
+}
 
 Status Model::load(const ModelParams & params) {
     init_backend_once();
@@ -70,11 +64,44 @@ Status Model::load(const ModelParams & params) {
     if (model_ == nullptr) {
         return engine_error(Code::bad_model, "the engine could not load the model");
     }
+    ++g_live_models;
     return {};
 }
 
 int32_t Model::n_nextn() const { return llama_model_n_layer_nextn(model_.get()); }
 int32_t Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
+std::string Model::token_text(int32_t token) const {
+    const llama_vocab * vocab = llama_model_get_vocab(model_.get());
+    if (token < 0 || token >= llama_vocab_n_tokens(vocab)) {
+        return {};
+    }
+    return llama_vocab_get_text(vocab, token);
+}
+
+std::vector<std::pair<std::string, std::string>>
+Model::metadata(const std::string & prefix) const {
+    const auto text = [](auto && get) {
+        // the engine tells the length, and writes a final zero
+        const int32_t size = get(nullptr, 0);
+        std::string   out(static_cast<size_t>(std::max(size, 0)) + 1, '\0');
+        get(out.data(), out.size());
+        out.pop_back();
+        return out;
+    };
+    std::vector<std::pair<std::string, std::string>> found;
+    for (int32_t i = 0; i < llama_model_meta_count(model_.get()); ++i) {
+        std::string key = text([&](char * out, size_t size) {
+            return llama_model_meta_key_by_index(model_.get(), i, out, size);
+        });
+        if (key.compare(0, prefix.size(), prefix) == 0) {
+            found.emplace_back(std::move(key), text([&](char * out, size_t size) {
+                return llama_model_meta_val_str_by_index(model_.get(), i, out, size);
+            }));
+        }
+    }
+    return found;
+}
+
 int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
 bool    Model::has_decoder() const { return llama_model_has_decoder(model_.get()); }
 
@@ -113,78 +140,60 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
                               "a text of 2 GiB or more cannot be tokenized in one piece: give it "
                               "as several strings");
     }
-    const int32_t length = static_cast<int32_t>(text.size());
-    out.resize(text.size() / 2 + 16);
-    int32_t n = llama_tokenize(vocab, text.data(), length, out.data(),
-                               static_cast<int32_t>(out.size()), add_special, parse_special);
-    if (n == INT32_MIN) {
-        return Status::failed(Code::bad_argument, "the text has more than 2^31 tokens");
+    // a vocabulary that lacks a byte or a token that the text needs: std::out_of_range
+    try {
+        const int32_t length = static_cast<int32_t>(text.size());
+        out.resize(text.size() / 2 + 16);
+        int32_t n = llama_tokenize(vocab, text.data(), length, out.data(),
+                                   static_cast<int32_t>(out.size()), add_special, parse_special);
+        if (n == INT32_MIN) {
+            return Status::failed(Code::bad_argument, "the text has more than 2^31 tokens");
+        }
+        if (n < 0) { // the room that it needs
+            out.resize(static_cast<size_t>(-n));
+            n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
+                               add_special, parse_special);
+        }
+        if (n < 0) {
+            return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
+        }
+        out.resize(static_cast<size_t>(n));
+    } catch (const std::bad_alloc &) {
+        return Status::failed(Code::out_of_memory, "out of memory while tokenizing");
+    } catch (const std::exception & error) {
+        return Status::failed(Code::bad_model,
+                              std::string("the model's vocabulary cannot make tokens of the text (") +
+                                  error.what() + "); give token lists, or convert it again");
     }
-    if (n < 0) { // the room that it needs
-        out.resize(static_cast<size_t>(-n));
-        n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
-                           add_special, parse_special);
-    }
-    if (n < 0) {
-        return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
-    }
-    out.resize(static_cast<size_t>(n));
     return {};
 }
 
 // --- Session: contexts -----------------------------------------------------
-
-void Session::FreeContext::operator()(llama_context * ctx) const { llama_free(ctx); }
-void Session::FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
-
-Session::~Session() {
-    if (trunk_ != nullptr) {
-        --g_live_sessions;
-    }
-}
-
-int64_t Session::live() { return g_live_sessions; }
 
 const char * Session::kernel() const { return best_row_kernel().name; }
 
 void Session::set_hook_enabled(bool enabled) { hook_.set_enabled(enabled); }
 
 Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
-    clear_error();
-    llama_context_params engine = llama_context_default_params();
+    ContextParams params;
     // each sequence gets n_ctx tokens, rounded up as the engine would round the whole
     // (llama-context.cpp), or it would round a sequence down
     const int32_t padded = params_.n_seq > 1 ? (params_.n_ctx + 255) / 256 * 256 : params_.n_ctx;
-    engine.n_ctx         = static_cast<uint32_t>(padded * params_.n_seq);
-    engine.n_batch       = static_cast<uint32_t>(params_.n_batch);
-    engine.n_ubatch      = static_cast<uint32_t>(std::min(params_.n_ubatch, params_.n_batch));
-    engine.n_seq_max     = static_cast<uint32_t>(params_.n_seq);
-    // room for the logits of this many rows is reserved in every graph
-    engine.n_outputs_max     = static_cast<uint32_t>(all_outputs ? params_.n_batch : params_.n_seq);
-    engine.n_threads         = params_.n_threads;
-    engine.n_threads_batch   = params_.n_threads;
-    engine.cb_eval           = EvalHook::callback;
-    engine.cb_eval_user_data = &hook_;
-    engine.abort_callback    = [](void * data) -> bool {
-        return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
-    };
-    engine.abort_callback_data = &cancelled_;
-    engine.no_perf             = true;
-    if (head) {
-        engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
-        engine.ctx_other = trunk_.get();
-    }
+    params.n_ctx         = padded * params_.n_seq;
+    params.n_batch       = params_.n_batch;
+    params.n_ubatch      = params_.n_ubatch;
+    params.n_seq         = params_.n_seq;
+    params.n_outputs     = all_outputs ? params_.n_batch : params_.n_seq;
+    params.n_threads     = params_.n_threads;
+    params.hook          = &hook_;
+    params.cancelled     = &cancelled_;
+    params.trunk         = head ? trunk_.get() : nullptr;
     if (sharing_ || (head && n_heads_ > 1)) { // see run_later_head, run_sharing_head
-        engine.kv_unified = true;
-        engine.n_seq_max  = kSlotsTogether + 1;
-        engine.n_ctx =
-            static_cast<uint32_t>(params_.n_ctx + (sharing_ ? 0 : kSlotsTogether * n_heads_));
-        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
+        params.branch_cells = sharing_ ? 0 : kSlotsTogether * n_heads_;
     }
-    out.reset(llama_init_from_model(head ? head_model_->get() : model_.get(), engine));
-    if (out == nullptr) {
-        return engine_error(Code::engine_failed,
-                            head ? "the engine made no MTP context" : "the engine made no context");
+    const Status status = imatrix::make_context(head ? *head_model_ : model_, params, out);
+    if (!status.ok()) {
+        return status;
     }
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
@@ -209,12 +218,16 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
     const int32_t n_seq     = head ? 1 : params_.n_seq;
     const int32_t n_tokens  = kProbeTokens * n_seq;
+    Status        sound;
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =
             llama_graph_reserve(ctx, static_cast<uint32_t>(n_tokens), static_cast<uint32_t>(n_seq),
                                 static_cast<uint32_t>(n_outputs));
         if (graph == nullptr) {
             return false;
+        }
+        if (sound.ok()) {
+            sound = check_graph(graph);
         }
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
@@ -237,6 +250,9 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (!add_graph(1, one) || !add_graph(n_tokens, plan.weights)) {
             return engine_error(Code::engine_failed, "the engine could not reserve a graph");
         }
+    }
+    if (!sound.ok()) {
+        return sound;
     }
     if (head) {
         llama_set_nextn_layer_offset(ctx, 0);
@@ -282,9 +298,6 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
 
 Status Session::open(const SessionParams & params) {
     init_backend_once();
-    if (trunk_ == nullptr) {
-        ++g_live_sessions;
-    }
     head_batch_.reset();
     trunk_batch_.reset();
     head_.reset();
@@ -342,7 +355,6 @@ Status Session::open(const SessionParams & params) {
     if (!status.ok()) {
         head_.reset();
         trunk_.reset();
-        --g_live_sessions;
     }
     return status;
 }
@@ -442,14 +454,14 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
 
 // -log softmax(logits)[next token] for some rows of the trunk's last batch.
 void Session::score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                    const std::vector<int32_t> & batch_index, std::vector<double> & nll) const {
+                    const std::vector<int32_t> & batch_index, std::vector<double> & nll) {
     const int32_t              n_vocab = model_.n_vocab();
     std::vector<const float *> logits(batch_index.size());
     for (size_t k = 0; k < batch_index.size(); ++k) {
         logits[k] = llama_get_logits_ith(trunk_.get(), batch_index[k]);
     }
     nll.assign(logits.size(), 0.0);
-    for_each_row(logits.size(), params_.n_threads, [&](size_t k) {
+    hook_.threads().run(logits.size(), [&](size_t k) {
         const float * row = logits[k];
         float         top = row[0];
         for (int32_t v = 1; v < n_vocab; ++v) {

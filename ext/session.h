@@ -2,7 +2,9 @@
 // both and their squared activations into the sums.
 #pragma once
 
+#include "context.h"
 #include "eval_hook.h"
+#include "live.h"
 #include "status.h"
 #include "sums.h"
 
@@ -13,8 +15,6 @@
 #include <vector>
 
 struct llama_model;
-struct llama_context;
-struct llama_batch_ext;
 
 namespace imatrix {
 
@@ -46,6 +46,10 @@ public:
     bool          add_bos() const;
     int32_t       bos() const;
     std::string   description() const;
+    std::string   token_text(int32_t token) const; // "" for a token that there is not
+
+    // Keys that begin with `prefix` and their values as text, arrays left out.
+    std::vector<std::pair<std::string, std::string>> metadata(const std::string & prefix) const;
 
     Status tokenize(const std::string & text, bool add_special, bool parse_special,
                     std::vector<int32_t> & out) const;
@@ -91,12 +95,11 @@ struct GraphPlan {
     int64_t                    n_wanted      = 0; // nodes_to_the_last(), with outputs for all rows
 };
 
-class Session {
+class Session : public Counted<Session> {
 public:
     // `head` is the model that holds the head: the same one, or a file of its own. Both must
     // outlive the session. NULL where no head will be asked for.
     Session(const Model & trunk, const Model * head) : model_(trunk), head_model_(head) {}
-    ~Session();
     Session(const Session &)             = delete;
     Session & operator=(const Session &) = delete;
 
@@ -126,23 +129,13 @@ public:
     const GraphPlan &    head_plan() const { return head_plan_; }
     const char *         kernel() const;
 
-    static int64_t live(); // sessions that exist, for leak tests
-
 private:
-    struct FreeContext {
-        void operator()(llama_context * ctx) const;
-    };
-    struct FreeBatch {
-        void operator()(llama_batch_ext * batch) const;
-    };
     struct HeadRow { // one row for the MTP context
         int32_t       token;
         int32_t       pos;
         int32_t       seq;
         const float * state; // [n_embd_h_]
     };
-    using ContextPtr = std::unique_ptr<llama_context, FreeContext>;
-    using BatchPtr   = std::unique_ptr<llama_batch_ext, FreeBatch>;
 
     Status make_context(bool head, bool all_outputs, ContextPtr & out);
     Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
@@ -160,7 +153,7 @@ private:
     Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
     Status check_rows(int64_t n_tokens) const;
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                 const std::vector<int32_t> & batch_index, std::vector<double> & nll) const;
+                 const std::vector<int32_t> & batch_index, std::vector<double> & nll);
 
     const Model & model_;
     const Model * head_model_;

@@ -1,6 +1,8 @@
 // The store: per weight, float64 sums of squared activations and int64 counts of rows.
 #pragma once
 
+#include "live.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -30,7 +32,7 @@ struct Shape {
 // Weights that are fed by the same activation (q, k and v; gate and up) share one slot,
 // so that it is squared, added and kept once. Who shares is found by the eval hook in the
 // first chunk; ungroup() gives every weight a slot of its own again.
-class Sums {
+class Sums : public Counted<Sums> {
 public:
     static constexpr size_t npos = static_cast<size_t>(-1);
 

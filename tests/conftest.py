@@ -20,6 +20,7 @@ import imatrix
 # The text that comes with the package.
 TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
 
+
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
 
@@ -65,6 +66,11 @@ def engine_tool() -> EngineTool:
             pytest.fail(str(error), pytrace=False)
 
     return find
+
+
+def trained_models() -> list[Path]:
+    """The models with a trained head that ship with the package."""
+    return sorted((Path(imatrix.__file__).parent / "data").glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")

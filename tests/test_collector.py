@@ -45,10 +45,10 @@ def headed(forged: Forged) -> ModelSpec:
 def _nothing_is_left_over() -> Iterator[None]:
     """Every test gives back the native sessions it made, whatever it did to them."""
     gc.collect()
-    before = _session.live_sessions()
+    before = _session.live_objects()
     yield
     gc.collect()
-    assert _session.live_sessions() == before
+    assert _session.live_objects() == before
 
 
 def collector(spec: ModelSpec | Path, **options) -> Collector:
@@ -350,13 +350,13 @@ def test_no_tokenizer(forged: Forged) -> None:
 
 
 def test_closed(plain: ModelSpec) -> None:
-    before = _session.live_sessions()
+    before = _session.live_objects()
     made = collector(plain)
     made.run(token_chunks(plain, 1))
-    assert _session.live_sessions() == before + 1
+    assert _session.live_objects()["sessions"] == before["sessions"] + 1
     made.close()
     made.close()
-    assert _session.live_sessions() == before
+    assert _session.live_objects() == before
     with pytest.raises(ValueError, match="closed"):
         made.run(token_chunks(plain, 1))
     with pytest.raises(ValueError, match="closed"):

@@ -114,20 +114,6 @@ def test_the_story_the_files_and_the_readme(
         )
 
 
-def estimate(low: float, high: float) -> imatrix.Estimate:
-    return imatrix.Estimate((low + high) / 2, 0.1, low, high, 10)
-
-
-def test_a_verdict_is_what_the_interval_allows() -> None:
-    # a loss: below zero is a gain
-    assert demo._verdict(estimate(-2, -1), -1).plain == "collected is better"
-    assert demo._verdict(estimate(1, 2), -1).plain == "flat is better"
-    assert demo._verdict(estimate(-1, 2), -1).plain == "no difference shown"
-    assert demo._verdict(estimate(1, 2), 1).plain == "collected is better"
-    assert demo._verdict(estimate(-2, -1), 1).plain == "flat is better"
-    assert demo._verdict(estimate(0, 2), 1).plain == "no difference shown"
-
-
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_temporary_folder(
     keep: bool,

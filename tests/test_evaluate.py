@@ -191,6 +191,7 @@ def test_trunk_and_head_predict_as_the_oracle(arch: Arch, forged: Forged, prose:
     assert (found.known == 1).all()
     assert found.draft[0].value == (found.head.top == found.trunk.top).mean()
     assert found.chunk.tolist() == [0] * 47 + [1] * 47
+    assert found.position.tolist() == [*range(48, 95)] * 2
 
 
 @pytest.mark.parametrize("arch", HEADS)
@@ -511,8 +512,8 @@ def made(
     nll: F64,
     chunk: NDArray[np.int32],
     *,
-    known: Sequence[int] | None = None,
-    accepted: Sequence[int] | None = None,
+    known: Sequence[int] | NDArray[Any] | None = None,
+    accepted: Sequence[int] | NDArray[Any] | None = None,
     digest: str = "same",
 ) -> Evaluation:
     top = np.arange(len(nll), dtype=np.int32) % 7
@@ -525,11 +526,12 @@ def made(
         n_vocab=100,
         digest=digest,
         chunk=chunk,
+        position=np.arange(len(chunk), dtype=np.int32),
         trunk=rows,
         head=None if known is None else rows,
         depth=3,
-        known=np.asarray(known or [], dtype=np.int8),
-        accepted=np.asarray(accepted or [], dtype=np.int8),
+        known=np.asarray([] if known is None else known, dtype=np.int8),
+        accepted=np.asarray([] if accepted is None else accepted, dtype=np.int8),
     )
 
 
@@ -578,6 +580,80 @@ def test_comparison_is_paired() -> None:
         first.compare(made(nll, chunk, digest="other"))
 
 
+def test_comparison_is_that_of_another_bootstrap() -> None:
+    """Chunks drawn one by one and put together, where the code under test weighs sums of chunks."""
+    rng = np.random.default_rng(8)
+    n_chunks, each, depth = 40, 25, 3
+    chunk = np.repeat(np.arange(n_chunks, dtype=np.int32), each)
+    easy = rng.normal(0, 0.6, n_chunks)[chunk]  # a chunk is easy for both
+    runs = []
+    for better in (0.25, 0.0):
+        accepted, known = np.zeros((2, len(chunk)), dtype=np.int8)
+        going = np.ones(len(chunk), dtype=bool)
+        for _ in range(depth):
+            known += going
+            going &= rng.random(len(chunk)) < 1 / (1 + np.exp(-(0.5 + easy + better)))
+            accepted += going
+            going &= rng.random(len(chunk)) < 0.8  # the text goes the same way
+        nll = 2 - easy + rng.normal(0, 0.3, len(chunk)) - better / 10
+        runs.append((nll, known, accepted))
+    first, second = (made(nll, chunk, known=k, accepted=a) for nll, k, a in runs)
+    got = first.compare(second)
+
+    def figures(rows: NDArray[np.intp]) -> list[float]:
+        shares = []
+        for _, known, accepted in runs:
+            shares.append([(accepted[rows] >= k)[known[rows] >= k].mean() for k in (1, 2, 3)])
+        return [
+            (runs[0][0] - runs[1][0])[rows].mean(),
+            *np.subtract(*shares),
+            np.cumprod(shares[0]).sum() - np.cumprod(shares[1]).sum(),
+        ]
+
+    rows_of = np.arange(len(chunk)).reshape(n_chunks, each)
+    drawn = [figures(rows_of[rng.integers(0, n_chunks, n_chunks)].ravel()) for _ in range(2000)]
+    ends = np.percentile(drawn, (2.5, 97.5), axis=0)
+    assert len(got.draft) == depth
+    assert got.accepted_length is not None
+    for found, value, low, high, spread in zip(
+        (got.nll, *got.draft, got.accepted_length),
+        figures(np.arange(len(chunk))),
+        *ends,
+        np.std(drawn, axis=0),
+        strict=True,
+    ):
+        assert found.value == pytest.approx(value, abs=1e-12)
+        # ends from 1000 and from 2000 resamples differ by a tenth of the spread (one sigma)
+        assert found.low == pytest.approx(low, abs=0.4 * spread)
+        assert found.high == pytest.approx(high, abs=0.4 * spread)
+    for found, spread in zip(
+        (*got.draft[1:], got.accepted_length), np.std(drawn, 0)[2:], strict=True
+    ):
+        assert found.error == pytest.approx(spread, rel=0.1)
+    assert got.draft[1].n == min((known >= 2).sum() for _, known, _ in runs)
+
+
+def test_comparison_in_plain_words() -> None:
+    rng = np.random.default_rng(4)
+    chunk = np.repeat(np.arange(30, dtype=np.int32), 10)
+    nll = rng.exponential(2, len(chunk))
+    noise = rng.normal(0, 0.1, len(chunk))
+    known = np.ones(len(chunk), dtype=np.int8)
+    bad, good = (rng.random(len(chunk)) < share for share in (0.4, 0.8))
+    base = made(nll, chunk, known=known, accepted=bad)
+    for other, accepted, loss, agreement in (
+        (nll + 0.05, bad, "worse", "no difference shown"),
+        (nll - 0.05, good, "better", "better"),
+        (nll, bad, "no difference shown", "no difference shown"),
+    ):
+        told = made(other + noise, chunk, known=known, accepted=accepted).compare(base)
+        assert told.head_nll is not None
+        assert (told.nll.verdict, told.head_nll.verdict) == (loss, loss)
+        assert told.draft[0].verdict == agreement
+    alone = made(nll, np.zeros_like(chunk))
+    assert alone.compare(alone).nll.verdict == "too few chunks to tell"
+
+
 def test_accepted_length_by_hand() -> None:
     chunk = np.array([0, 0, 0, 1, 1, 1], dtype=np.int32)
     #                       accepted: 4 of 6, then 2 of 3, then 1 of 2
@@ -586,16 +662,6 @@ def test_accepted_length_by_hand() -> None:
     assert [rate.n for rate in found.draft] == [6, 3, 2]
     assert found.accepted_length is not None
     assert found.accepted_length.value == pytest.approx(4 / 6 + 4 / 9 + 2 / 9)
-
-    other = made(np.ones(6), chunk, known=[1, 1, 2, 2, 1, 1], accepted=[0, 0, 1, 2, 0, 0])
-    difference = found.compare(other)
-    # the other: 2 of 6, then 1 of 2, and never deeper
-    assert [rate.value for rate in difference.draft] == pytest.approx([2 / 6, 2 / 3 - 1 / 2])
-    assert difference.agreement == difference.draft[0]
-    # two chunks make three kinds of resamples: both; the first twice, at depth 2 all accepted
-    # against none; the second twice, half of them against all
-    assert difference.draft[1].low == pytest.approx(1 / 2 - 1)
-    assert difference.draft[1].high == pytest.approx(1 - 0)
 
 
 # --- refusals, and the command ------------------------------------------------------------------------
@@ -658,3 +724,39 @@ def test_command(forged: Forged, prose_file: Path, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["head"] is None
     assert main(["evaluate", str(spec.path), "-f", "no such file"]) == 2
     assert main([*args, "--depth", "0"]) == 2
+
+
+def test_command_compares(
+    forged: Forged, prose_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = forged("glm4moe", seed=SEEDS["glm4moe"], n_nextn=1).path
+    second = forged("glm4moe", seed=SEEDS["glm4moe"], n_nextn=1, eps=0.5).path
+    third = forged("glm4moe", seed=SEEDS["glm4moe"]).path  # without a head
+    # fmt: off
+    args = ["evaluate", str(second), "-f", str(prose_file), "--reference", str(first),
+            "-c", "64", "--chunks", "4", "-t", "1", "--against", str(first)]
+    # fmt: on
+    assert main([*args, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    options: dict[str, Any] = {"reference": first, "n_ctx": 64, "max_chunks": 4, "n_threads": 1}
+    ours, theirs = (evaluate(path, prose_file, **options) for path in (second, first))
+    [against] = told.pop("against")
+    difference = against.pop("difference")
+    assert told == json.loads(json.dumps(ours.as_data()))
+    assert against == json.loads(json.dumps(theirs.as_data()))
+    assert difference == json.loads(json.dumps(ours.compare(theirs).as_data()))
+    # the other is the reference itself: nothing of it strays
+    assert ours.kl is not None
+    assert difference["trunk"]["kl"]["value"] == pytest.approx(ours.kl.value)
+    assert difference["trunk"]["kl"]["verdict"] == "worse"
+    assert difference["head"]["agreement"][0]["n"] == ours.nll.n
+
+    assert main([*args, "--against", str(third)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{second} minus {first}" in out
+    assert f"{second} minus {third}" in out
+    assert re.search(r"trunk: KL to the reference .* worse", out)
+    assert f"{second}: the MTP head is dead" in err
+    assert main([*args, "--against-mtp-model", str(first), "--against-mtp-model", "b"]) == 2
+    assert "one for each" in capsys.readouterr().err
+    assert main([*args, "--against", "no such file"]) == 2

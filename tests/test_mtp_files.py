@@ -209,7 +209,7 @@ def test_parts_are_read_and_one_file_is_written(forged: Forged, tmp_path: Path) 
         extract_mtp(first, parts[1])
     third = parts[2].rename(tmp_path / "aside")
     parts[2].write_bytes(parts[1].read_bytes())
-    with pytest.raises(ModelError, match=r"m-00003-of-\d+.gguf says it is part 2"):
+    with pytest.raises(ModelError, match=r"m-00003-of-\d+.gguf: by its name it is part 3"):
         extract_mtp(first, tmp_path / "x.gguf")
     third.rename(parts[2])
     parts[1].unlink()

@@ -62,6 +62,11 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
         "_quantize_pybind.pyi",
         "py.typed",
         "data/calibration.txt",
+        "data/LICENSE-python.txt",
+        "data/held-out.txt",
+        "data/held-out-prose.txt",
+        "data/tiny-glm4moe-mtp.gguf",
+        "data/tiny-glm4moe-mtp.json",
         "lib/LICENSE-llama.cpp.txt",
     ):
         assert f"imatrix/{name}" in names

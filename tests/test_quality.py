@@ -80,7 +80,8 @@ def test_a_gain_is_above_zero_where_collecting_is_better() -> None:
         )
         return imatrix.Evaluation(
             model="m", mtp_model=None, reference="r", n_ctx=8, n_vocab=10, digest="",
-            chunk=np.repeat(np.arange(2, dtype=np.int32), n // 2), trunk=rows, head=rows, depth=1,
+            chunk=np.repeat(np.arange(2, dtype=np.int32), n // 2),
+            position=np.tile(np.arange(n // 2, dtype=np.int32), 2), trunk=rows, head=rows, depth=1,
             known=np.ones(n, np.int8), accepted=np.array(accepted, np.int8),
         )  # fmt: skip
 

@@ -12,43 +12,64 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imatrix._version import __version__
+from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
+    EngineDiedError,
     EngineError,
     ImatrixError,
+    LockedError,
     ModelError,
     NonFiniteError,
     RowsMissingError,
+    TemplateError,
 )
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
+from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
     from imatrix.devices import Backends, Device, add_rpc_server, backends
-    from imatrix.evaluation import Comparison, Estimate, Evaluation, Predictions, evaluate
+    from imatrix.evaluation import (
+        Comparison,
+        Difference,
+        Estimate,
+        Evaluation,
+        Predictions,
+        evaluate,
+    )
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
+    from imatrix.run_report import ExpertCoverage, Report
 
 __all__ = [
     "Backends",
+    "Chat",
+    "ChatOptions",
+    "ChatTemplate",
     "CheckpointError",
     "Collector",
     "Comparison",
     "Coverage",
     "Device",
+    "Difference",
+    "EngineDiedError",
     "EngineError",
     "Entry",
     "Estimate",
     "Evaluation",
+    "ExpertCoverage",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
     "LeftOut",
+    "LockedError",
+    "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
@@ -58,8 +79,12 @@ __all__ = [
     "Progress",
     "Provenance",
     "Quantized",
+    "Report",
     "RowsMissingError",
+    "Source",
+    "TemplateError",
     "TensorCoverage",
+    "TextSource",
     "__version__",
     "add_rpc_server",
     "backends",
@@ -83,6 +108,7 @@ _NATIVE = {
     "Plan": "collector",
     "Progress": "collector",
     "Comparison": "evaluation",
+    "Difference": "evaluation",
     "Estimate": "evaluation",
     "Evaluation": "evaluation",
     "Predictions": "evaluation",
@@ -95,6 +121,8 @@ _NATIVE = {
     "Coverage": "preflight",
     "TensorCoverage": "preflight",
     "coverage": "preflight",
+    "ExpertCoverage": "run_report",
+    "Report": "run_report",
     "Quantized": "quantizer",
     "quantize": "quantizer",
 }

@@ -25,6 +25,12 @@ cdef extern from "status.h" namespace "imatrix" nogil:
         int64_t channel
 
 
+cdef extern from "live.h" namespace "imatrix" nogil:
+    # each an std::atomic, which is read as a number
+    int64_t g_live_contexts
+    int64_t g_live_models
+
+
 cdef extern from "engine_log.h" namespace "imatrix" nogil:
     ctypedef void (*LogSink)(int level, const char * line) noexcept
     void set_log_sink(LogSink sink, int level)
@@ -52,14 +58,23 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         int n_dims
         int64_t[4] ne
 
+    cdef cppclass FileTable:
+        string name
+        int64_t offset
+        int64_t count
+
     cdef cppclass ModelFile:
         string architecture
         string tokenizer
         int64_t block_count
         int64_t n_nextn
         int64_t split_count
+        int64_t split_no
+        int64_t split_tensors
         int64_t data_offset
+        bint aligned
         vector[FileTensor] tensors
+        vector[FileTable] tables
         vector[pair[string, int64_t]] integers
 
     Status read_model_file(const string & path, ModelFile & out)
@@ -111,6 +126,8 @@ cdef extern from "sums.h" namespace "imatrix" nogil:
     cdef cppclass Sums:
         const vector[Weight] & weights() const
         const vector[Slot] & slots() const
+        @staticmethod
+        int64_t live()
 
 
 cdef extern from "eval_hook.h" namespace "imatrix" nogil:
@@ -145,6 +162,8 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool add_bos() const
         int32_t bos() const
         string description() const
+        string token_text(int32_t token) const
+        vector[pair[string, string]] metadata(const string & prefix) const
         Status tokenize(const string & text, cbool add_special, cbool parse_special,
                         vector[int32_t] & out) const
 
@@ -217,3 +236,5 @@ cdef extern from "evaluator.h" namespace "imatrix" nogil:
         Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out)
         void cancel()
         void clear_cancel()
+        @staticmethod
+        int64_t live()

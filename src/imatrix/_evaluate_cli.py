@@ -32,7 +32,8 @@ def add_parser(commands: Commands) -> None:
         help="how well a model and its MTP head predict a text",
         description="Score a text with a model and its MTP head: perplexity, the head's loss, how "
         "often the trunk accepts what the head drafts and, with a reference, how far both stray "
-        "from it. Take other text than the calibration's.",
+        "from it. With --against, score other models on the same text and say which is better. "
+        "Take other text than the calibration's.",
         allow_abbrev=False,
     )
     command.set_defaults(run=run)
@@ -42,6 +43,20 @@ def add_parser(commands: Commands) -> None:
     add("--reference", metavar="REF", help="model to measure against: before quantization")
     add("--mtp-model", metavar="FILE", help="the head's own file, where it is not in MODEL")
     add("--reference-mtp-model", metavar="FILE", help="the same for REF")
+    add(
+        "--against",
+        metavar="OTHER",
+        action="append",
+        default=[],
+        help="compare MODEL with this one, position by position of the same text; may be repeated",
+    )
+    add(
+        "--against-mtp-model",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="the head's own file of each OTHER, in their order",
+    )
     add("--no-mtp", action="store_true", help="leave the head out")
     add(
         "--depth",
@@ -101,35 +116,61 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     Returns:
         0; a dead head is told, not an error.
     """
+    if args.against_mtp_model and len(args.against_mtp_model) != len(args.against):
+        raise ValueError(
+            f"{len(args.against)} models in --against, but {len(args.against_mtp_model)} files in "
+            "--against-mtp-model: give one for each, in the same order, or none"
+        )
     with Path(args.file).open("rb"):  # now, not when the models are loaded
         text = Path(args.file)
-    with CollectProgress(terminal, "evaluating", every=10) as bar:
-        found = imatrix.evaluate(
-            args.model,
-            text,
-            mtp_model=args.mtp_model,
-            reference=args.reference,
-            reference_mtp_model=args.reference_mtp_model,
-            mtp=False if args.no_mtp else None,
-            depth=args.depth,
-            n_ctx=args.ctx_size,
-            n_batch=args.batch_size,
-            n_ubatch=args.ubatch_size,
-            max_chunks=args.chunks,
-            skip_chunks=args.chunk,
-            parse_special=args.parse_special,
-            n_gpu_layers=args.gpu_layers,
-            n_threads=args.threads,
-            progress=bar,
-        )
+    for path in (args.model, *args.against):  # nor when the first of them is done
+        with Path(path).open("rb"):
+            pass
+
+    def evaluated(model: str, mtp_model: str | None) -> imatrix.Evaluation:
+        name = f"evaluating {Path(model).name}" if args.against else "evaluating"
+        with CollectProgress(terminal, name, every=10) as bar:
+            return imatrix.evaluate(
+                model,
+                text,
+                mtp_model=mtp_model,
+                reference=args.reference,
+                reference_mtp_model=args.reference_mtp_model,
+                mtp=False if args.no_mtp else None,
+                depth=args.depth,
+                n_ctx=args.ctx_size,
+                n_batch=args.batch_size,
+                n_ubatch=args.ubatch_size,
+                max_chunks=args.chunks,
+                skip_chunks=args.chunk,
+                parse_special=args.parse_special,
+                n_gpu_layers=args.gpu_layers,
+                n_threads=args.threads,
+                progress=bar,
+            )
+
+    found = evaluated(args.model, args.mtp_model)
+    heads = args.against_mtp_model or [None] * len(args.against)
+    others = [evaluated(*other) for other in zip(args.against, heads, strict=True)]
+    differences = [found.compare(other) for other in others]
     if args.json:
-        json.dump(found.as_data(), sys.stdout, indent=2)
+        data = found.as_data()
+        if others:
+            data["against"] = [
+                {**other.as_data(), "difference": difference.as_data()}
+                for other, difference in zip(others, differences, strict=True)
+            ]
+        json.dump(data, sys.stdout, indent=2)
         sys.stdout.write("\n")
         sys.stdout.flush()
     else:
-        _render(found, terminal)
-    if found.verdict is not None:
-        terminal.warn(found.verdict)
+        for one in (found, *others):
+            _render(one, terminal)
+        for other, difference in zip(others, differences, strict=True):
+            _render_difference(found, other, difference, terminal)
+    for one in (found, *others):
+        if one.verdict is not None:
+            terminal.warn(f"{one.model}: {one.verdict}" if others else one.verdict)
     return 0
 
 
@@ -142,7 +183,7 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
         soft_wrap=True,
     )
     if found.reference is not None:
-        out.print(f"against {found.reference}", markup=False, soft_wrap=True)
+        out.print(f"reference: {found.reference}", markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "value", "± error", "95 % interval", "positions"):
         table.add_column(name, justify="left" if name == "" else "right")
@@ -168,3 +209,43 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
         add(f"draft: agreement at depth {depth}", agreement, share=True)
     add("draft: accepted tokens", found.accepted_length)
     out.print(table)
+
+
+def _render_difference(
+    found: imatrix.Evaluation,
+    other: imatrix.Evaluation,
+    difference: imatrix.Comparison,
+    terminal: Terminal,
+) -> None:
+    out = terminal.out
+    out.print(f"{_named(found)} minus {_named(other)}", markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "difference", "95 % interval"):
+        table.add_column(name, justify="left" if name == "" else "right")
+    table.add_column("the first is")
+
+    def add(name: str, figure: imatrix.Difference | None, points: bool = False) -> None:
+        if figure is None:
+            return
+        value, low, high = (
+            f"{100 * v:+.2f}" if points else f"{v:+.5f}"
+            for v in (figure.value, figure.low, figure.high)
+        )
+        interval = "-" if math.isnan(figure.low) else f"{low} to {high}"
+        name += " (percentage points)" if points else ""
+        table.add_row(name, value, interval, figure.verdict)
+
+    add("trunk: NLL (nats)", difference.nll)
+    add("trunk: KL to the reference", difference.kl)
+    add("trunk: same top token", difference.top1, points=True)
+    add("head: NLL (nats)", difference.head_nll)
+    add("head: KL to the reference's", difference.head_kl)
+    add("head: same top token", difference.head_top1, points=True)
+    for depth, agreement in enumerate(difference.draft, 1):
+        add(f"draft: agreement at depth {depth}", agreement, points=True)
+    add("draft: accepted tokens", difference.accepted_length)
+    out.print(table)
+
+
+def _named(found: imatrix.Evaluation) -> str:
+    return found.model if found.mtp_model is None else f"{found.model} with {found.mtp_model}"

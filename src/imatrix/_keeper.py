@@ -39,7 +39,7 @@ class Keeper:
         self.path = Path(path)
         self._every = every
         self._state = state
-        self._saved = 0  # chunks in the file
+        self.saved = 0  # chunks in the file
         self._saved_at = time.monotonic()
 
     def load(self, settings: Mapping[str, Setting]) -> Checkpoint | None:
@@ -70,19 +70,19 @@ class Keeper:
             raise CheckpointError(
                 f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}"
             )
-        self._saved = found.done
+        self.saved = found.done
         return found
 
     def step(self, done: int) -> None:
         """After a step: write what is due, with `done` chunks dealt with."""
-        due = self._every > 0 and done // self._every > self._saved // self._every
+        due = self._every > 0 and done // self._every > self.saved // self._every
         if due or time.monotonic() - self._saved_at >= _SECONDS:
             self.save(done)
 
     def save(self, done: int) -> None:
         """Write the checkpoint unless it is there. A failure is a warning: the run is worth more,
         and the disk may have room again the next time."""
-        if done == self._saved:
+        if done == self.saved:
             return
         try:
             file.write(self._state(), self.path)
@@ -91,7 +91,7 @@ class Keeper:
             return
         finally:
             self._saved_at = time.monotonic()
-        self._saved = done
+        self.saved = done
 
 
 def _told(value: Setting | None) -> str:

@@ -9,20 +9,35 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from imatrix.errors import LockedError
+
 try:
     import fcntl
 except ImportError:  # Windows: no lock there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LockedError", "locked"]
+__all__ = ["locked"]
 
 
-class LockedError(Exception):
-    """Another process holds the lock."""
+# Of this process. A fork has them too, and would keep a lock after this process is gone.
+_held_here: set[int] = set()
 
 
-def locked(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+def _in_fork() -> None:
+    for descriptor in _held_here:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held_here.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_fork)
+
+
+def locked(path: str | os.PathLike[str], what: str = "output") -> AbstractContextManager[None]:
     """Hold the lock of ``path``, a file `<path>.lock`, until the context ends.
+
+    ``what`` it is, for the message.
 
     The system drops the lock of a process that is gone: a lock file that is left of one is taken
     over. Where locks are not supported (Windows, some network file systems) there is none.
@@ -45,7 +60,7 @@ def locked(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
                 who = f"process {holder}" if holder.isdigit() else "another process"
                 raise LockedError(
                     f"{who} is writing {os.fspath(path)} (it holds {file}); wait for it, end it, "
-                    "or name another output"
+                    f"or name another {what}"
                 ) from None
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -53,6 +68,7 @@ def locked(path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         if _is_at(descriptor, file):
             break
         os.close(descriptor)  # the one who had it has removed it meanwhile
+    _held_here.add(descriptor)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return _held(descriptor, file)
@@ -64,9 +80,11 @@ def _held(descriptor: int, file: Path) -> Iterator[None]:
         yield
     finally:
         # while it is held: whoever opened this file before sees that it is gone (_is_at)
-        with contextlib.suppress(OSError):
-            file.unlink()
-        os.close(descriptor)
+        if descriptor in _held_here:  # not in a fork
+            with contextlib.suppress(OSError):
+                file.unlink()
+            _held_here.discard(descriptor)
+            os.close(descriptor)
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

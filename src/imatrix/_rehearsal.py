@@ -1,12 +1,12 @@
 """A dress rehearsal in a process of its own: would the engine survive this model?
 
-The engine asserts a great deal while it reads a model's metadata and builds its graphs, and an
-assertion ends the process, with hours of somebody else's work in it. So the graphs are built once
-in a child process first, from the header alone (llama_model_params.no_alloc: no weights are read
-and no memory is taken for them). What ends the child is refused in the parent, in the engine's
-own last words.
+The engine asserts a great deal while it reads a model's metadata, its vocabulary and builds its
+graphs, and an assertion ends the process, with hours of somebody else's work in it. So all of it
+is done once in a child process first, from the header alone (llama_model_params.no_alloc: no
+weights are read and no memory is taken for them). What ends the child is refused in the parent,
+in the engine's own last words.
 
-It cannot see what would end the process only while a graph runs.
+What would end the process only while a graph runs is looked for in the graph (ext/graph_check.cpp).
 """
 
 from __future__ import annotations
@@ -35,48 +35,133 @@ _NO_CARDS = {
     "GGML_VK_VISIBLE_DEVICES": "",
 }
 _ASSERTION = re.compile(r"\S*?([\w-]+/[\w-]+\.(?:cpp|c|h|cu|m)):(\d+): (.*)")
+_EXCEPTION = re.compile(r"\s*what\(\):\s*(.*)")
+# Far more than a model of a thousand gigabytes takes: a header is read, and graphs are built.
+_SECONDS = 600
+
+# Every kind of character that a tokenizer treats on its own, and every byte of UTF-8.
+_SAMPLE = (
+    "".join(map(chr, range(1, 128)))
+    + "  The the\n\n\t it's 1234567 <s></s> [CLS] <|im_start|> <unk> <0x0A> \u2581\u2581a\r\n"
+    + "\u00e9\u00df\u0301 \u0416\u05d0\u0627\u0939\u0e01\u4e2d\u6587\uac00\u3042\ufffd\U0001f600"
+    + "\U000e0001\U0010ffff\u200b\u2028 \u00a0\ud7ff"
+)
+
+_LOADED, _BUILT, _TOKENIZED = "loaded", "built", "tokenized"
 
 
-def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> None:
-    """Build the graphs of a run in a child process.
+def module_command(module: str, *argv: str) -> list[str]:
+    """Runs a module of ours as a program, by this interpreter.
+
+    `python -m` would look for modules in the current folder first, where anybody's files may be.
+    """
+    start = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    start += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=False)"
+    return [sys.executable, "-c", start, *argv]
+
+
+def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> str | None:
+    """Load a model, build the graphs of a run, and tokenize, in a child process.
 
     Args:
         model: the trunk's file.
         mtp_model: the head's own file, None where the head is bundled or not wanted.
-        settings: what _session.Session.open takes.
+        settings: what _session.Session.open takes; "mtp" alone to load and build no graphs.
+
+    Returns:
+        How the engine's tokenizer ended the child, in words; None if it did not. Token lists
+        can still be run.
 
     Raises:
         ModelError: the engine ended the child; the message has its assertion or the signal.
+            Or the graphs hold what would end the process when they run.
     """
-    if not sys.executable:
-        _log.warning("no rehearsal of %s: this interpreter does not know its own executable", model)
-        return
     work = {"model": str(model), "mtp_model": mtp_model and str(mtp_model), "settings": settings}
-    child = subprocess.run(
-        [sys.executable, "-m", "imatrix._rehearsal", json.dumps(work)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        # ggml_abort would start a debugger for a backtrace where there is one
-        env={**os.environ, **_NO_CARDS, "GGML_NO_BACKTRACE": "1"},
-    )
-    if child.returncode >= 0 and child.returncode not in _ABORTED:
-        if child.returncode != 0:
-            _log.warning("no rehearsal of %s: %s", model, child.stderr.strip()[-500:])
-        return
+    found = _tried(work, model)
+    if found is None:
+        return None
+    stages, last_words = found
+    for stage in stages:
+        if stage.startswith("refused "):
+            raise ModelError(stage.removeprefix("refused "))
+    if last_words is None:
+        return None
+    if _BUILT in stages:
+        return last_words
+    doing = "builds the graphs" if _LOADED in stages else "loads it"
     raise ModelError(
-        f"{mtp_model or model}: the engine ends the process on this model while it builds the "
-        f"graphs: {_last_words(child.stderr, child.returncode)}. Its metadata and its tensors do "
+        f"{mtp_model or model}: the engine ends the process on this model while it {doing}: "
+        f"{last_words}. Its metadata and its tensors do "
         "not go together; convert it again, or report it with the output of `imatrix --version`."
     )
 
 
-def _last_words(stderr: str, status: int) -> str:
+_quantizable: set[tuple[object, ...]] = set()
+
+
+def rehearse_quantize(model: Path, parts: list[Path]) -> None:
+    """Let the quantizer look through a model in a child process, once for each file.
+
+    Args:
+        model: the file, or the first part.
+        parts: all of them, by whose sizes and times a file is known again.
+
+    Raises:
+        ModelError: as rehearse() does.
+    """
+    stats = [part.stat() for part in parts]
+    key = (model, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+    if key in _quantizable:
+        return
+    found = _tried({"quantize": str(model)}, model)
+    if found is not None and found[1] is not None:
+        raise ModelError(
+            f"{model}: the engine's quantizer ends the process on this model: {found[1]}. Its "
+            "metadata and its tensors do not go together; convert it again, or report it with "
+            "the output of `imatrix --version`."
+        )
+    _quantizable.add(key)
+
+
+def _tried(work: dict[str, Any], model: Path) -> tuple[list[str], str | None] | None:
+    """The stages that a child got through, and its last words if it was ended."""
+    if not sys.executable:
+        _log.warning("no rehearsal of %s: this interpreter does not know its own executable", model)
+        return None
+    try:
+        status, stdout, stderr = child_process(work)
+    except subprocess.TimeoutExpired:
+        return [], f"it came to no end within {_SECONDS} seconds"
+    if status >= 0 and status not in _ABORTED:
+        if status != 0:
+            _log.warning("no rehearsal of %s: %s", model, stderr.strip()[-500:])
+        return stdout.splitlines(), None
+    return stdout.splitlines(), last_words(stderr, status)
+
+
+def child_process(work: dict[str, Any]) -> tuple[int, str, str]:
+    """_work() in a process of its own: its exit status, negative for a signal, and its output."""
+    child = subprocess.run(
+        module_command("imatrix._rehearsal", json.dumps(work)),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=_SECONDS,
+        # ggml_abort would start a debugger for a backtrace where there is one
+        env={**os.environ, **_NO_CARDS, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"},
+    )
+    return child.returncode, child.stdout, child.stderr
+
+
+def last_words(stderr: str, status: int) -> str:
+    """What ended a process: the engine's assertion if there is one, else the signal."""
     for line in reversed(stderr.splitlines()):
         if found := _ASSERTION.match(line.strip()):
             return f"{found[1]}:{found[2]}: {found[3]}"
+        if found := _EXCEPTION.match(line):
+            return found[1]
     if status < 0:
         try:
             return signal.Signals(-status).name
@@ -85,28 +170,65 @@ def _last_words(stderr: str, status: int) -> str:
     return f"status {status}"
 
 
-def _main() -> None:
+def _work(work: dict[str, Any]) -> None:
+    """What the child does."""
+    try:
+        if "quantize" in work:
+            _quantize(work["quantize"])
+        else:
+            _build(work)
+    except Exception:
+        # not what is looked for here: the run itself will meet it, and raise it
+        return
+
+
+def _told(stage: str) -> None:
+    print(stage, flush=True)
+
+
+def _build(work: dict[str, Any]) -> None:
     from imatrix import _session
 
-    work = json.loads(sys.argv[1])
     settings = work["settings"]
+    separate = work["mtp_model"]
 
     def load(path: str, mtp: bool) -> _session.Model:
         return _session.Model(
             path, mtp=mtp, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
         )
 
-    try:
-        separate = work["mtp_model"]
-        model = load(work["model"], settings["mtp"] and separate is None)
-        head = None
-        if settings["mtp"]:
-            head = model if separate is None else load(separate, True)
-        _session.Session(model, head).open(**settings)
-    except Exception:
-        # not what is looked for here: the run itself will meet it, and raise it
-        return
+    with_head = settings["mtp"]
+    model = load(work["model"], with_head and separate is None)
+    head = None
+    if with_head:
+        head = model if separate is None else load(separate, True)
+    _told(_LOADED)
+    if len(settings) > 1:
+        try:
+            _session.Session(model, head).open(**settings)
+        except ModelError as error:
+            _told("refused " + f"{separate or work['model']}: {error}".replace("\n", " "))
+            return
+    _told(_BUILT)
+    if model.has_tokenizer:
+        for parse_special in (False, True):
+            model.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)
+    _told(_TOKENIZED)
+
+
+def _quantize(path: str) -> None:
+    from imatrix import _quantize_pybind
+    from imatrix.quantizer import FTYPES
+
+    _quantize_pybind.dry_run(
+        path,
+        ftype=FTYPES["Q4_K_M"],
+        pure=False,
+        quantize_output=True,
+        has_matrix=True,
+        tensor_types=[],
+    )
 
 
 if __name__ == "__main__":
-    _main()
+    _work(json.loads(sys.argv[1]))

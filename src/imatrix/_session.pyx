@@ -3,6 +3,7 @@
 
 import atexit
 import logging
+import os
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from imatrix cimport _core
 from imatrix._core cimport (
     CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, ModelFile,
     ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
+    Sums,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -90,9 +92,13 @@ def model_file(path):
         "block_count": found.block_count,
         "n_nextn": found.n_nextn,
         "split_count": found.split_count,
+        "split_no": found.split_no,
+        "split_tensors": found.split_tensors,
+        "aligned": bool(found.aligned),
         "data_offset": found.data_offset,
         "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
                     for t in found.tensors},
+        "tables": [(_text(t.name), t.offset, t.count) for t in found.tables],
         "integers": {_text(i.first): i.second for i in found.integers},
     }
 
@@ -198,20 +204,64 @@ cdef class RowAdder:
         return None if bad.channel < 0 else (bad.block, bad.channel)
 
 
-def live_sessions():
-    """How many native sessions exist, for leak tests."""
-    return CSession.live()
+def live_objects():
+    """How many native objects of each kind exist in this process, for leak tests."""
+    return {
+        "models": _core.g_live_models,
+        "contexts": _core.g_live_contexts,
+        "sessions": CSession.live(),
+        "sums": Sums.live(),
+        "evaluators": CEvaluator.live(),
+    }
+
+
+# The process that runs the engine. Its threads do not come along when that process forks: what
+# waits for them in the child (OpenMP's next parallel region, a destructor that joins) waits for
+# ever. So a child neither runs nor frees what it was born with.
+_process = None
+
+
+cdef object _claim_process():
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise RuntimeError(
+            f"the engine runs in process {_process}, of which this one is a fork without its "
+            "threads: use multiprocessing's 'spawn', or Collector(..., isolate=True), which "
+            "starts a process of its own"
+        )
+
+
+cdef extern from *:
+    """
+    #ifdef _WIN32
+    #include <process.h>
+    #define imatrix_getpid _getpid
+    #else
+    #include <unistd.h>
+    #define imatrix_getpid getpid
+    #endif
+    """
+    int imatrix_getpid() noexcept nogil
 
 
 cdef class Model:
     """A loaded model: its weights and its tokenizer."""
 
     cdef unique_ptr[CModel] _model
+    cdef int _made_in
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._model.release()  # a fork's copy, see _claim_process
 
     def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors,
                  bint no_alloc=False):
         cdef ModelParams params
         cdef Status status
+        _claim_process()
+        self._made_in = imatrix_getpid()
         set_log_level()
         params.path = path.encode("utf-8")
         params.mtp = mtp
@@ -260,6 +310,15 @@ cdef class Model:
     def description(self):
         return _text(self._model.get().description())
 
+    def token_text(self, int token):
+        """How the vocabulary spells a token; "" for a token that there is not."""
+        return _text(self._model.get().token_text(token))
+
+    def metadata(self, str prefix):
+        """Keys of the file that begin with `prefix` and their values as text, arrays left out."""
+        return {_text(each.first): _text(each.second)
+                for each in self._model.get().metadata(prefix.encode("utf-8"))}
+
     def tokenize(self, str text, *, bint add_special, bint parse_special):
         """Token ids of a text, int32 [n_tokens]."""
         cdef string native = text.encode("utf-8")
@@ -279,18 +338,24 @@ cdef class Session:
     """Trunk and head contexts of a model, and the sums that they collect."""
 
     cdef unique_ptr[CSession] _session
+    cdef int _made_in
     # the session refers to both: keep them alive
     cdef readonly Model model
     cdef readonly Model head
 
     def __init__(self, Model model not None, Model head=None):
         """`head`: the model that holds the MTP head; None where no head will be asked for."""
+        self._made_in = imatrix_getpid()
         self.model = model
         self.head = head
         cdef const CModel * with_head = NULL
         if head is not None:
             with_head = head._model.get()
         self._session.reset(new CSession(model._model.get()[0], with_head))
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._session.release()  # a fork's copy, see _claim_process
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
              bint process_output, bint perplexity, bint device_sums=True,
@@ -365,6 +430,24 @@ cdef class Session:
             sums_view = sums
             memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
             out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
+        return out
+
+    def counts(self):
+        """name -> counts int64 [n_counts], copies, of every weight that has been seen."""
+        out = {}
+        cdef const _core.Slot * slot
+        cdef int64_t[::1] view
+        cdef size_t w
+        for w in range(self._session.get().sums().weights().size()):
+            if self._session.get().sums().weights()[w].slot == <size_t>-1:
+                continue
+            slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
+            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
+            if slot.total_counts.size() == 0:
+                continue
+            view = counts
+            memcpy(&view[0], slot.total_counts.data(), slot.total_counts.size() * sizeof(int64_t))
+            out[_text(self._session.get().sums().weights()[w].name)] = counts
         return out
 
     def groups(self):
@@ -471,6 +554,7 @@ cdef class Evaluator:
     """A model, and maybe a reference beside it, that score chunks of text."""
 
     cdef unique_ptr[CEvaluator] _evaluator
+    cdef int _made_in
     # the evaluator refers to all of them: keep them alive
     cdef readonly Model model
     cdef readonly Model head
@@ -480,6 +564,7 @@ cdef class Evaluator:
     def __init__(self, Model model not None, Model head=None, Model reference=None,
                  Model reference_head=None):
         """`head`, `reference_head`: the models that hold the heads; None where none is scored."""
+        self._made_in = imatrix_getpid()
         self.model = model
         self.head = head
         self.reference = reference
@@ -495,6 +580,10 @@ cdef class Evaluator:
             beside_head = reference_head._model.get()
         self._evaluator.reset(
             new CEvaluator(model._model.get()[0], with_head, beside, beside_head))
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._evaluator.release()  # a fork's copy, see _claim_process
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_threads, int depth):
         """Make the contexts; the head's too where a head was given."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, TextSource
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -214,7 +214,11 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
     facts = {}
     if matrix.chunk_count:
         text = _plural(matrix.chunk_count, "chunk")
-        if matrix.chunk_size:
+        made = matrix.provenance
+        if made is not None and made.packing == "document":
+            text += f" of up to {matrix.chunk_size} tokens, no document beside another"
+            text += "" if made.tokens is None else f"; {_plural(made.tokens, 'token')}"
+        elif matrix.chunk_size:
             text += f" of {matrix.chunk_size} tokens"
         facts["collected"] = text
     made = matrix.provenance
@@ -222,7 +226,9 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
         by = ", ".join(part for part in (made.collector, made.engine) if part)
         if by:
             facts["by"] = by
-    if matrix.datasets:
+    if made is not None and len(made.sources) > 1:
+        facts["text"] = sources_told(made.sources)
+    elif matrix.datasets:
         facts["text"] = ", ".join(matrix.datasets)
     if made is not None and made.dataset_digest:
         facts["tokens"] = f"SHA-256 {made.dataset_digest[:16]}..."
@@ -231,6 +237,13 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
     if told := experts_told(experts(matrix)):
         facts["experts"] = told
     return facts
+
+
+def sources_told(sources: Sequence[TextSource]) -> str:
+    """The sources of a text and their shares of its tokens, the largest first."""
+    total = sum(source.tokens for source in sources) or 1
+    ordered = sorted(sources, key=lambda source: -source.tokens)
+    return ", ".join(f"{each.name or 'text'} {each.tokens / total:.1%}" for each in ordered)
 
 
 def left_out_told(left_out: Sequence[LeftOut]) -> str:

@@ -114,6 +114,7 @@ class CollectProgress:
         self._last: imatrix.Progress | None = None
         self._bar = _bar(terminal) if terminal.err.is_terminal else None
         self._task: TaskID | None = None
+        self._experts: TaskID | None = None
 
     def __enter__(self) -> CollectProgress:
         if self._bar is not None:
@@ -137,14 +138,25 @@ class CollectProgress:
                 completed=progress.chunks,
                 info=describe(progress),
             )
+            if progress.experts is not None:
+                self._show_experts(self._bar, progress.experts)
         elif self._shown is None or (
             self._every and progress.chunks // self._every > self._shown // self._every
         ):
             self._line(progress)
 
+    def _show_experts(self, bar: Progress, experts: imatrix.ExpertCoverage) -> None:
+        """A second bar: how many of them have the rows that they shall have."""
+        if self._experts is None:
+            self._experts = bar.add_task("experts", total=experts.n_experts, info="")
+        bar.update(self._experts, completed=experts.n_reached, info=_experts_told(experts))
+
     def _line(self, progress: imatrix.Progress) -> None:
         self._shown = progress.chunks
-        self._terminal.note(f"{self._label}: {describe(progress)}")
+        text = f"{self._label}: {describe(progress)}"
+        if progress.experts is not None:
+            text += f", experts {_experts_told(progress.experts)}"
+        self._terminal.note(text)
 
 
 class StepProgress:
@@ -206,6 +218,15 @@ def describe(progress: imatrix.Progress) -> str:
     if progress.perplexity is not None:
         parts.append(f"PPL {progress.perplexity.value:.4f}")
     return ", ".join(parts)
+
+
+def _experts_told(experts: imatrix.ExpertCoverage) -> str:
+    """Experts in a line: "23/24 at 50 rows, thinnest blk.1 expert 1: 40"."""
+    block, expert, rows = experts.thinnest
+    return (
+        f"{experts.n_reached}/{experts.n_experts} at {experts.wanted} rows, thinnest {block} "
+        f"expert {expert}: {rows}"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,10 @@ is known to end that way is refused here first, with the condition in words.
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
+
 from imatrix.errors import ModelError
 from imatrix.model_file import ModelFile
 
@@ -33,6 +37,14 @@ _HYBRIDS = {
     "qwen3next": ".attn_q_norm.",
 }
 
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.", re.ASCII)
+
+
+def block_of(name: str) -> int | None:
+    """The number in `blk.<number>.`; None for a tensor outside the blocks."""
+    found = _BLOCK.match(name)
+    return int(found[1]) if found else None
+
 
 def check_trunk(file: ModelFile) -> None:
     """Refuse a file that the engine could not run a trunk of.
@@ -45,7 +57,7 @@ def check_trunk(file: ModelFile) -> None:
             f"{file.path}: gemma4-assistant is a draft head, not a model of its own; give the "
             "gemma4 model as the model and this file as mtp_model"
         )
-    blocks = {int(name.split(".")[1]) for name in file.tensors if name.startswith("blk.")}
+    blocks = {block_of(name) for name in file.tensors}
     if file.n_trunk > 0 and 0 not in blocks:
         raise ModelError(
             f"{file.path}: no tensor of block 0; the file holds "
@@ -65,7 +77,7 @@ def check_memory(file: ModelFile) -> None:
     trunk = [
         name
         for name in file.tensors
-        if name.startswith("blk.") and int(name.split(".")[1]) < file.n_trunk
+        if (block := block_of(name)) is not None and block < file.n_trunk
     ]
     for kind, mark in (("a recurrent", ".ssm_"), ("an attention", _HYBRIDS[file.architecture])):
         if not any(mark in name for name in trunk):
@@ -73,6 +85,24 @@ def check_memory(file: ModelFile) -> None:
                 f"{file.path}: {file.architecture} without {kind} layer in its trunk (no tensor "
                 f"blk.*{mark}*); the engine's hybrid memory needs one and would end the process"
             )
+
+
+def check_tables(file: ModelFile) -> None:
+    """Refuse a table of experts by token (deepseek4) that names an expert there is not.
+
+    The engine asserts it while it multiplies (ggml_compute_forward_mul_mat_id).
+
+    Raises:
+        ModelError: the first such value.
+    """
+    n_expert = file.integers.get("expert_count", 0)
+    for part, name, start, count in file.tables:
+        if not name.endswith("ffn_gate_tid2eid.weight"):
+            continue
+        ids = np.memmap(part, dtype="<i4", mode="r", offset=start, shape=(count,))
+        if not 0 <= int(ids.min()) <= int(ids.max()) < n_expert:
+            bad = int(ids[(ids < 0) | (ids >= n_expert)][0])
+            raise ModelError(f"{part}: {name} names expert {bad} of {n_expert} (expert_count)")
 
 
 def check_head(file: ModelFile) -> None:

@@ -11,6 +11,8 @@ what there is on either; a second signal ends it at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -20,10 +22,11 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _show, atomic
+from imatrix import _check_cli, _evaluate_cli, _hub_cli, _show, _sources_cli, atomic
 from imatrix._arguments import (
     Commands,
     add_tensor_type,
@@ -33,8 +36,7 @@ from imatrix._arguments import (
     chunks,
     gpu_layers,
 )
-from imatrix._isolate import isolated
-from imatrix._lock import LockedError, locked
+from imatrix._lock import locked
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -44,6 +46,10 @@ from imatrix._terminal import (
     size,
     tensors_told,
 )
+from imatrix.corpus import Texts
+from imatrix.formats import FormatError
+from imatrix.formats.checkpoint import read as read_checkpoint
+from imatrix.formats.checkpoint import write as write_checkpoint
 from imatrix.matrix import ImportanceMatrix
 
 __all__ = ["entry", "main"]
@@ -83,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
         return stop.code if isinstance(stop.code, int) else USAGE
-    args.argv = list(sys.argv[1:] if argv is None else argv)
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
         return _version(terminal)
@@ -151,34 +156,42 @@ def _told(error: Exception) -> str:
 
 
 def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
-    if args.isolate:
-        argv = [arg for arg in args.argv if arg != "--isolate"]
-        return isolated(argv, _checkpoint_path(args), terminal)
-    earlier = [ImportanceMatrix.load(path) for path in args.in_file]
-    text = _text(args)
-    if text is None and not earlier:
+    text = _sources_cli.texts(args)
+    if text is None and not args.in_file:
         raise _Stopped(
             "nothing to collect from: give a text with -f FILE or -p TEXT, or files to combine "
             "with --in-file",
             USAGE,
         )
+    if text is not None:
+        _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
-        raise _Stopped("no model: give one with -m MODEL", USAGE)
-    _check_output(args.output, [args.model, args.mtp_model, args.file])
+        raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    _check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
-    except LockedError as error:
+    except imatrix.LockedError as error:
         raise _Stopped(str(error), USAGE) from None
     with lock, _signals(terminal):
         # what a killed run left half written; nobody else writes these now
         for path in (args.output, _checkpoint_path(args)):
             atomic.clear(path)
+        if text is not None and not args.restart and _is_finished(args):
+            _checkpoint_path(args).unlink()
+            terminal.note(
+                f"{args.output} is done: the run before this one was ended between writing it and "
+                "removing its checkpoint, which is done now. Nothing was added; the same command "
+                "again would collect anew"
+            )
+            return OK
+        # under the lock: the output may be one of them
+        earlier = [ImportanceMatrix.load(path) for path in args.in_file]
         return _collect_locked(args, text, earlier, terminal)
 
 
 def _collect_locked(
     args: argparse.Namespace,
-    text: str | Path | None,
+    text: Texts | None,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
 ) -> int:
@@ -191,19 +204,21 @@ def _collect_locked(
     if earlier:
         _check_same_model(earlier, args)
     if args.rpc is not None:
-        imatrix.add_rpc_server(args.rpc)
-    if args.gpu_layers not in (None, 0) and not _has_gpu():
-        terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
+        # a server that goes away must not take this process with it
+        from imatrix.devices import name_rpc_server
+
+        (name_rpc_server if args.isolate else imatrix.add_rpc_server)(args.rpc)
     return _collect_text(args, text, earlier, terminal)
 
 
 def _collect_text(
     args: argparse.Namespace,
-    text: str | Path,
+    text: Texts,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
+    text_arguments = _sources_cli.run_arguments(args)
     checkpoint = _checkpoint_path(args)
     # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
     n_seq = 1 if mtp else max(1, args.batch_size // args.ctx_size)
@@ -218,7 +233,10 @@ def _collect_text(
         n_threads=args.threads,
         use_mmap=not args.no_mmap,
         check_tensors=args.check_tensors,
+        isolate=args.isolate,
     ) as collector:
+        if args.gpu_layers not in (None, 0) and not collector.has_gpu:
+            terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
         saver = _Saver(args, collector, earlier, terminal)
@@ -237,6 +255,7 @@ def _collect_text(
                     skip_chunks=args.chunk,
                     process_output=args.process_output,
                     parse_special=args.parse_special,
+                    **text_arguments,
                     perplexity=args.ppl,
                     on_nonfinite=args.on_nonfinite,
                     checkpoint=checkpoint,
@@ -247,17 +266,39 @@ def _collect_text(
         except BaseException as error:
             saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
             raise
-        matrix = saver.finish()
-        terminal.note(f"wrote {args.output}")
-        _tell_matrix(matrix, terminal)
         if (head_matrix := collector.mtp_matrix) is not None:
             path = saver.head_path
             _save(head_matrix, path)
             terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
+        matrix = saver.finish()  # the last of them: where it is, all is done (_is_finished)
+        terminal.note(f"wrote {args.output}")
+        _tell_matrix(matrix, terminal)
         checkpoint.unlink(missing_ok=True)  # all it held is safe now
+        _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
     return OK
+
+
+def _is_finished(args: argparse.Namespace) -> bool:
+    """Whether the checkpoint is of a run that has written all it had to.
+
+    An output that is an input too must not be added to once more. What it was going to be is in
+    the checkpoint (_Saver.finish).
+    """
+    try:
+        output = read_checkpoint(_checkpoint_path(args)).output
+        return bool(output) and _digest(args.output) == output
+    except (OSError, FormatError):
+        return False  # the run itself tells what is wrong with it
+
+
+def _digest(path: str | os.PathLike[str]) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _checkpoint_path(args: argparse.Namespace) -> Path:
@@ -353,7 +394,20 @@ class _Saver:
     def finish(self) -> ImportanceMatrix:
         """Write the whole matrix."""
         matrix = self._matrix()
-        _save(matrix, self._path)
+        if not self._only_at_the_end:
+            _save(matrix, self._path)
+            return matrix
+        # The moment at which it is there and the checkpoint is too must not look like one before:
+        # the checkpoint says first what the output will be.
+        checkpoint = _checkpoint_path(self._args)
+        try:
+            with atomic.replacing(self._path) as temporary:
+                matrix.save(temporary)
+                with contextlib.suppress(FileNotFoundError):  # it could not be written
+                    done = replace(read_checkpoint(checkpoint), output=_digest(temporary))
+                    write_checkpoint(done, checkpoint)
+        except OSError as error:
+            raise _Stopped(f"cannot write {self._path}: {_told(error)}", FAILED) from error
         return matrix
 
     @property
@@ -414,13 +468,6 @@ def _crossed(every: int, before: int, after: int) -> bool:
     return every > 0 and after // every > before // every
 
 
-def _text(args: argparse.Namespace) -> str | Path | None:
-    if args.file is None:
-        return args.prompt if args.prompt else None
-    with Path(args.file).open("rb"):  # now, not when the model is loaded
-        return Path(args.file)
-
-
 def _check_output(path: str, inputs: list[str | None]) -> None:
     """Find out before the work whether its result can be written.
 
@@ -465,10 +512,6 @@ def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace)
                     f"{n_in * n_mat[0] * n_mat[1]}; was it collected from another model?",
                     USAGE,
                 )
-
-
-def _has_gpu() -> bool:
-    return any(device.gpu for device in imatrix.backends().devices)
 
 
 def _save(matrix: ImportanceMatrix, path: str) -> None:
@@ -626,9 +669,8 @@ def _add_collect(commands: Commands) -> None:
     command.set_defaults(run=_collect)
     add = command.add_argument
     add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("-f", "--file", metavar="TEXT", help="calibration text, UTF-8")
-    text.add_argument("-p", "--prompt", metavar="TEXT", help="calibration text, spelled out")
+    _hub_cli.add_arguments(command)
+    _sources_cli.add_arguments(command)
     add(
         "-o",
         "--output",
@@ -746,9 +788,10 @@ def _add_collect(commands: Commands) -> None:
     )
     add(
         "--isolate",
-        action="store_true",
-        help="run in a process of its own: if the engine or the system ends it, say what is left "
-        "and how to go on",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the engine in a process of its own: if the engine or the system ends that one, "
+        "say what is left and how to go on (default: on)",
     )
     add(
         "--output-format",

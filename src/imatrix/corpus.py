@@ -1,16 +1,33 @@
-"""Calibration text to token chunks, cut the way llama-imatrix cuts them."""
+"""Calibration text to token chunks: cut the way llama-imatrix cuts them, or by documents."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TextFile", "Texts", "Tokenizer", "chunks", "pieces"]
+from imatrix.text_sources import Chat, Item, Mixture, Source
+
+__all__ = [
+    "Chunk",
+    "Chunks",
+    "Packing",
+    "Tally",
+    "TextFile",
+    "Texts",
+    "Tokenizer",
+    "chunks",
+    "pieces",
+]
+
+Packing = Literal["stream", "document"]
+
+Render: TypeAlias = Callable[[Chat], str]
 
 
 class Tokenizer(Protocol):
@@ -44,7 +61,174 @@ class TextFile(Protocol):
 
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer]"
-Texts: TypeAlias = "str | os.PathLike[str] | TextFile | Iterable[str] | Iterable[TokenIds]"
+Texts: TypeAlias = (
+    "str | os.PathLike[str] | TextFile | Iterable[str | Chat] | Iterable[TokenIds] | Source "
+    "| Mixture"
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that are run in one memory.
+
+    Attributes:
+        tokens: [n] int32, 2 <= n <= n_ctx.
+        parts: (source, tokens) of each source that the tokens come from, by its number in the
+            mixture; a BOS counts with what stands beside it.
+        start: tokens of all chunks before this one, those that were skipped too.
+        read: documents begun and tokens dropped, of each source, when this chunk was full.
+    """
+
+    tokens: NDArray[np.int32]
+    parts: tuple[tuple[int, int], ...]
+    start: int = 0
+    read: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass
+class Tally:
+    """What became of one source so far.
+
+    Attributes:
+        documents: documents read.
+        tokens: tokens that were put into a chunk, or dropped.
+        dropped: tokens that no chunk will have: the end of a stream that does not fill a chunk;
+            with document packing a document, or the end of one, of a single token.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    dropped: int = 0
+
+
+class Chunks:
+    """Texts, cut into chunks, lazily: an iterator of Chunk.
+
+    See `chunks` for the arguments and for what it raises. One more:
+
+    Args:
+        render: makes text of a Chat; None where no chat can be.
+
+    Attributes:
+        tallies: one a source, as far as the text has been read.
+        ended: the number of the source that ended the text; None while it has not ended, or
+            where the sources follow one another.
+    """
+
+    def __init__(
+        self,
+        texts: Texts,
+        tokenizer: Tokenizer,
+        n_ctx: int,
+        *,
+        packing: Packing = "stream",
+        parse_special: bool = False,
+        skip_chunks: int = 0,
+        max_chunks: int | None = None,
+        render: Render | None = None,
+    ) -> None:
+        if n_ctx < 2:
+            raise ValueError(f"n_ctx must be 2 or more, got {n_ctx}")
+        if skip_chunks < 0:
+            raise ValueError(f"skip_chunks must be 0 or more, got {skip_chunks}")
+        if max_chunks is not None and max_chunks < 1:
+            raise ValueError(f"max_chunks must be 1 or more, or None for all, got {max_chunks}")
+        if packing not in ("stream", "document"):
+            raise ValueError(f"packing must be 'stream' or 'document', got {packing!r}")
+        self._n_ctx = n_ctx
+        self._packing = packing
+        self._bos = _bos(tokenizer)
+        self.ended: int | None = None
+        cut = _cut if packing == "stream" else _cut_documents
+        if isinstance(texts, Source):
+            texts = Mixture([texts])
+        if isinstance(texts, Mixture):
+            self._names = texts.names
+            self.tallies = [Tally() for _ in texts.sources]
+            streams = [
+                _tokens_of(stream, tokenizer, parse_special, packing, render)
+                for stream in texts.streams()
+            ]
+            weights = texts.weights
+        else:
+            self._names = ("",)
+            self.tallies = [Tally()]
+            found = pieces(texts, tokenizer, parse_special, packing=packing, render=render)
+            streams = [((0, piece) for piece in found)]
+            weights = None
+        made = [cut(stream, n_ctx, self._bos, self.tallies) for stream in streams]
+        together = made[0] if weights is None else self._interleaved(made, weights)
+        self._chunks = self._limited(together, skip_chunks, max_chunks)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    @property
+    def read(self) -> tuple[tuple[int, int], ...]:
+        """Documents begun and tokens dropped so far, of each source."""
+        return tuple((each.documents, each.dropped) for each in self.tallies)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources' names; one "" for a text that is no source."""
+        return self._names
+
+    def _interleaved(
+        self, streams: list[Iterator[Chunk]], weights: Sequence[float]
+    ) -> Iterator[Chunk]:
+        """The next chunk from the source furthest behind its share, the first of several; until
+        that one has no more."""
+        tokens = [0] * len(streams)
+        while True:
+            index = min(range(len(streams)), key=lambda each: (tokens[each] / weights[each], each))
+            chunk = next(streams[index], None)
+            if chunk is None:
+                if not tokens[index]:
+                    raise ValueError(
+                        f"{self._names[index]}: no tokens to take a share of; is it empty?"
+                    )
+                self.ended = index
+                return
+            tokens[index] += len(chunk.tokens)
+            yield chunk
+
+    def _limited(
+        self, found: Iterator[Chunk], skip_chunks: int, max_chunks: int | None
+    ) -> Iterator[Chunk]:
+        n = 0
+        start = 0
+        for chunk in found:
+            if skip_chunks and len(chunk.tokens) < self._n_ctx and self._packing == "stream":
+                break  # the one short chunk of a short stream, which is no full one to skip
+            n += 1
+            if n > skip_chunks:
+                yield replace(chunk, start=start, read=self.read)
+                if max_chunks is not None and n - skip_chunks == max_chunks:
+                    return
+            start += len(chunk.tokens)
+        tokens = sum(each.tokens for each in self.tallies)
+        if tokens == 0:
+            raise ValueError(
+                "no tokens: the texts are empty (if it was an open file or an iterator, was it "
+                "read before?)"
+            )
+        if n == 0 and not skip_chunks:
+            raise ValueError(
+                "the texts make 1 token only; a chunk needs at least 2, so give more text"
+                if tokens == 1
+                else f"none of the {sum(each.documents for each in self.tallies)} documents has "
+                "2 tokens, which a chunk needs; pack them as a stream"
+            )
+        if n <= skip_chunks and skip_chunks:
+            what = f"{n} full chunks" if self._packing == "stream" else f"{n} chunks"
+            raise ValueError(
+                f"nothing is left after skipping {skip_chunks} chunks of {self._n_ctx} tokens "
+                f"({skip_chunks * self._n_ctx} tokens): the texts make {tokens} tokens, {what}; "
+                "skip fewer or give more text"
+            )
 
 
 def chunks(
@@ -52,17 +236,23 @@ def chunks(
     tokenizer: Tokenizer,
     n_ctx: int,
     *,
+    packing: Packing = "stream",
     parse_special: bool = False,
     skip_chunks: int = 0,
     max_chunks: int | None = None,
 ) -> Iterator[NDArray[np.int32]]:
     """Cut texts into chunks of tokens, lazily.
 
-    All texts make one stream of tokens. It is cut every ``n_ctx`` tokens, the tail that does not
-    fill a chunk is dropped, and where the model wants a BOS it replaces the first token of every
-    chunk (compute_imatrix in tools/imatrix/imatrix.cpp). Two things differ from llama-imatrix:
-    one full chunk is enough, where it demands two; and a stream shorter than ``n_ctx`` is not
-    refused but becomes one short chunk.
+    As a stream: all texts make one stream of tokens. It is cut every ``n_ctx`` tokens, the tail
+    that does not fill a chunk is dropped, and where the model wants a BOS it replaces the first
+    token of every chunk (compute_imatrix in tools/imatrix/imatrix.cpp). Two things differ from
+    llama-imatrix: one full chunk is enough, where it demands two; and a stream shorter than
+    ``n_ctx`` is not refused but becomes one short chunk.
+
+    By documents: a chunk holds tokens of one document. A document longer than ``n_ctx`` is cut,
+    and what is left of it is a chunk too, a shorter one. Where the model wants a BOS it stands in
+    front of every chunk, in addition to the document's tokens unless they begin with it, and
+    replaces none. A chunk of a single token is dropped.
 
     At most one item of ``texts`` and one chunk are held at a time, and no item is taken that no
     chunk needs.
@@ -74,16 +264,21 @@ def chunks(
             - a path (os.PathLike): a UTF-8 file; as with `llama-imatrix -f`, one newline at the
               end is not part of the text (common/arg.cpp);
             - an open file: read whole and treated likewise, binary content as UTF-8;
-            - an iterable of str: each tokenized by itself, special tokens added to the first only;
-            - an iterable of token lists: sequences or arrays of ints, taken as they are.
+            - an iterable of str: each tokenized by itself; in a stream special tokens are added
+              to the first only;
+            - an iterable of token lists: sequences or arrays of ints, taken as they are;
+            - a Source or a Mixture of them (imatrix.text_sources).
+
+            Each of the first three is one document, each item of an iterable is.
         tokenizer: turns str into tokens and names the BOS.
         n_ctx: tokens in a chunk, 2 or more.
+        packing: "stream" or "document".
         parse_special: read control tokens spelled out in the text as such.
         skip_chunks: chunks to leave out at the start (`--chunk`).
         max_chunks: chunks to stop after (`--chunks`); None for all.
 
     Yields:
-        [n_ctx] int32, a new array each; [n] with 2 <= n < n_ctx for the one short chunk.
+        [n_ctx] int32, a new array each; [n] with 2 <= n < n_ctx for a short chunk.
 
     Raises:
         ValueError: at the call, for a bad number; while iterating, if there are no tokens, one
@@ -92,14 +287,16 @@ def chunks(
         TypeError: ``texts`` or an item is none of the above, or the items are of mixed kinds.
         OSError: a file cannot be read.
     """
-    if n_ctx < 2:
-        raise ValueError(f"n_ctx must be 2 or more, got {n_ctx}")
-    if skip_chunks < 0:
-        raise ValueError(f"skip_chunks must be 0 or more, got {skip_chunks}")
-    if max_chunks is not None and max_chunks < 1:
-        raise ValueError(f"max_chunks must be 1 or more, or None for all, got {max_chunks}")
-    bos = _bos(tokenizer)
-    return _cut(pieces(texts, tokenizer, parse_special), n_ctx, bos, skip_chunks, max_chunks)
+    found = Chunks(
+        texts,
+        tokenizer,
+        n_ctx,
+        packing=packing,
+        parse_special=parse_special,
+        skip_chunks=skip_chunks,
+        max_chunks=max_chunks,
+    )
+    return (chunk.tokens for chunk in found)
 
 
 def _bos(tokenizer: Tokenizer) -> int | None:
@@ -114,47 +311,38 @@ def _bos(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos
 
 
-def _cut(
-    stream: Iterator[NDArray[np.int32]],
-    n_ctx: int,
-    bos: int | None,
-    skip_chunks: int,
-    max_chunks: int | None,
-) -> Iterator[NDArray[np.int32]]:
+_Pieces: TypeAlias = "Iterator[tuple[int, NDArray[np.int32]]]"
+
+
+def _cut(stream: _Pieces, n_ctx: int, bos: int | None, tallies: Sequence[Tally]) -> Iterator[Chunk]:
+    """Chunks of n_ctx tokens, whoever's they are; one short chunk where there is no full one."""
     chunk = np.empty(n_ctx, dtype=np.int32)
+    parts: list[tuple[int, int]] = []
     filled = 0
     n_full = 0
-    for piece in stream:
+    for source, piece in stream:
+        tallies[source].documents += 1
         start = 0
         while start < len(piece):
             taken = min(n_ctx - filled, len(piece) - start)
             chunk[filled : filled + taken] = piece[start : start + taken]
             filled += taken
             start += taken
-            if filled < n_ctx:
-                continue
-            filled = 0
-            n_full += 1
-            if n_full > skip_chunks:
-                yield _with_bos(chunk, bos)
-                if max_chunks is not None and n_full - skip_chunks == max_chunks:
-                    return
-    n_tokens = n_full * n_ctx + filled
-    if n_tokens == 0:
-        raise ValueError(
-            "no tokens: the texts are empty (if it was an open file or an iterator, was it read "
-            "before?)"
-        )
-    if n_tokens == 1:
-        raise ValueError("the texts make 1 token only; a chunk needs at least 2, so give more text")
-    if skip_chunks and n_full <= skip_chunks:
-        raise ValueError(
-            f"nothing is left after skipping {skip_chunks} chunks of {n_ctx} tokens "
-            f"({skip_chunks * n_ctx} tokens): the texts make {n_tokens} tokens, {n_full} full "
-            "chunks; skip fewer or give more text"
-        )
-    if n_full == 0:
-        yield _with_bos(chunk[:filled], bos)
+            tallies[source].tokens += taken
+            if parts and parts[-1][0] == source:
+                parts[-1] = (source, parts[-1][1] + taken)
+            else:
+                parts.append((source, taken))
+            if filled == n_ctx:
+                yield Chunk(_with_bos(chunk, bos), tuple(parts))
+                n_full += 1
+                filled = 0
+                parts = []
+    if n_full == 0 and filled > 1:
+        yield Chunk(_with_bos(chunk[:filled], bos), tuple(parts))
+    else:
+        for source, tokens in parts:
+            tallies[source].dropped += tokens
 
 
 def _with_bos(tokens: NDArray[np.int32], bos: int | None) -> NDArray[np.int32]:
@@ -164,37 +352,102 @@ def _with_bos(tokens: NDArray[np.int32], bos: int | None) -> NDArray[np.int32]:
     return chunk
 
 
-def pieces(texts: Texts, tokenizer: Tokenizer, parse_special: bool) -> Iterator[NDArray[np.int32]]:
-    """The stream of tokens before it is cut, lazily: an array [n] int32 an item of `texts`.
+def _cut_documents(
+    documents: _Pieces, n_ctx: int, bos: int | None, tallies: Sequence[Tally]
+) -> Iterator[Chunk]:
+    """Chunks of one document each, up to n_ctx tokens long."""
+    front = np.array([] if bos is None else [bos], dtype=np.int32)
+    for source, tokens in documents:
+        tally = tallies[source]
+        tally.documents += 1
+        start = 0
+        while start < len(tokens):
+            begins = bos is not None and start == 0 and tokens[0] == bos
+            before = 0 if begins else len(front)
+            piece = tokens[start : start + n_ctx - before]
+            start += len(piece)
+            tally.tokens += len(piece)
+            if before + len(piece) < 2:
+                tally.dropped += len(piece)
+                continue
+            whole = piece.copy() if before == 0 else np.concatenate([front, piece])
+            yield Chunk(whole, ((source, len(whole)),))
 
-    See `chunks` for what `texts` may be and what it raises.
+
+def _tokens_of(
+    items: Iterator[tuple[int, Item]],
+    tokenizer: Tokenizer,
+    parse_special: bool,
+    packing: Packing,
+    render: Render | None,
+) -> _Pieces:
+    """Tokens of the documents of sources, kinds mixed."""
+    first = True
+    n_vocab = getattr(tokenizer, "n_vocab", None)
+    for number, (source, item) in enumerate(items):
+        if isinstance(item, (str, Chat)):
+            special = first or packing == "document"
+            tokens = _tokenized_one(item, tokenizer, special, parse_special, render)
+            if tokens is None:
+                continue
+        else:
+            tokens = _token_item(number, item, n_vocab, "documents")
+        first = False
+        yield source, tokens
+
+
+def _tokenized_one(
+    item: str | Chat,
+    tokenizer: Tokenizer,
+    add_special: bool,
+    parse_special: bool,
+    render: Render | None,
+) -> NDArray[np.int32] | None:
+    """Tokens of a text or a chat; None for an empty one, which must not get special tokens, or
+    they would hide that there is none."""
+    if isinstance(item, Chat):
+        if render is None:
+            raise ValueError("a chat among the texts, and no chat template to render it with")
+        # the template spells its special tokens out, the BOS too
+        item, add_special, parse_special = render(item), False, True
+    if not item:
+        return None
+    tokens = tokenizer.tokenize(item, add_special=add_special, parse_special=parse_special)
+    return np.asarray(tokens, dtype=np.int32)
+
+
+def pieces(
+    texts: Texts,
+    tokenizer: Tokenizer,
+    parse_special: bool,
+    *,
+    packing: Packing = "stream",
+    render: Render | None = None,
+) -> Iterator[NDArray[np.int32]]:
+    """The tokens before they are cut, lazily: an array [n] int32 an item of `texts`.
+
+    See `chunks` for what `texts` may be and what it raises; sources are not among it here.
     """
+
+    def tokenized(items: Iterable[str | Chat]) -> Iterator[NDArray[np.int32]]:
+        numbered = ((0, item) for item in items)
+        for _, piece in _tokens_of(numbered, tokenizer, parse_special, packing, render):
+            yield piece
+
     if isinstance(texts, str):
-        return _tokenized([texts], tokenizer, parse_special)
+        return tokenized([texts])
     if isinstance(texts, (bytes, bytearray, memoryview)):
         raise TypeError(f"texts is {type(texts).__name__}; decode it first, with .decode('utf-8')")
     if isinstance(texts, os.PathLike):
-        return _tokenized(_path_text(texts), tokenizer, parse_special)
+        return tokenized(_path_text(texts))
     if isinstance(texts, TextFile):
-        return _tokenized(_file_text(texts), tokenizer, parse_special)
+        return tokenized(_file_text(texts))
     if isinstance(texts, Iterable) and not isinstance(texts, Mapping):
-        return _items(texts, tokenizer, parse_special)
+        return _items(texts, tokenizer, tokenized)
     raise TypeError(
         "texts must be a str, a path, an open file, or an iterable of str or of token lists, not "
         f"{type(texts).__name__}"
     )
-
-
-def _tokenized(
-    texts: Iterable[str], tokenizer: Tokenizer, parse_special: bool
-) -> Iterator[NDArray[np.int32]]:
-    first = True
-    for text in texts:
-        # An empty text is passed over: special tokens for it would hide that there is none.
-        if text:
-            tokens = tokenizer.tokenize(text, add_special=first, parse_special=parse_special)
-            yield np.asarray(tokens, dtype=np.int32)
-            first = False
 
 
 # These two are generators so that nothing is read before the first chunk is asked for.
@@ -230,20 +483,22 @@ def _undecodable(name: str, error: UnicodeDecodeError) -> ValueError:
 
 
 def _items(
-    texts: Iterable[object], tokenizer: Tokenizer, parse_special: bool
+    texts: Iterable[object],
+    tokenizer: Tokenizer,
+    tokenized: Callable[[Iterable[str | Chat]], Iterator[NDArray[np.int32]]],
 ) -> Iterator[NDArray[np.int32]]:
-    """Tokens of an iterable's items, all str or all token lists, as the first one says."""
+    """Tokens of an iterable's items, all str (or chats) or all token lists, as the first says."""
     items = enumerate(texts)
     first = next(items, None)
     if first is None:
         return
     rest = _chained(first, items)
-    if isinstance(first[1], str):
-        yield from _tokenized(map(_str_item, rest), tokenizer, parse_special)
+    if isinstance(first[1], (str, Chat)):
+        yield from tokenized(map(_str_item, rest))
     else:
         n_vocab = getattr(tokenizer, "n_vocab", None)
         for index, item in rest:
-            yield _token_item(index, item, n_vocab)
+            yield _token_item(index, item, n_vocab, "texts")
 
 
 def _chained(
@@ -253,9 +508,9 @@ def _chained(
     yield from rest
 
 
-def _str_item(numbered: tuple[int, object]) -> str:
+def _str_item(numbered: tuple[int, object]) -> str | Chat:
     index, item = numbered
-    if not isinstance(item, str):
+    if not isinstance(item, (str, Chat)):
         raise TypeError(
             f"texts[{index}] is {type(item).__name__}, the items before it are str; give all str "
             "or all token lists"
@@ -263,20 +518,20 @@ def _str_item(numbered: tuple[int, object]) -> str:
     return item
 
 
-def _token_item(index: int, item: object, n_vocab: int | None) -> NDArray[np.int32]:
+def _token_item(index: int, item: object, n_vocab: int | None, of: str) -> NDArray[np.int32]:
     if isinstance(item, str):
         raise TypeError(
-            f"texts[{index}] is str, the items before it are token lists; give all str or all "
+            f"{of}[{index}] is str, the items before it are token lists; give all str or all "
             "token lists"
         )
     if isinstance(item, (bytes, bytearray, memoryview)):
         raise TypeError(
-            f"texts[{index}] is {type(item).__name__}; decode it first, with .decode('utf-8')"
+            f"{of}[{index}] is {type(item).__name__}; decode it first, with .decode('utf-8')"
         )
     if not isinstance(item, (np.ndarray, Sequence)):
         hint = "; wrap the ids in a list" if isinstance(item, (int, np.integer)) else ""
         raise TypeError(
-            f"texts[{index}] is {type(item).__name__}, expected a str or a list of token ids{hint}"
+            f"{of}[{index}] is {type(item).__name__}, expected a str or a list of token ids{hint}"
         )
     try:
         tokens = np.asarray(item)
@@ -285,18 +540,18 @@ def _token_item(index: int, item: object, n_vocab: int | None) -> NDArray[np.int
     if tokens.ndim == 1 and tokens.size == 0:
         return np.empty(0, dtype=np.int32)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise TypeError(f"texts[{index}]: expected a flat list of int token ids")
-    _check_range(index, tokens, n_vocab)
+        raise TypeError(f"{of}[{index}]: expected a flat list of int token ids")
+    _check_range(index, tokens, n_vocab, of)
     return tokens.astype(np.int32, copy=False)
 
 
-def _check_range(index: int, tokens: NDArray[np.integer], n_vocab: int | None) -> None:
+def _check_range(index: int, tokens: NDArray[np.integer], n_vocab: int | None, of: str) -> None:
     limit = 2**31 if n_vocab is None else n_vocab
     # int() first: a comparison inside a small integer type cannot take a large limit.
     if int(tokens.min()) >= 0 and int(tokens.max()) < limit:
         return
     position = next(i for i, token in enumerate(tokens) if not 0 <= int(token) < limit)
     raise ValueError(
-        f"texts[{index}][{position}]: token id {int(tokens[position])} is out of range; the "
+        f"{of}[{index}][{position}]: token id {int(tokens[position])} is out of range; the "
         f"vocabulary has ids 0 to {limit - 1}"
     )

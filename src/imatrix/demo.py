@@ -28,6 +28,10 @@ HELD_OUT = _DATA / "held-out.txt"
 
 _TYPE = "IQ2_XXS"
 _N_CTX = 512
+_VERDICTS = {
+    "better": Text("collected is better", "green"),
+    "worse": Text("flat is better", "red"),
+}
 _DEPTH = 3
 
 # Columns that a paragraph fills at most.
@@ -219,16 +223,16 @@ def _render(terminal: Terminal, found: Mapping[str, imatrix.Evaluation], refused
     table.add_column("95 % interval", justify="right")
     table.add_column("")
     measures = {
-        "KL to the F16 head, nats": (difference.head_kl, "{:+.4f}", -1),
-        "head NLL, nats": (difference.head_nll, "{:+.4f}", -1),
-        "accepted at depth 1": (difference.agreement, "{:+.2%}", 1),
-        "tokens a draft": (difference.accepted_length, "{:+.3f}", 1),
+        "KL to the F16 head, nats": (difference.head_kl, "{:+.4f}"),
+        "head NLL, nats": (difference.head_nll, "{:+.4f}"),
+        "accepted at depth 1": (difference.draft[0], "{:+.2%}"),
+        "tokens a draft": (difference.accepted_length, "{:+.3f}"),
     }
-    for name, (estimate, form, sign) in measures.items():
-        if estimate is not None:
-            low, high = form.format(estimate.low), form.format(estimate.high)
-            told = _verdict(estimate, sign)
-            table.add_row(name, form.format(estimate.value), f"{low} to {high}", told)
+    for name, (apart, form) in measures.items():
+        if apart is not None:
+            low, high = form.format(apart.low), form.format(apart.high)
+            verdict = _VERDICTS.get(apart.verdict, Text(apart.verdict, "yellow"))
+            table.add_row(name, form.format(apart.value), f"{low} to {high}", verdict)
     _indented(terminal, table)
 
 
@@ -239,13 +243,3 @@ def _indented(terminal: Terminal, what: RenderableType) -> None:
 
 def _told(estimate: imatrix.Estimate | None, form: str) -> str:
     return "" if estimate is None else form.format(estimate.value)
-
-
-def _verdict(difference: imatrix.Estimate, sign: int) -> Text:
-    """What the interval allows to say; `sign` is that of a gain."""
-    low, high = sorted((sign * difference.low, sign * difference.high))
-    if low > 0:
-        return Text("collected is better", "green")
-    if high < 0:
-        return Text("flat is better", "red")
-    return Text("no difference shown", "yellow")

@@ -74,7 +74,38 @@ def add_rpc_server(endpoint: str) -> None:
         OSError: nobody listens there.
         EngineError: this build has no RPC backend, or the server has no device.
     """
-    for each in endpoint.split(","):
+    for each in _checked(endpoint):
+        _session.add_rpc_server(each)
+        _remember(each)
+
+
+def name_rpc_server(endpoint: str) -> None:
+    """As add_rpc_server(), for the engines of Collectors with isolate=True only: this process's
+    own engine does not talk to it.
+
+    Raises:
+        ValueError, OSError: as add_rpc_server() does.
+    """
+    for each in _checked(endpoint):
+        _remember(each)
+
+
+def rpc_servers() -> tuple[str, ...]:
+    """The servers that were made known."""
+    return tuple(_rpc_servers)
+
+
+_rpc_servers: list[str] = []
+
+
+def _remember(endpoint: str) -> None:
+    if endpoint not in _rpc_servers:
+        _rpc_servers.append(endpoint)
+
+
+def _checked(endpoint: str) -> list[str]:
+    found = endpoint.split(",")
+    for each in found:
         host, colon, port = each.partition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
             raise ValueError(f"{each!r} is not host:port")
@@ -84,4 +115,4 @@ def add_rpc_server(endpoint: str) -> None:
                 socket.create_connection((host, int(port)), timeout=10).close()
             except OSError as error:
                 raise OSError(f"no RPC server at {each}: {error}") from error
-        _session.add_rpc_server(each)
+    return found

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ImatrixError(Exception):
     """Base of the errors that this package defines."""
@@ -14,6 +16,30 @@ class ModelError(ImatrixError, ValueError):
 
 class EngineError(ImatrixError, RuntimeError):
     """The engine failed; the message carries the last error line of its log."""
+
+
+class EngineDiedError(EngineError):
+    """The process that ran the engine is gone: the engine ended it, or the system did.
+
+    What the run had collected since its checkpoint went with it.
+
+    Attributes:
+        cause: what ended it, such as "SIGABRT: ggml/ggml.c:123: GGML_ASSERT(n > 0) failed".
+        log: the last of what it wrote to its standard error, at most 64 KiB.
+        chunk: number of the (first) chunk that it ran, skipped chunks counted; None before one.
+        checkpoint: the file to go on from, None where there is none.
+    """
+
+    def __init__(self, message: str, *, cause: str, log: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.log = log
+        self.chunk: int | None = None
+        self.checkpoint: Path | None = None
+
+
+class LockedError(ImatrixError, RuntimeError):
+    """Another run is writing that file. The message names its process."""
 
 
 class RowsMissingError(EngineError):
@@ -45,3 +71,14 @@ class NonFiniteError(ImatrixError, ArithmeticError):
         self.channel = channel
         self.expert = expert
         self.chunk = chunk
+
+
+class TemplateError(ImatrixError, ValueError):
+    """A chat template that cannot be rendered: it has an error, raised one, or took too much.
+
+    line: the template's line, from 1; None if unknown.
+    """
+
+    def __init__(self, message: str, *, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line

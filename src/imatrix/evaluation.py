@@ -25,7 +25,7 @@ from imatrix import _session, corpus
 from imatrix.collector import Collector, Perplexity, Progress
 from imatrix.errors import ModelError
 
-__all__ = ["Comparison", "Estimate", "Evaluation", "Predictions", "evaluate"]
+__all__ = ["Comparison", "Difference", "Estimate", "Evaluation", "Predictions", "evaluate"]
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]
@@ -57,6 +57,18 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """One evaluation's figure minus another's, and what can be said of it.
+
+    Attributes:
+        verdict: "better" or "worse", for the first of the two, where the interval leaves out
+            zero; "no difference shown" where it does not; "too few chunks to tell" without one.
+    """
+
+    verdict: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +147,18 @@ class Evaluation:
         n_vocab: tokens of the vocabulary.
         digest: SHA-256 of the tokens, which tells whether two evaluations are of the same text.
         chunk: number of the chunk of each scored position, int32 [n].
+        position: where in its chunk each is, int32 [n]: the slot p that holds x_p and predicts
+            x_{p+1}.
         trunk: the trunk's predictions.
         head: the first head's predictions, each slot fed with the text and the trunk's rows
             (teacher forcing); None without a head.
         depth: how many tokens a draft has; fewer than asked for where a chain has fewer heads.
-        known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`.
-        accepted: int8 [n], how many of these tokens were accepted: known or known - 1.
+        known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`;
+            0 to depth, empty without a head.
+        accepted: int8 [n], how many of these tokens were accepted: known or known - 1. On text
+            that the trunk wrote greedily, accepted[i] is what the engine's speculative decoding
+            accepts of the draft that it begins at slot position[i]; the next one begins at
+            position[i] + accepted[i] + 1.
     """
 
     model: str
@@ -150,6 +168,7 @@ class Evaluation:
     n_vocab: int
     digest: str
     chunk: I32
+    position: I32
     trunk: Predictions
     head: Predictions | None
     depth: int
@@ -292,39 +311,42 @@ class Evaluation:
             and np.array_equal(self.trunk.reference_nll, other.trunk.reference_nll)
         )
 
-        def difference(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> Estimate | None:
+        def difference(
+            mine: NDArray[Any] | None, theirs: NDArray[Any] | None, *, less_is_better: bool
+        ) -> Difference | None:
             if mine is None or theirs is None:
                 return None
-            return sample.mean(mine.astype(np.float64) - theirs.astype(np.float64))
+            apart = mine.astype(np.float64) - theirs.astype(np.float64)
+            return _difference(sample.mean(apart), less_is_better)
 
-        heads = self.head is not None and other.head is not None
-        length = None
-        draft: list[Estimate] = []
-        if heads:
-            first = difference(self.accepted >= 1, other.accepted >= 1)
-            draft = [] if first is None else [first]
-            for k in range(2, min(self._depth_known, other._depth_known) + 1):
-                means = sample.means(self.accepted >= k, self.known >= k) - sample.means(
-                    other.accepted >= k, other.known >= k
-                )
-                reached = int(np.count_nonzero((self.known >= k) | (other.known >= k)))
-                draft.append(sample.estimate(means, sample.spread(means), reached))
-            means = self._length_means() - other._length_means()
-            length = sample.estimate(means, sample.spread(means), len(self.known))
+        def strayed(rows: Predictions, others: Predictions) -> tuple[Difference | None, ...]:
+            if not same_reference:
+                return None, None
+            return (
+                difference(rows.kl, others.kl, less_is_better=True),
+                difference(_matches(rows), _matches(others), less_is_better=False),
+            )
+
+        nll = _difference(sample.mean(self.trunk.nll - other.trunk.nll), True)
+        kl, top1 = strayed(self.trunk, other.trunk)
+        if self.head is None or other.head is None:
+            return Comparison(nll, kl, top1, None, None, None, (), None)
+        head_kl, head_top1 = strayed(self.head, other.head)
+        length = self._length_means() - other._length_means()
         return Comparison(
-            nll=sample.mean(self.trunk.nll - other.trunk.nll),
-            kl=difference(self.trunk.kl, other.trunk.kl) if same_reference else None,
-            top1=difference(_matches(self.trunk), _matches(other.trunk))
-            if same_reference
-            else None,
-            head_nll=difference(self.head.nll, other.head.nll)
-            if self.head is not None and other.head is not None
-            else None,
-            head_kl=difference(self.head.kl, other.head.kl)
-            if self.head is not None and other.head is not None and same_reference
-            else None,
-            draft=tuple(draft),
-            accepted_length=length,
+            nll=nll,
+            kl=kl,
+            top1=top1,
+            head_nll=difference(self.head.nll, other.head.nll, less_is_better=True),
+            head_kl=head_kl,
+            head_top1=head_top1,
+            draft=tuple(
+                self._draft_difference(other, k)
+                for k in range(1, min(self._depth_known, other._depth_known) + 1)
+            ),
+            accepted_length=_difference(
+                sample.estimate(length, sample.spread(length), len(self.known)), False
+            ),
         )
 
     def as_data(self) -> dict[str, Any]:
@@ -374,6 +396,22 @@ class Evaluation:
         matches = _matches(rows)
         return None if matches is None else self._sample.mean(matches)
 
+    def _draft_difference(self, other: Evaluation, k: int) -> Difference:
+        """Agreement at depth k of this one minus the other's.
+
+        At depth 1 both are judged at every position. Deeper, each has slots of its own, those
+        where the drafts before were accepted: a difference of two shares over the same resamples.
+        """
+        mine, theirs = self.accepted >= k, other.accepted >= k
+        if k == 1:
+            apart = mine.astype(np.float64) - theirs.astype(np.float64)
+            return _difference(self._sample.mean(apart), False)
+        means = self._sample.means(mine, self.known >= k) - self._sample.means(
+            theirs, other.known >= k
+        )
+        n = min(int((self.known >= k).sum()), int((other.known >= k).sum()))
+        return _difference(self._sample.estimate(means, self._sample.spread(means), n), False)
+
     def _length_means(self) -> F64:
         length = np.zeros(1 + _RESAMPLES)
         reached = np.ones(1 + _RESAMPLES)
@@ -389,32 +427,45 @@ class Comparison:
     """Differences of two evaluations of the same text: the one asked minus the one given.
 
     Paired: each difference is taken position by position, and the intervals resample the chunks
-    of both together. One is clearly better where the interval leaves out zero. None where either
-    has no such figure; those that need a reference, where it was not the same one.
+    of both together. None where either has no such figure; those that need a reference, where it
+    was not the same one.
 
     Attributes:
-        nll, kl: of the trunk, nats a token; below zero, the one asked is better.
-        top1: share of positions; above zero, the one asked is better.
-        head_nll, head_kl: of the head; below zero, the one asked is better.
-        draft: draft agreement by depth, as far as both reach; above zero, the one asked is
-            better. Empty unless both have a head. From depth 2 on each is judged at the slots
-            that its own drafts reached, as in Evaluation.draft, and the error is the standard
-            deviation of the bootstrap.
-        accepted_length: drafted tokens a verification; above zero, the one asked is better.
+        nll, kl: of the trunk, nats a token.
+        top1: the trunk's likeliest token is the reference's, share of positions.
+        head_nll, head_kl: of the head, nats a token.
+        head_top1: as top1, of the head and the reference's head.
+        draft: draft agreement by depth, as deep as both were judged. From depth 2 on each model
+            has been judged at slots of its own, those that Evaluation.draft speaks of: `error` is
+            then the standard deviation of the bootstrap and `n` the smaller number of slots.
+            Empty without heads.
+        accepted_length: drafted tokens accepted a verification.
     """
 
-    nll: Estimate
-    kl: Estimate | None
-    top1: Estimate | None
-    head_nll: Estimate | None
-    head_kl: Estimate | None
-    draft: tuple[Estimate, ...]
-    accepted_length: Estimate | None
+    nll: Difference
+    kl: Difference | None
+    top1: Difference | None
+    head_nll: Difference | None
+    head_kl: Difference | None
+    head_top1: Difference | None
+    draft: tuple[Difference, ...]
+    accepted_length: Difference | None
 
-    @property
-    def agreement(self) -> Estimate | None:
-        """Draft agreement at depth 1; None unless both have a head."""
-        return self.draft[0] if self.draft else None
+    def as_data(self) -> dict[str, Any]:
+        """The differences as plain data for JSON, in the form of Evaluation.as_data()."""
+        head = None
+        if self.head_nll is not None:
+            head = {
+                "nll": _data(self.head_nll),
+                "kl": _data(self.head_kl),
+                "top1": _data(self.head_top1),
+                "agreement": [_data(found) for found in self.draft],
+                "accepted_length": _data(self.accepted_length),
+            }
+        return {
+            "trunk": {"nll": _data(self.nll), "kl": _data(self.kl), "top1": _data(self.top1)},
+            "head": head,
+        }
 
 
 def evaluate(
@@ -521,7 +572,7 @@ def evaluate(
             n_threads=ours._n_threads,
             depth=depth,
         )
-        found, digest = _drive(evaluator, first, chunks, total, progress)
+        found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
         n_vocab = own.n_vocab
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
         if with_head and ours.n_nextn > 1 and ours.mtp_architecture != "gemma4-assistant":
@@ -539,6 +590,12 @@ def evaluate(
         n_vocab=n_vocab,
         digest=digest,
         chunk=np.repeat(np.arange(len(found), dtype=np.int32), sizes),
+        position=np.concatenate(
+            [
+                np.arange(n // 2, n // 2 + size, dtype=np.int32)
+                for n, size in zip(lengths, sizes, strict=True)
+            ]
+        ),
         trunk=_joined([chunk["trunk"] for chunk in found], reference is not None),
         head=_joined([chunk["head"] for chunk in found], reference is not None)
         if with_head
@@ -572,9 +629,11 @@ def _drive(
     rest: Iterator[NDArray[np.int32]],
     total: int | None,
     progress: Callable[[Progress], object] | None,
-) -> tuple[list[_session.ChunkEvaluation], str]:
-    """Native steps run in a second thread, so that Ctrl-C reaches this one."""
+) -> tuple[list[_session.ChunkEvaluation], list[int], str]:
+    """What was found by chunk, their lengths, and the digest of their tokens. Native steps run in
+    a second thread, so that Ctrl-C reaches this one."""
     found: list[_session.ChunkEvaluation] = []
+    lengths: list[int] = []
     digest = hashlib.sha256()
     n_tokens = n_scored = 0
     nll = nll_sq = 0.0
@@ -587,6 +646,7 @@ def _drive(
                 following = next(rest, None)
                 done = running.result()
                 found.append(done)
+                lengths.append(len(chunk))
                 digest.update(len(chunk).to_bytes(8, "little") + chunk.astype("<i4").tobytes())
                 n_tokens += len(chunk)
                 n_scored += len(done["trunk"]["nll"])
@@ -600,7 +660,7 @@ def _drive(
         except BaseException:
             evaluator.cancel()
             raise
-    return found, digest.hexdigest()
+    return found, lengths, digest.hexdigest()
 
 
 def _so_far(nll: float, nll_sq: float, n: int) -> Perplexity | None:
@@ -636,9 +696,20 @@ def _exp(mean: Estimate) -> Estimate:
     return Estimate(value, value * mean.error, low, high, mean.n)
 
 
-def _data(estimate: Estimate | None) -> dict[str, float | int | None] | None:
+def _difference(found: Estimate, less_is_better: bool) -> Difference:
+    if math.isnan(found.low):
+        verdict = "too few chunks to tell"
+    elif found.low <= 0 <= found.high:
+        verdict = "no difference shown"
+    else:
+        verdict = "better" if (found.high < 0) == less_is_better else "worse"
+    return Difference(found.value, found.error, found.low, found.high, found.n, verdict)
+
+
+def _data(estimate: Estimate | None) -> dict[str, float | int | str | None] | None:
     if estimate is None:
         return None
+    verdict = {"verdict": estimate.verdict} if isinstance(estimate, Difference) else {}
     figures = {
         "value": estimate.value,
         "error": estimate.error,
@@ -648,4 +719,5 @@ def _data(estimate: Estimate | None) -> dict[str, float | int | None] | None:
     return {
         **{name: v if math.isfinite(v) else None for name, v in figures.items()},
         "n": estimate.n,
+        **verdict,
     }

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Entry", "ImportanceMatrix", "LeftOut", "Provenance"]
+__all__ = ["Entry", "ImportanceMatrix", "LeftOut", "Provenance", "TextSource"]
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 _HEAD_BLOCK = re.compile(r"blk\.([0-9]+)\.nextn\.")
@@ -127,8 +127,27 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """What a run took from one source of its text.
+
+    Attributes:
+        name: what it was called; "" for a text without a name.
+        documents: documents begun.
+        tokens: tokens of the chunks that count, a BOS in front of a chunk among them.
+        dropped: tokens that were read and fit into no chunk.
+        weight: its share against the others', None where the sources followed one another.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    dropped: int = 0
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class Provenance:
-    """How a matrix was made. Every field but the last may be None: not known.
+    """How a matrix was made. Every field but the tuples may be None: not known.
 
     Attributes:
         collector: the program that collected it, such as "imatrix 0.1.0".
@@ -137,6 +156,11 @@ class Provenance:
         n_ctx: tokens in a chunk.
         dataset_digest: SHA-256 of the tokens that count, in hexadecimal.
         left_out: chunks that do not count, in the order of the text.
+        tokens: tokens that count.
+        packing: "stream", all texts one stream cut every n_ctx tokens; "document", no chunk with
+            tokens of two documents, so that chunks may be shorter than n_ctx.
+        seed: of the order of the documents; None for the order of the sources too.
+        sources: where the text came from.
     """
 
     collector: str | None = None
@@ -145,6 +169,10 @@ class Provenance:
     n_ctx: int | None = None
     dataset_digest: str | None = None
     left_out: tuple[LeftOut, ...] = ()
+    tokens: int | None = None
+    packing: str | None = None
+    seed: int | None = None
+    sources: tuple[TextSource, ...] = ()
 
 
 class ImportanceMatrix(Mapping[str, Entry]):
@@ -276,7 +304,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
         Dataset names are joined, each once. The chunk size is the first one known; chunks of
         another size are converted to it by their tokens, rounded to the nearest whole chunk.
         Provenance keeps what all agree on; mtp is true if one of them has the head, left_out
-        lists the chunks of all, and the digest goes, since the sum is not the work of one stream
+        lists the chunks of all, sources what each took from them, and the digest goes, since the sum is not the work of one stream
         of tokens.
 
         Raises:
@@ -464,7 +492,32 @@ def _merged_provenance(parts: Sequence[Provenance]) -> Provenance:
         n_ctx=_agreed([part.n_ctx for part in parts]),
         dataset_digest=None,
         left_out=tuple(chunk for part in parts for chunk in part.left_out),
+        tokens=_total([part.tokens for part in parts]),
+        packing=_agreed([part.packing for part in parts]),
+        seed=_agreed([part.seed for part in parts]),
+        sources=_merged_sources([each for part in parts for each in part.sources]),
     )
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _merged_sources(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
+    """Sources of one name and weight taken together, in the order they come up."""
+    found: dict[tuple[str, float | None], TextSource] = {}
+    for each in sources:
+        key = (each.name, each.weight)
+        have = found.get(key, TextSource(each.name, 0, 0, 0, each.weight))
+        found[key] = TextSource(
+            each.name,
+            have.documents + each.documents,
+            have.tokens + each.tokens,
+            have.dropped + each.dropped,
+            each.weight,
+        )
+    return tuple(found.values())
 
 
 def _agreed(values: Sequence[_T | None]) -> _T | None:

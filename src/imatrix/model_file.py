@@ -5,18 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix import _session
 from imatrix.errors import ModelError
+from imatrix.split_parts import check_part, check_tensor_count, other_parts
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class ModelFile:
         tensors: shape by tensor name, ggml order: the row length first.
         integers: the architecture's own whole-number keys, without its name in front.
         parts: every file, the first part first, and how many bytes its header has.
+        tables: the tensors of int32, which are indices: part, name, byte where it starts, values.
+        aligned: whether every tensor lies where the engine can map it into memory.
     """
 
     path: Path
@@ -42,6 +42,8 @@ class ModelFile:
     tensors: Mapping[str, tuple[int, ...]]
     integers: Mapping[str, int]
     parts: tuple[tuple[Path, int], ...] = ()
+    tables: tuple[tuple[Path, str, int, int], ...] = ()
+    aligned: bool = True
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -49,7 +51,8 @@ class ModelFile:
 
         Raises:
             FileNotFoundError, IsADirectoryError: no such file.
-            ModelError: not GGUF, truncated, no architecture, or a part is missing.
+            ModelError: not GGUF, damaged, truncated, no architecture, or its parts are not
+                those of one model.
         """
         first = Path(path)
         if first.is_dir():
@@ -57,13 +60,20 @@ class ModelFile:
         if not first.exists():
             raise FileNotFoundError(errno.ENOENT, "no such model file", str(first))
         header = _session.model_file(str(first))
-        tensors = dict(header["tensors"])
         # before the architecture: later parts of a multi-part model have none
-        parts = [(first, header["data_offset"])]
-        for part in _other_parts(first, header["split_count"]):
-            other = _session.model_file(str(part))
+        headers = [(first, header)]
+        count = header["split_count"]
+        for part in other_parts(first, count):
+            headers.append((part, _session.model_file(str(part))))
+        tensors: dict[str, tuple[int, ...]] = {}
+        for number, (part, other) in enumerate(headers):
+            if count > 1:
+                check_part(part, number, count, other["split_no"], other["split_count"])
+            if twice := tensors.keys() & other["tensors"].keys():
+                raise ModelError(f"{part}: the tensor {min(twice)} is in an earlier part too")
             tensors.update(other["tensors"])
-            parts.append((part, other["data_offset"]))
+        if count > 1:
+            check_tensor_count(first, len(tensors), header["split_tensors"])
         if not header["architecture"]:
             raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
         n_nextn = header["n_nextn"]
@@ -82,7 +92,9 @@ class ModelFile:
             n_nextn=n_nextn,
             tensors=tensors,
             integers=header["integers"],
-            parts=tuple(parts),
+            parts=tuple((part, other["data_offset"]) for part, other in headers),
+            tables=tuple((part, *table) for part, other in headers for table in other["tables"]),
+            aligned=all(other["aligned"] for _, other in headers),
         )
 
     @property
@@ -106,26 +118,3 @@ class ModelFile:
                     file.seek(header + (size - header) * sample // _SAMPLES)
                     digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
-
-
-def _other_parts(first: Path, split_count: int) -> list[Path]:
-    """The parts of a multi-part model after the first; the engine finds them by name too."""
-    if split_count <= 1:
-        return []
-    match = _PART.search(first.name)
-    if match is None or int(match[2]) != split_count:
-        raise ModelError(
-            f"{first}: part of a model in {split_count} parts, but not named "
-            f"…-00001-of-{split_count:05d}.gguf; give the first part under its original name"
-        )
-    if int(match[1]) != 1:
-        raise ModelError(f"{first}: part {int(match[1])} of {split_count}; give the first part")
-    stem = first.name[: match.start()]
-    parts = [
-        first.with_name(f"{stem}-{n:05d}-of-{split_count:05d}.gguf")
-        for n in range(2, split_count + 1)
-    ]
-    for part in parts:
-        if not part.is_file():
-            raise ModelError(f"{part} is missing: {first.name} is the first of {split_count} parts")
-    return parts

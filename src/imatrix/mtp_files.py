@@ -13,38 +13,40 @@ src/models/ that take such files):
                         file name when it chooses the name itself, and the engine looks for a head
                         under that prefix (common/download.cpp).
 
-The files are read and written here, and not by gguf-py: its reader decodes every word of a
-vocabulary, its writer rewrites every key, and neither streams. Here what does not change is
-copied as the bytes that it is, the tensors in blocks of a few MB, so that memory follows the
-header's size, and types that no library here knows come through.
+What does not change is copied as the bytes that it is (imatrix.formats.gguf_raw).
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
-import mmap
 import os
-import re
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from typing import Any, Protocol
 
 from imatrix import atomic
 from imatrix.errors import ModelError
+from imatrix.formats.gguf_raw import (
+    STRING,
+    DamagedError,
+    Files,
+    Meter,
+    Part,
+    Progress,
+    Tensor,
+    Value,
+    integer,
+    write,
+)
+from imatrix.split_parts import check_part, check_tensor_count, other_parts, without_part
 
 __all__ = ["ExtractReport", "GraftReport", "check_fit", "extract_mtp", "graft_mtp", "mtp_name"]
 
 PathLike = str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class GraftReport:
 def mtp_name(model: PathLike) -> str:
     """The file name for the head of ``model``: `mtp-` and its name, without a part's number."""
     name = Path(model).name
-    return "mtp-" + _PART.sub(".gguf", name)
+    return "mtp-" + without_part(name)
 
 
 def extract_mtp(
@@ -156,14 +158,21 @@ def extract_mtp(
     head = [t for t in source.infos.values() if t.block is None or t.block >= source.n_trunk]
     trunk = [t for t in source.infos.values() if t.block is None or t.block < source.n_trunk]
     keys = _without_split(source)
-    meter = _Meter(progress, sum(t.size for t in (head if trunk_path is None else head + trunk)))
+    meter = Meter(progress, sum(t.size for t in (head if trunk_path is None else head + trunk)))
     with ExitStack() as stack:
         # Both are complete before either takes its place.
         temporary = [stack.enter_context(atomic.replacing(path)) for path in outputs]
-        head_bytes = _write(temporary[0], source, keys, head, meter)
+        head_bytes = write(temporary[0], source.version, source.alignment, keys, head, meter)
         trunk_bytes = None
         if trunk_path is not None:
-            trunk_bytes = _write(temporary[1], source, _trunk_keys(source, keys), trunk, meter)
+            trunk_bytes = write(
+                temporary[1],
+                source.version,
+                source.alignment,
+                _trunk_keys(source, keys),
+                trunk,
+                meter,
+            )
     return ExtractReport(
         head=head_path,
         head_bytes=head_bytes,
@@ -222,7 +231,7 @@ def graft_mtp(
     told = list(_check_keys(body, donor))
     keys = _bundled_keys(body, donor)
     shared = [t for t in donor.infos.values() if t.block is None and t.name in body.infos]
-    with _Files() as files:
+    with Files() as files:
         differing = tuple(t.name for t in shared if not files.same(t, body.infos[t.name]))
     _check_differing(body, donor, differing)
     if differing:
@@ -237,9 +246,9 @@ def graft_mtp(
             f"{donor.path.name} and {body.path.name}: {what}. The trunk's are kept.", stacklevel=2
         )
     tensors = _bundled_order(body, donor)
-    meter = _Meter(progress, sum(t.size for t in tensors))
+    meter = Meter(progress, sum(t.size for t in tensors))
     with atomic.replacing(model_path) as temporary:
-        model_bytes = _write(temporary, body, keys, tensors, meter)
+        model_bytes = write(temporary, body.version, body.alignment, keys, tensors, meter)
     return GraftReport(
         model=model_path,
         model_bytes=model_bytes,
@@ -417,12 +426,12 @@ def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
 # --- metadata and order of the halves ------------------------------------------------------------
 
 
-def _without_split(model: _Model) -> dict[str, _Value]:
+def _without_split(model: _Model) -> dict[str, Value]:
     """The keys without those that tools/gguf-split/gguf-split.cpp adds: an output is one file."""
     return {key: value for key, value in model.keys.items() if not key.startswith("split.")}
 
 
-def _trunk_keys(model: _Model, keys: Mapping[str, _Value]) -> dict[str, _Value]:
+def _trunk_keys(model: _Model, keys: Mapping[str, Value]) -> dict[str, Value]:
     block_count = f"{model.architecture}.block_count"
     out = {}
     for key, value in keys.items():
@@ -437,7 +446,7 @@ def _trunk_keys(model: _Model, keys: Mapping[str, _Value]) -> dict[str, _Value]:
     return out
 
 
-def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, _Value]:
+def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, Value]:
     """The trunk's keys, with what tells of the head taken from the head's file."""
     block_count = f"{head.architecture}.block_count"
     nextn = f"{head.architecture}.nextn_predict_layers"
@@ -445,7 +454,7 @@ def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, _Value]:
     # Back where it was before extract_mtp took it out: before the key that follows it there.
     names = list(theirs)
     following = next((k for k in names[names.index(nextn) :] if k in ours), None)
-    out: dict[str, _Value] = {}
+    out: dict[str, Value] = {}
     for key, value in ours.items():
         if key == following:
             out[nextn] = theirs[nextn]
@@ -464,14 +473,14 @@ def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, _Value]:
     return out
 
 
-def _bundled_order(trunk: _Model, head: _Model) -> list[_Tensor]:
+def _bundled_order(trunk: _Model, head: _Model) -> list[Tensor]:
     """All tensors of the trunk in its order, and the head's blocks where the head's file has them.
 
     Each goes before the tensor outside the blocks that follows it in the head's file, and at the
     end if none does: for the two outputs of extract_mtp that is the order of the model.
     """
-    waiting: dict[str | None, list[_Tensor]] = {}
-    group: list[_Tensor] = []
+    waiting: dict[str | None, list[Tensor]] = {}
+    group: list[Tensor] = []
     for tensor in head.infos.values():
         if tensor.block is None:
             if tensor.name in trunk.infos:
@@ -480,40 +489,14 @@ def _bundled_order(trunk: _Model, head: _Model) -> list[_Tensor]:
         elif tensor.block >= head.n_trunk:
             group.append(tensor)
     waiting[None] = group
-    out: list[_Tensor] = []
+    out: list[Tensor] = []
     for tensor in trunk.infos.values():
         out += waiting.get(tensor.name, [])
         out.append(tensor)
     return out + waiting[None]
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
-
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)  # one layout; the engine refuses version 1 (ggml/src/gguf.cpp)
-_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT in gguf.h, where general.alignment is absent
-_MAX_DIMS = 4  # GGML_MAX_DIMS
-_BUFFER = 4 << 20
-
-_STRING, _ARRAY = 8, 9
-# gguf_type in gguf.h
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+# --- a model ---------------------------------------------------------------------------------
 
 # Arrays under <arch>. that are not per layer, whatever their length (src/llama-arch.cpp).
 _NOT_PER_LAYER = (
@@ -525,237 +508,6 @@ _NOT_PER_LAYER = (
 )
 
 
-class _DamagedError(Exception):
-    """The bytes are no GGUF; the text says why."""
-
-
-@dataclass(frozen=True)
-class _Value:
-    """A metadata value as it lies in the file: ``raw`` follows the key, type and count included."""
-
-    kind: int  # of the value, or of an array's elements
-    is_array: bool
-    count: int
-    raw: bytes
-
-    @property
-    def _data(self) -> bytes:
-        return self.raw[16:] if self.is_array else self.raw[4:]
-
-    def decoded(self) -> Any:
-        """A number, a bool, a str, or a list of numbers; for an array of strings its bytes."""
-        if self.kind == _STRING:
-            return self._data if self.is_array else self._data[8:].decode("utf-8", "replace")
-        values = list(struct.unpack(f"<{self.count}{_SCALARS[self.kind]}", self._data))
-        return values if self.is_array else values[0]
-
-    def with_scalar(self, value: int) -> _Value:
-        raw = struct.pack(f"<I{_SCALARS[self.kind]}", self.kind, value)
-        return _Value(self.kind, False, 1, raw)
-
-    def first(self, count: int) -> _Value:
-        """The array's first entries."""
-        size = struct.calcsize(f"<{_SCALARS[self.kind]}")
-        return self._array(count, self._data[: count * size])
-
-    def extended(self, value: Any, count: int) -> _Value:
-        """The array and ``count`` times ``value`` after it."""
-        more = struct.pack(f"<{count}{_SCALARS[self.kind]}", *[value] * count)
-        return self._array(self.count + count, self._data + more)
-
-    def _array(self, count: int, data: bytes) -> _Value:
-        return _Value(self.kind, True, count, struct.pack("<IIQ", _ARRAY, self.kind, count) + data)
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    shape: tuple[int, ...]
-    kind: int  # ggml_type
-    size: int  # bytes, without padding
-    path: Path
-    start: int  # byte in the file
-    granule: int  # the size may be too large by less than this; 1 where it is exact
-
-    @property
-    def block(self) -> int | None:
-        """The number in `blk.<number>.`; None for a tensor outside the blocks."""
-        found = _BLOCK.match(self.name)
-        return int(found[1]) if found else None
-
-
-class _Cursor:
-    """Reads forward through bytes, and never past their end."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.at = 0
-
-    def skip(self, count: int, what: str) -> int:
-        """Step over ``count`` bytes; gives where they start."""
-        start, end = self.at, self.at + count
-        if end > len(self.data):
-            raise _DamagedError(
-                f"cut short or damaged: {what} would end at byte {end}, the file has "
-                f"{len(self.data)}"
-            )
-        self.at = end
-        return start
-
-    def u32(self, what: str) -> int:
-        return int(struct.unpack_from("<I", self.data, self.skip(4, what))[0])
-
-    def u64(self, what: str) -> int:
-        return int(struct.unpack_from("<Q", self.data, self.skip(8, what))[0])
-
-    def text(self, what: str) -> str:
-        size = self.u64(what)
-        start = self.skip(size, what)
-        try:
-            return self.data[start : start + size].decode("utf-8")
-        except UnicodeDecodeError:
-            raise _DamagedError(f"damaged: {what} is not UTF-8") from None
-
-    def value(self, key: str) -> _Value:
-        start = self.at
-        kind = self.u32(key)
-        is_array, count = kind == _ARRAY, 1
-        if is_array:
-            kind = self.u32(key)
-            count = self.u64(key)
-        if kind == _STRING:
-            for _ in range(count):
-                self.skip(self.u64(key), key)
-        elif kind in _SCALARS:
-            self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"), key)
-        else:
-            raise _DamagedError(f"damaged: the key {key!r} has the unknown type {kind}")
-        return _Value(kind, is_array, count, self.data[start : self.at])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One GGUF file."""
-
-    path: Path
-    version: int
-    alignment: int
-    keys: dict[str, _Value]
-    tensors: list[_Tensor]
-    file_bytes: int
-
-    @classmethod
-    def read(cls, path: Path) -> _Part:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "expected a GGUF model file", str(path))
-        if not path.exists():
-            raise FileNotFoundError(errno.ENOENT, "no such model file", str(path))
-        with path.open("rb") as file:
-            magic = file.read(4)
-            if magic != _MAGIC:
-                start = f"it starts with {magic!r}" if magic else "it is empty"
-                raise ModelError(f"{path}: not a GGUF file: {start}, expected {_MAGIC!r}")
-            try:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    return cls._parsed(path, _Cursor(data))
-            except _DamagedError as error:
-                raise ModelError(f"{path}: {error}") from None
-
-    @classmethod
-    def _parsed(cls, path: Path, cursor: _Cursor) -> _Part:
-        cursor.skip(4, "the magic")
-        version = cursor.u32("the version")
-        if version not in _VERSIONS:
-            if version & 0xFFFF == 0:
-                raise _DamagedError("big-endian GGUF, which is not supported")
-            raise _DamagedError(f"GGUF version {version}; 2 and 3 are supported")
-        n_tensors, n_keys = cursor.u64("the tensor count"), cursor.u64("the key count")
-        keys: dict[str, _Value] = {}
-        for i in range(n_keys):
-            key = cursor.text(f"the name of key {i}")
-            if key in keys:
-                raise _DamagedError(f"damaged: the key {key!r} is there twice")
-            keys[key] = cursor.value(key)
-        alignment = _integer(keys, "general.alignment", _ALIGNMENT)
-        if alignment < 1 or alignment & (alignment - 1):
-            raise _DamagedError(f"general.alignment is {alignment}, no power of two")
-        infos = [cls._tensor_info(cursor, i) for i in range(n_tensors)]
-        data = _padded(cursor.at, alignment)
-        return cls(
-            path,
-            version,
-            alignment,
-            keys,
-            _placed(path, infos, data, len(cursor.data), alignment),
-            len(cursor.data),
-        )
-
-    @staticmethod
-    def _tensor_info(cursor: _Cursor, i: int) -> tuple[str, tuple[int, ...], int, int]:
-        name = cursor.text(f"the name of tensor {i}")
-        n_dims = cursor.u32(name)
-        if n_dims > _MAX_DIMS:
-            raise _DamagedError(f"damaged: the tensor {name!r} has {n_dims} dimensions")
-        shape = tuple(cursor.u64(name) for _ in range(n_dims))
-        return name, shape, cursor.u32(name), cursor.u64(name)
-
-
-def _placed(
-    path: Path,
-    infos: list[tuple[str, tuple[int, ...], int, int]],
-    data: int,
-    file_bytes: int,
-    alignment: int,
-) -> list[_Tensor]:
-    """Tensors with their size in bytes, which the file does not give: it follows from the type."""
-    ends = sorted({data + offset for *_, offset in infos} | {file_bytes})
-    following = dict(itertools.pairwise(ends))
-    tensors = []
-    for name, shape, kind, offset in infos:
-        start = data + offset
-        if start > file_bytes:
-            raise _DamagedError(f"cut short: {name} starts at byte {start}, it has {file_bytes}")
-        # A type that gguf-py does not know (a fork's, a newer one) reaches to the next tensor.
-        # The padding that may come along does no harm, since the output pads alike.
-        size = following.get(start, file_bytes) - start
-        if (known := _size(shape, kind)) is not None:
-            if start + known > file_bytes:
-                raise _DamagedError(
-                    f"cut short: {name} ends at byte {start + known}, the file has {file_bytes}"
-                )
-            if known > size:
-                raise _DamagedError(f"damaged: the data of {name} overlap another tensor's")
-            size = known
-        granule = alignment if known is None else 1
-        tensors.append(_Tensor(name, shape, kind, size, path, start, granule))
-    return tensors
-
-
-def _size(shape: tuple[int, ...], kind: int) -> int | None:
-    """Bytes of a tensor; None where the type is unknown."""
-    try:
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    except (ValueError, KeyError):
-        return None
-    count = 1
-    for length in shape:
-        count *= length
-    return count // block * block_bytes
-
-
-def _padded(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
-
-
-def _integer(keys: Mapping[str, _Value], key: str, default: int) -> int:
-    value = keys.get(key)
-    if value is None:
-        return default
-    if value.is_array or value.kind not in _INTEGERS:
-        raise _DamagedError(f"{key} is not an integer")
-    return int(value.decoded())
-
-
 @dataclass(frozen=True)
 class _Model:
     """A model file, all parts of a multi-part one together. A ModelHeader."""
@@ -763,8 +515,8 @@ class _Model:
     paths: list[Path]
     version: int
     alignment: int
-    keys: Mapping[str, _Value]
-    infos: Mapping[str, _Tensor]
+    keys: Mapping[str, Value]
+    infos: Mapping[str, Tensor]
     file_bytes: int
     architecture: str
     block_count: int
@@ -776,37 +528,36 @@ class _Model:
 
         Raises:
             FileNotFoundError, IsADirectoryError: no such file.
-            ModelError: see _Part.read; or a part is missing, or it is not a model.
+            ModelError: see Part.read; or a part is missing, or it is not a model.
         """
-        first = _Part.read(path)
+        first = Part.read(path)
         try:
-            parts = [first, *map(_Part.read, _other_parts(first))]
+            count = integer(first.keys, "split.count", 1)
+            parts = [first, *map(Part.read, other_parts(path, count))]
             found = first.keys.get("general.architecture")
-            architecture = found.decoded() if found and found.kind == _STRING else None
+            architecture = found.decoded() if found and found.kind == STRING else None
             if not isinstance(architecture, str):
-                raise _DamagedError("no general.architecture; this GGUF file is not a model")
-            block_count = _integer(first.keys, f"{architecture}.block_count", 0)
-            n_nextn = _integer(first.keys, f"{architecture}.nextn_predict_layers", 0)
+                raise DamagedError("no general.architecture; this GGUF file is not a model")
+            block_count = integer(first.keys, f"{architecture}.block_count", 0)
+            n_nextn = integer(first.keys, f"{architecture}.nextn_predict_layers", 0)
             if not 0 <= n_nextn <= block_count:
-                raise _DamagedError(
+                raise DamagedError(
                     f"nextn_predict_layers is {n_nextn}, block_count is {block_count}; the "
                     "metadata contradict each other"
                 )
-            infos: dict[str, _Tensor] = {}
+            infos: dict[str, Tensor] = {}
             for number, part in enumerate(parts):
-                if len(parts) > 1 and (said := _integer(part.keys, "split.no", -1)) != number:
-                    raise _DamagedError(f"{part.path.name} says it is part {said + 1} (split.no)")
+                if len(parts) > 1:
+                    numbers = (integer(part.keys, f"split.{k}", -1) for k in ("no", "count"))
+                    check_part(part.path, number, count, *numbers)
                 for tensor in part.tensors:
                     if tensor.name in infos:
-                        raise _DamagedError(f"damaged: the tensor {tensor.name} is there twice")
+                        raise DamagedError(f"damaged: the tensor {tensor.name} is there twice")
                     infos[tensor.name] = tensor
-            expected = _integer(first.keys, "split.tensors.count", len(infos))
-            if len(parts) > 1 and len(infos) != expected:
-                raise _DamagedError(
-                    f"its parts have {len(infos)} tensors, {expected} expected "
-                    "(split.tensors.count)"
-                )
-        except _DamagedError as error:
+            if len(parts) > 1:
+                expected = integer(first.keys, "split.tensors.count", -1)
+                check_tensor_count(path, len(infos), expected)
+        except DamagedError as error:
             raise ModelError(f"{path}: {error}") from None
         return cls(
             paths=[part.path for part in parts],
@@ -848,7 +599,7 @@ class _Model:
         return (
             value is not None
             and value.is_array
-            and value.kind != _STRING
+            and value.kind != STRING
             and value.count == self.block_count
             and key.startswith(f"{self.architecture}.")
             and key.removeprefix(f"{self.architecture}.") not in _NOT_PER_LAYER
@@ -858,118 +609,3 @@ class _Model:
         """The first ``count`` entries; of one value for all blocks, that many times the value."""
         value = self.keys[key].decoded()
         return value[:count] if self.keys[key].is_array else [value] * count
-
-
-def _other_parts(first: _Part) -> list[Path]:
-    """The parts of a multi-part model after the first; the engine finds them by name too."""
-    n_parts = _integer(first.keys, "split.count", 1)
-    if n_parts <= 1:
-        return []
-    match = _PART.search(first.path.name)
-    if match is None or int(match[2]) != n_parts:
-        raise _DamagedError(
-            f"part of a model in {n_parts} parts, but not named …-00001-of-{n_parts:05d}.gguf; "
-            "give the first part under its original name"
-        )
-    if int(match[1]) != 1:
-        raise _DamagedError(f"part {int(match[1])} of {n_parts}; give the first part")
-    stem = first.path.name[: match.start()]
-    parts = [
-        first.path.with_name(f"{stem}-{n:05d}-of-{n_parts:05d}.gguf") for n in range(2, n_parts + 1)
-    ]
-    for part in parts:
-        if not part.is_file():
-            raise _DamagedError(f"{part.name} is missing: this is the first of {n_parts} parts")
-    return parts
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-class _Meter:
-    """Counts written bytes for the caller."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-class _Files(ExitStack):
-    """The inputs, each opened once, read in blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._open: dict[Path, FileIO] = {}
-
-    def blocks(self, tensor: _Tensor) -> Iterator[memoryview]:
-        """The tensor's bytes, in equal blocks and a rest; each is overwritten by the next."""
-        if tensor.path not in self._open:
-            # Unbuffered: a block goes into our buffer without a copy in between.
-            self._open[tensor.path] = self.enter_context(tensor.path.open("rb", buffering=0))
-        file = self._open[tensor.path]
-        buffer = memoryview(bytearray(min(_BUFFER, tensor.size)))
-        for done in range(0, tensor.size, _BUFFER):
-            block = buffer[: tensor.size - done]
-            file.seek(tensor.start + done)
-            filled = 0
-            while filled < len(block):
-                got = file.readinto(block[filled:])
-                if not got:
-                    raise OSError(errno.EIO, f"it ended inside {tensor.name}", str(tensor.path))
-                filled += got
-            yield block
-
-    def same(self, one: _Tensor, other: _Tensor) -> bool:
-        """Whether two tensors are alike in type and bytes."""
-        if (one.kind, one.size) != (other.kind, other.size):
-            return False
-        pairs = zip(self.blocks(one), self.blocks(other), strict=True)
-        # bytearray, since two views are compared an item at a time
-        return all(bytearray(ours) == theirs for ours, theirs in pairs)
-
-
-def _write(
-    path: Path,
-    layout: _Model,
-    keys: Mapping[str, _Value],
-    tensors: list[_Tensor],
-    meter: _Meter,
-) -> int:
-    """Write a GGUF file with the version and alignment of ``layout``; gives its size in bytes."""
-    alignment = layout.alignment
-    with path.open("wb") as file, _Files() as files:
-        file.write(_MAGIC + struct.pack("<IQQ", layout.version, len(tensors), len(keys)))
-        for key, value in keys.items():
-            file.write(_text(key) + value.raw)
-        offset = 0
-        for tensor in tensors:
-            if tensor.granule > alignment:
-                raise ModelError(
-                    f"{tensor.path}: the size of {tensor.name} is not known (ggml type "
-                    f"{tensor.kind}), and its file is aligned to {tensor.granule} bytes, the output "
-                    f"to {alignment}; give files of the same general.alignment"
-                )
-            dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-            file.write(_text(tensor.name) + dims + struct.pack("<IQ", tensor.kind, offset))
-            offset += _padded(tensor.size, alignment)
-        _pad(file, alignment)
-        for tensor in tensors:
-            for block in files.blocks(tensor):
-                file.write(block)
-                meter.add(len(block))
-            _pad(file, alignment)
-        return file.tell()
-
-
-def _text(value: str) -> bytes:
-    data = value.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    at = file.tell()
-    file.write(bytes(_padded(at, alignment) - at))

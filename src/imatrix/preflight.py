@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from imatrix import _quantize_pybind, _session
+from imatrix._rehearsal import rehearse_quantize
 from imatrix.architectures import check_head, check_trunk
 from imatrix.errors import EngineError, ModelError
 from imatrix.matrix import Entry, ImportanceMatrix
@@ -229,6 +230,7 @@ def coverage(
             f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
         )
     file = ModelFile.read(model)
+    rehearse_quantize(file.path, [path for path, _ in file.parts])
     if isinstance(matrix, (str, os.PathLike)):
         matrix = ImportanceMatrix.load(matrix)
     check = _Check(

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
+from imatrix._rehearsal import rehearse_quantize
 from imatrix._threads import physical_cores
 from imatrix.errors import EngineError
 from imatrix.matrix import ImportanceMatrix
@@ -152,6 +153,7 @@ def quantize(
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
     overrides = overrides_of(tensor_types or {})
     model = ModelFile.read(src)
+    rehearse_quantize(model.path, [path for path, _ in model.parts])
     _check_not_itself(model.path, Path(dst))
     matrix = imatrix
     if isinstance(matrix, (str, os.PathLike)):
@@ -210,7 +212,13 @@ def quantize(
                 raise _explained(str(error), model, matrix, dst, name) from None
         if progress is not None:
             progress(*watch.progress)
-        bytes_, values = _quantize_pybind.tensor_totals(str(temporary))
+        try:
+            bytes_, values = _quantize_pybind.tensor_totals(str(temporary))
+        except RuntimeError:
+            raise EngineError(
+                f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
+                "the model's metadata and its tensors do not go together"
+            ) from None
     return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values)
 
 

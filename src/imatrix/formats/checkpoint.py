@@ -14,6 +14,8 @@ length first; S stands for `imatrix.checkpoint`:
     S.text_digest          string, SHA-256 of the tokens of the chunks dealt with (int32, little
                            endian), in hexadecimal
     S.setting.<name>       string, i64 or bool, what has to be the same to go on
+    S.output               string, SHA-256 of the file that the run was about to write last; only
+                           where that is one of its inputs too, and would be added to twice
     S.shared.weights       array of string, weights that are fed by the same rows as another ...
     S.shared.with          array of string, ... and that other weight, whose data are theirs too
     <weight>.in_sum2       F64 [n_in, n_mat]    sums of squared activations
@@ -72,6 +74,7 @@ class Checkpoint:
         settings: what has to be the same to go on, by name.
         left_out: the chunks that do not count.
         groups: what was collected, by weights that were fed by the same rows.
+        output: SHA-256, in hexadecimal, of the file that the run was about to write; "" for none.
     """
 
     done: int
@@ -84,6 +87,7 @@ class Checkpoint:
     settings: Mapping[str, Setting]
     left_out: tuple[LeftOut, ...] = ()
     groups: list[Group] = field(default_factory=list)
+    output: str = ""
 
 
 def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
@@ -140,6 +144,8 @@ def _add_metadata(writer: gguf.Writer, checkpoint: Checkpoint) -> None:
     for name in ("seconds", "nll", "nll_sq"):
         writer.add_float64(_KEY + name, getattr(checkpoint, name))
     writer.add_key_value(f"{_KEY}text_digest", checkpoint.text_digest, GGUFValueType.STRING)
+    if checkpoint.output:
+        writer.add_key_value(f"{_KEY}output", checkpoint.output, GGUFValueType.STRING)
     for name, value in checkpoint.settings.items():
         if isinstance(value, bool):
             kind = GGUFValueType.BOOL
@@ -181,6 +187,7 @@ def _checkpoint_from(reader: gguf.Reader, fields: Mapping[str, Any]) -> Checkpoi
             if key.startswith(_SETTING)
         },
         left_out=gguf.left_out_from(fields),
+        output=value("output", str) if f"{_KEY}output" in fields else "",
         groups=_groups_from(reader, value("shared.weights", list), value("shared.with", list)),
     )
 

@@ -23,6 +23,20 @@ and, where chunks were left out for a NaN or infinite activation, one element a 
     imatrix.collector.left_out.chunks  array of u64, numbers in the text
     imatrix.collector.left_out.tokens  array of u64, where they start in the text
     imatrix.collector.left_out.weights array of string, what the activation reached
+
+and of the text, where it is known, one element a source in the arrays:
+
+    imatrix.collector.tokens             u64, tokens that count
+    imatrix.collector.packing            string, "stream" or "document"
+    imatrix.collector.seed               i64, of the order of the documents
+    imatrix.collector.sources.names      array of string
+    imatrix.collector.sources.documents  array of u64, documents begun
+    imatrix.collector.sources.tokens     array of u64, tokens that count
+    imatrix.collector.sources.dropped    array of u64, tokens that fit into no chunk
+    imatrix.collector.sources.weights    array of f64, shares of the tokens; 0 for none
+
+With packing "document" a chunk may be shorter than imatrix.chunk_size, so that chunk_count *
+chunk_size is more than the tokens there were.
 """
 
 from __future__ import annotations
@@ -45,7 +59,7 @@ from numpy.typing import NDArray
 
 from imatrix import atomic
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
 
 __all__ = ["read", "write"]
 
@@ -61,11 +75,24 @@ _DIGEST = "imatrix.collector.dataset_digest"
 _LEFT_CHUNKS = "imatrix.collector.left_out.chunks"
 _LEFT_TOKENS = "imatrix.collector.left_out.tokens"
 _LEFT_WEIGHTS = "imatrix.collector.left_out.weights"
+_TOKENS = "imatrix.collector.tokens"
+_PACKING = "imatrix.collector.packing"
+_SEED = "imatrix.collector.seed"
+_SOURCES = "imatrix.collector.sources."
+_SOURCE_LISTS: dict[str, tuple[GGUFValueType, type]] = {
+    "names": (GGUFValueType.STRING, str),
+    "documents": (GGUFValueType.UINT64, int),
+    "tokens": (GGUFValueType.UINT64, int),
+    "dropped": (GGUFValueType.UINT64, int),
+    "weights": (GGUFValueType.FLOAT64, float),
+}
 
 _KNOWN = frozenset(
     (
         *(_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST),
         *(_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
+        *(_TOKENS, _PACKING, _SEED),
+        *(_SOURCES + name for name in _SOURCE_LISTS),
     )
 )
 
@@ -174,6 +201,9 @@ def opened(
 class Writer(GGUFWriter):
     """GGUFWriter for a file that is no model."""
 
+    def write_tensor_data(self, tensor: NDArray[Any], tensor_endianess: Any = None) -> None:
+        super().write_tensor_data(tensor.view(_Written), tensor_endianess)
+
     def add_architecture(self) -> None:
         """Nothing: an importance matrix has none, and llama-imatrix writes none."""
 
@@ -190,6 +220,14 @@ class Writer(GGUFWriter):
             head = self._pack("I", vtype) if add_vtype else b""
             return head + self._pack("I", sub_type) + self._pack("Q", 0)
         return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+class _Written(np.ndarray[Any, Any]):
+    """An array whose writing fails as a file's does: ndarray.tofile says how many values were
+    written, and not that the disk is full."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(np.ascontiguousarray(self).data)
 
 
 class _WrongKindError(Exception):
@@ -265,8 +303,39 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
             n_ctx=_field(fields, _N_CTX, int),
             dataset_digest=_field(fields, _DIGEST, str),
             left_out=left_out_from(fields),
+            tokens=_field(fields, _TOKENS, int),
+            packing=_field(fields, _PACKING, str),
+            seed=_field(fields, _SEED, int),
+            sources=_sources_from(fields),
         ),
     )
+
+
+def _sources_from(fields: Mapping[str, Any]) -> tuple[TextSource, ...]:
+    lists = [fields.get(_SOURCES + name, []) for name in _SOURCE_LISTS]
+    if not all(isinstance(values, list) for values in lists) or len(set(map(len, lists))) != 1:
+        raise ValueError(f"{_SOURCES}* must be arrays of one length")
+    for values, (name, (_, kind)) in zip(lists, _SOURCE_LISTS.items(), strict=True):
+        if not all(type(value) is kind for value in values):
+            raise ValueError(f"{_SOURCES}{name} must hold values of type {kind.__name__}")
+    return tuple(
+        TextSource(name, documents, tokens, dropped, weight or None)
+        for name, documents, tokens, dropped, weight in zip(*lists, strict=True)
+    )
+
+
+def _add_sources(writer: GGUFWriter, sources: tuple[TextSource, ...]) -> None:
+    if not sources:
+        return
+    columns: dict[str, list[Any]] = {
+        "names": [each.name for each in sources],
+        "documents": [each.documents for each in sources],
+        "tokens": [each.tokens for each in sources],
+        "dropped": [each.dropped for each in sources],
+        "weights": [float(each.weight or 0.0) for each in sources],
+    }
+    for name, (kind, _) in _SOURCE_LISTS.items():
+        writer.add_key_value(_SOURCES + name, columns[name], GGUFValueType.ARRAY, kind)
 
 
 def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
@@ -339,6 +408,7 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
         (_VERSION, made.collector),
         (_ENGINE, made.engine),
         (_DIGEST, made.dataset_digest),
+        (_PACKING, made.packing),
     ):
         if text is not None:
             writer.add_key_value(key, text, GGUFValueType.STRING)
@@ -346,6 +416,11 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
         writer.add_bool(_MTP, made.mtp)
     if made.n_ctx is not None:
         writer.add_uint32(_N_CTX, _u32(_N_CTX, made.n_ctx))
+    if made.tokens is not None:
+        writer.add_uint64(_TOKENS, made.tokens)
+    if made.seed is not None:
+        writer.add_key_value(_SEED, made.seed, GGUFValueType.INT64)
+    _add_sources(writer, made.sources)
     add_left_out(writer, made.left_out)
 
 

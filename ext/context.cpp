@@ -1,0 +1,59 @@
+#include "context.h"
+
+#include "engine_log.h"
+#include "eval_hook.h"
+#include "live.h"
+#include "session.h"
+
+#include "llama.h"
+
+#include <algorithm>
+
+namespace imatrix {
+
+void FreeContext::operator()(llama_context * ctx) const {
+    llama_free(ctx);
+    --g_live_contexts;
+}
+void FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
+
+Status make_context(const Model & model, const ContextParams & params, ContextPtr & out) {
+    clear_error();
+    llama_context_params engine = llama_context_default_params();
+    engine.n_ctx                = static_cast<uint32_t>(params.n_ctx);
+    engine.n_batch              = static_cast<uint32_t>(params.n_batch);
+    engine.n_ubatch             = static_cast<uint32_t>(std::min(params.n_ubatch, params.n_batch));
+    engine.n_seq_max            = static_cast<uint32_t>(params.n_seq);
+    engine.n_outputs_max        = static_cast<uint32_t>(params.n_outputs);
+    engine.n_threads            = params.n_threads;
+    engine.n_threads_batch      = params.n_threads;
+    engine.no_perf              = true;
+    engine.abort_callback       = [](void * data) -> bool {
+        return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
+    };
+    engine.abort_callback_data = params.cancelled;
+    if (params.hook != nullptr) {
+        engine.cb_eval           = EvalHook::callback;
+        engine.cb_eval_user_data = params.hook;
+    }
+    if (params.trunk != nullptr) {
+        engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
+        engine.ctx_other = params.trunk;
+    }
+    if (params.branch_cells >= 0) {
+        engine.kv_unified = true;
+        engine.n_seq_max += kSlotsTogether;
+        engine.n_ctx += static_cast<uint32_t>(params.branch_cells);
+        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
+    }
+    out.reset(llama_init_from_model(model.get(), engine));
+    if (out == nullptr) {
+        return engine_error(Code::engine_failed, params.trunk != nullptr
+                                                     ? "the engine made no MTP context"
+                                                     : "the engine made no context");
+    }
+    ++g_live_contexts;
+    return {};
+}
+
+} // namespace imatrix

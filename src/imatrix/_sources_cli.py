@@ -1,0 +1,186 @@
+"""Flags of `collect` for its text: where it comes from, how chats are rendered, how it is cut."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import imatrix
+from imatrix._arguments import at_least
+from imatrix._terminal import Terminal
+from imatrix.chat_template import DATE
+from imatrix.corpus import Texts
+from imatrix.text_sources import FIELDS
+
+__all__ = ["add_arguments", "run_arguments", "tell", "text_files", "texts"]
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """-f, -p and what belongs to them."""
+    text = command.add_mutually_exclusive_group()
+    text.add_argument(
+        "-f",
+        "--file",
+        metavar="TEXT[:WEIGHT]",
+        action="append",
+        help="calibration text: UTF-8, .jsonl, .parquet, any of the first two as .gz or .zst, a "
+        "folder of such files, - for standard input (jsonl:- for JSON lines), or "
+        "hf:NAME[:CONFIG][/SPLIT]. May be repeated; with weights the sources are mixed by their "
+        "shares of the tokens",
+    )
+    text.add_argument("-p", "--prompt", metavar="TEXT", help="calibration text, spelled out")
+    add = command.add_argument
+    add(
+        "--text-field",
+        metavar="NAME",
+        action="append",
+        help="field of a record that holds its text or its messages; may be repeated, the first "
+        f"that a record has counts (default: {', '.join(FIELDS)})",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=at_least(0),
+        help="shuffle the documents, with that seed (default: their own order)",
+    )
+    add(
+        "--packing",
+        choices=("stream", "document"),
+        default="stream",
+        help="stream: all text in one stream, cut every -c tokens, as llama-imatrix does; "
+        "document: no chunk with text of two documents (default: stream)",
+    )
+    add(
+        "--min-expert-rows",
+        metavar="N",
+        type=at_least(1),
+        help="go on until every expert of every block has seen N rows, or the text (or --chunks) "
+        "comes to its end",
+    )
+    add(
+        "--chat-template",
+        metavar="NAME",
+        help="one of the model's chat templates, by name (default: its default, or tool_use for "
+        "chats with tools)",
+    )
+    add(
+        "--chat-template-file",
+        metavar="FILE",
+        help="a Jinja chat template to use instead of the model's",
+    )
+    add(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        type=_mapping,
+        default={},
+        help="further names for the template, as '{\"enable_thinking\": false}'",
+    )
+    add("--chat-system", metavar="TEXT", help="a system message for chats that bring none")
+    add("--chat-tools", metavar="FILE", help="a JSON list of tools for chats that bring none")
+    add(
+        "--chat-generation-prompt",
+        action="store_true",
+        help="end each chat with the start of an answer",
+    )
+    add(
+        "--chat-date",
+        metavar="YYYY-MM-DD",
+        type=_date,
+        default=DATE,
+        help=f"the date that a template is told (default: {DATE:%Y-%m-%d}, so that a matrix does "
+        "not depend on the day)",
+    )
+
+
+def texts(args: argparse.Namespace) -> Texts | None:
+    """What the flags name; None for nothing. Finds out now whether it can be read.
+
+    Raises:
+        ValueError, OSError, ImportError: as Mixture.check does.
+    """
+    if args.file is None:
+        return args.prompt or None
+    fields = FIELDS if args.text_field is None else tuple(args.text_field)
+    sources = [imatrix.Source.parse(each, fields=fields) for each in args.file]
+    mixture = imatrix.Mixture(sources, seed=args.seed)
+    mixture.check()
+    plain = sources[0].plain if len(sources) == 1 else None
+    # whole at once, so that its length is known, and the bar has an end
+    return mixture if plain is None else plain
+
+
+def text_files(args: argparse.Namespace) -> list[str]:
+    """The files among the sources, which the output must not replace."""
+    return [] if args.file is None else [imatrix.Source.parse(each).at for each in args.file]
+
+
+def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of Collector.run that the flags decide.
+
+    Raises:
+        ValueError, OSError: a file of a flag cannot be read, or does not hold what it should.
+    """
+    given: dict[str, Any] = {
+        "template": args.chat_template,
+        "text": None,
+        "system": args.chat_system,
+        "tools": None,
+        "generation_prompt": args.chat_generation_prompt,
+        "variables": args.chat_template_kwargs,
+        "now": args.chat_date,
+    }
+    if args.chat_template_file is not None:
+        if args.chat_template is not None:
+            raise ValueError("--chat-template and --chat-template-file: give one of them")
+        given["text"] = Path(args.chat_template_file).read_text(encoding="utf-8")
+    if args.chat_tools is not None:
+        given["tools"] = _tools(args.chat_tools)
+    options = imatrix.ChatOptions(**given)
+    return {
+        "packing": args.packing,
+        "min_expert_rows": args.min_expert_rows,
+        "chat": None if options == imatrix.ChatOptions() else options,
+    }
+
+
+def tell(report: imatrix.Report, terminal: Terminal) -> None:
+    """What the run made of its text."""
+    for line in report.lines():
+        terminal.note(line)
+    experts = report.experts
+    if experts is not None and experts.wanted > 1 and not experts.reached:
+        why = "--chunks" if report.ended == "max_chunks" else "the end of the text"
+        terminal.warn(
+            f"--min-expert-rows {experts.wanted}: {experts.n_experts - experts.n_reached} "
+            f"expert(s) had fewer rows when {why} ended the run"
+        )
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
+
+
+def _date(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected YYYY-MM-DD, got {text!r}") from None
+
+
+def _tools(path: str) -> list[Any]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a JSON list of tools, found {type(found).__name__}")
+    return found

@@ -1,0 +1,392 @@
+"""Chats to text, by the template that a model brings along."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from imatrix.errors import TemplateError
+from imatrix.text_sources import Chat
+
+__all__ = ["DATE", "ChatOptions", "ChatTemplate", "Renderer"]
+
+DATE = datetime(2025, 1, 1)
+"""What a template that asks for the time is told unless somebody says otherwise: a matrix must not
+depend on the day it was made."""
+
+_KEY = "tokenizer.chat_template"
+_TOOL_USE = "tool_use"
+
+# transformers' names of special tokens, and the keys of GGUF with their ids (gguf-py, constants.py;
+# "seperator" is how they spell it)
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",
+    "pad_token": "padding_token_id",
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+
+# Names that a message's reasoning goes by; the first is what templates read
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# What a template gets from the chat and the options, not from anybody's further names
+_ARGUMENTS = ("messages", "tools", "add_generation_prompt")
+
+_CHARACTERS = 16 * 2**20
+_MEMORY = 512 * 2**20
+_SECONDS = 10.0
+# a busy machine may take a while to start an interpreter, which is not the template's doing
+_START_SECONDS = 60.0
+
+_START = (
+    "import sys, json, runpy; sys.path[:] = json.loads(sys.argv[1]); "
+    "runpy.run_path(sys.argv[2], run_name='__main__')"
+)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How the chats of a text are rendered.
+
+    Attributes:
+        template: name of one of the model's templates. None for its default, or the one called
+            tool_use where there is one and the chat has tools, as transformers chooses.
+        text: a template to use instead of the model's.
+        system: a system message for the chats that do not begin with one; None for none.
+        tools: JSON schemas for the chats that bring none; None for none.
+        generation_prompt: end each chat with the start of an answer.
+        variables: further names for the template, such as {"enable_thinking": False}.
+        now: the time that strftime_now() tells.
+    """
+
+    template: str | None = None
+    text: str | None = None
+    system: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    generation_prompt: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime = DATE
+
+    def digest(self) -> str:
+        """What tells these options from others, in hexadecimal."""
+        told = json.dumps(
+            [
+                self.template,
+                self.text,
+                self.system,
+                self.tools,
+                self.generation_prompt,
+                self.variables,
+                self.now.isoformat(),
+            ],
+            sort_keys=True,
+            default=_placeholder,
+        )
+        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class ChatTemplate:
+    """A Jinja chat template, rendered as transformers' apply_chat_template renders it.
+
+    Templates come with models, from anybody. This one runs in a process of its own, in Jinja's
+    immutable sandbox, and gets plain JSON values only. It is ended after 10 seconds, 16 Mi
+    characters of output, or 512 MiB of memory (where the system is Linux).
+
+    Args:
+        text: the template.
+        name: what to call it in errors.
+        variables: names that it may use, such as bos_token.
+        now: the time that strftime_now() tells.
+
+    The process starts with the first rendering. Use it as a context manager, or call close().
+
+    Raises (from render):
+        TemplateError (a ValueError): the template has an error, raised one, or exceeds a limit;
+            the message has its name and line.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        name: str = "chat template",
+        variables: Mapping[str, Any] | None = None,
+        now: datetime = DATE,
+        seconds: float = _SECONDS,
+    ) -> None:
+        self.text = text
+        self.name = name
+        self.variables = dict(variables or {})
+        self._now = now
+        self._seconds = seconds
+        self._child: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str] = queue.Queue()
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The chat as text.
+
+        Args:
+            messages: mappings with a `role`. Names with the value None are left out, and a
+                message's reasoning is given under each of the names that templates read, as
+                transformers does it.
+            tools: JSON schemas; None for none.
+            add_generation_prompt: end with the start of an answer.
+            variables: further names for the template, over those of the constructor.
+
+        Raises:
+            TemplateError: see the class.
+            ValueError: there are no messages.
+        """
+        chat = [_message(each) for each in messages]
+        if not chat:
+            raise ValueError("a chat without messages cannot be rendered")
+        values = {
+            "documents": None,
+            **self.variables,
+            **variables,
+            "messages": chat,
+            "tools": None if tools is None else list(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        if self._child is None:
+            self._start()
+        found = self._ask(json.dumps(values, default=_placeholder), self._seconds)
+        text: str = found["text"]
+        return text
+
+    def close(self) -> None:
+        """End the process. Safe to call twice; another rendering starts another."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.wait()
+        for stream in (child.stdin, child.stdout):
+            if stream is not None:
+                with suppress(OSError):  # what could not be written, nobody will read
+                    stream.close()
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_child", None) is not None:
+            self.close()
+
+    def _start(self) -> None:
+        worker = str(Path(__file__).with_name("_chat_worker.py"))
+        # isolated: not what lies in the current folder, but the paths that this process has
+        command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), worker]
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            # Ctrl-C is for this process, which then ends the other
+            start_new_session=os.name == "posix",
+        )
+        self._answers = queue.Queue()
+        threading.Thread(
+            target=_read, args=(self._child.stdout, self._answers), daemon=True
+        ).start()
+        setup = {
+            "template": self.text,
+            "name": self.name,
+            "now": self._now.isoformat(),
+            "characters": _CHARACTERS,
+            "memory": _MEMORY,
+            "seconds": self._seconds + _START_SECONDS,
+        }
+        try:
+            self._ask(json.dumps(setup), _START_SECONDS)
+        except TemplateError:
+            self.close()  # it has ended, or will
+            raise
+
+    def _ask(self, line: str, seconds: float) -> dict[str, Any]:
+        child = self._child
+        assert child is not None
+        assert child.stdin is not None
+        try:
+            child.stdin.write(line + "\n")
+            child.stdin.flush()
+            answer = self._answers.get(timeout=seconds)
+        except BrokenPipeError:
+            answer = ""
+        except queue.Empty:
+            self.close()
+            raise TemplateError(f"{self.name}: not done after {seconds:g} seconds") from None
+        except BaseException:
+            self.close()  # Ctrl-C: an answer to come would be taken for the next one's
+            raise
+        if not answer:
+            self.close()
+            raise TemplateError(
+                f"{self.name}: the process that renders it ended; it takes too much memory or time"
+            )
+        found: dict[str, Any] = json.loads(answer)
+        if "error" in found:
+            line_ = "" if found["line"] is None else f", line {found['line']}"
+            raise TemplateError(f"{self.name}{line_}: {found['error']}", line=found["line"])
+        return found
+
+
+class Renderer:
+    """Renders the chats of a text with a model's templates.
+
+    Args:
+        metadata: the model's keys that begin with "tokenizer.", values as text.
+        spelled: gives the text of a token id.
+        options: see there.
+        where: what to call the model in errors.
+
+    Raises (when called):
+        TemplateError: the model has no such template, or see ChatTemplate.
+    """
+
+    def __init__(
+        self,
+        metadata: Mapping[str, str],
+        spelled: Any,
+        options: ChatOptions,
+        where: str,
+    ) -> None:
+        self._texts = templates(metadata)
+        self._special = {
+            name: spelled(int(metadata[f"tokenizer.ggml.{key}"]))
+            for name, key in _SPECIAL.items()
+            if f"tokenizer.ggml.{key}" in metadata
+        }
+        self._options = options
+        self._where = where
+        self._made: dict[str, ChatTemplate] = {}
+
+    def __call__(self, chat: Chat) -> str:
+        options = self._options
+        tools = options.tools if chat.tools is None else chat.tools
+        messages = list(chat.messages)
+        if options.system is not None and not _begins_with_system(messages):
+            messages.insert(0, {"role": "system", "content": options.system})
+        variables = {**options.variables, **chat.variables}
+        if taken := [name for name in _ARGUMENTS if name in variables]:
+            raise ValueError(
+                f"{', '.join(map(repr, taken))} cannot be among a template's further names "
+                "(chat_template_kwargs, --chat-template-kwargs): a chat has them by itself"
+            )
+        return self.template(with_tools=tools is not None).render(
+            messages,
+            tools=tools,
+            add_generation_prompt=options.generation_prompt,
+            **variables,
+        )
+
+    def template(self, *, with_tools: bool = False) -> ChatTemplate:
+        """The template for a chat, by transformers' rule."""
+        options = self._options
+        if options.text is not None:
+            name, text, told = "", options.text, "the chat template given"
+        else:
+            name = options.template or (
+                _TOOL_USE if with_tools and _TOOL_USE in self._texts else "default"
+            )
+            if name not in self._texts:
+                raise TemplateError(self._no_template(name))
+            text = self._texts[name]
+            told = f"{self._where}: chat template {name!r}"
+        if name not in self._made:
+            self._made[name] = ChatTemplate(
+                text, name=told, variables=self._special, now=options.now
+            )
+        return self._made[name]
+
+    def close(self) -> None:
+        """End the templates' processes."""
+        for made in self._made.values():
+            made.close()
+
+    def _no_template(self, name: str) -> str:
+        give = "give one with --chat-template-file (ChatOptions.text)"
+        if not self._texts:
+            return f"{self._where} has no chat template ({_KEY}), and the text has chats; {give}"
+        return (
+            f"{self._where} has no chat template {name!r}; it has "
+            f"{', '.join(map(repr, sorted(self._texts)))}: name one with --chat-template "
+            f"(ChatOptions.template), or {give}"
+        )
+
+
+def templates(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A model's chat templates by name; the one without a name is called default."""
+    named = {
+        key.removeprefix(f"{_KEY}."): text
+        for key, text in metadata.items()
+        if key.startswith(f"{_KEY}.")
+    }
+    return {**named, "default": metadata[_KEY]} if _KEY in metadata else named
+
+
+def _begins_with_system(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return (
+        bool(messages)
+        and isinstance(messages[0], Mapping)
+        and (messages[0].get("role") == "system")
+    )
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise TypeError(f"a message is a mapping with a role, not {type(message).__name__}")
+    found = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((found[name] for name in _REASONING if name in found), None)
+    if reasoning is not None:
+        found = {"thinking": reasoning, **found, "reasoning_content": reasoning}
+    return found
+
+
+def _placeholder(value: object) -> object:
+    """What a template sees of a value that is not JSON."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (set, frozenset, Sequence)) and not isinstance(value, (bytes, bytearray)):
+        return list(value)
+    return f"<{type(value).__name__}>"
+
+
+def _read(stream: IO[str], answers: queue.Queue[str]) -> None:
+    with suppress(ValueError, OSError):  # closed from the other side
+        for line in stream:
+            answers.put(line)
+    answers.put("")

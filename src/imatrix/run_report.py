@@ -1,0 +1,171 @@
+"""What a run made of its text: tokens by source, what was dropped, and how its experts fared."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix.matrix import TextSource
+
+__all__ = ["Ended", "ExpertCoverage", "Report", "coverage_of"]
+
+Ended = Literal["text", "max_chunks", "min_expert_rows"]
+
+_BLOCK = re.compile(r"(?:mtp:)?blk\.\d+")
+
+
+@dataclass(frozen=True)
+class ExpertCoverage:
+    """Activation rows of the experts so far; an expert has those of its weight with the fewest.
+
+    Attributes:
+        n_experts: experts, those of all blocks together, the head's too.
+        n_reached: experts with `wanted` rows or more.
+        n_unseen: experts without a row.
+        wanted: rows that each shall have; 1 where nothing was said.
+        thinnest: (block, expert, rows) of the expert with the fewest rows, as ("blk.3", 17, 40),
+            the first of several.
+    """
+
+    n_experts: int
+    n_reached: int
+    n_unseen: int
+    wanted: int
+    thinnest: tuple[str, int, int]
+
+    @property
+    def reached(self) -> bool:
+        """Whether every expert has the rows that were wanted."""
+        return self.n_reached == self.n_experts
+
+    def tokens_needed(self, tokens: int) -> int | None:
+        """Tokens of the same kind of text that it would take for every expert to have the rows
+        that were wanted, were rows in proportion to tokens.
+
+        Args:
+            tokens: tokens that have been run.
+
+        Returns:
+            Tokens in all; None where an expert saw none, so that there is no proportion.
+        """
+        rows = self.thinnest[2]
+        return None if rows == 0 else max(tokens, math.ceil(tokens * self.wanted / rows))
+
+    def told(self) -> str:
+        """In a line: "23 of 24 experts have 50 rows or more; thinnest: blk.1 expert 1, 40 rows"."""
+        block, expert, rows = self.thinnest
+        return (
+            f"{self.n_reached} of {self.n_experts} experts have {self.wanted} row"
+            f"{'' if self.wanted == 1 else 's'} or more; thinnest: {block} expert {expert}, "
+            f"{rows} row{'' if rows == 1 else 's'}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run made of its text.
+
+    Attributes:
+        sources: the sources, in the order they were given.
+        chunks, tokens: that count; a BOS in front of a chunk counts.
+        packing: "stream" or "document".
+        seed: of the order of the documents; None for the order of the sources.
+        digest: SHA-256 of the tokens that count (int32, little endian), in hexadecimal.
+        ended: what ended the run: the text did ("text"), max_chunks, or min_expert_rows.
+        ended_by: name of the source that ended a mixture with weights; None otherwise.
+        experts: rows of the experts; None for a model without any.
+    """
+
+    sources: tuple[TextSource, ...]
+    chunks: int
+    tokens: int
+    packing: str
+    seed: int | None
+    digest: str
+    ended: Ended
+    ended_by: str | None
+    experts: ExpertCoverage | None
+
+    @property
+    def dropped(self) -> float:
+        """Share of the tokens read that no chunk got, in [0, 1]."""
+        dropped = sum(each.dropped for each in self.sources)
+        used = sum(each.tokens for each in self.sources)
+        return dropped / (used + dropped) if dropped else 0.0
+
+    def lines(self) -> list[str]:
+        """What there is to tell, a sentence a line."""
+        found = []
+        if len(self.sources) > 1 or any(each.weight for each in self.sources):
+            for each in self.sources:
+                share = each.tokens / self.tokens if self.tokens else 0.0
+                found.append(
+                    f"{each.name or 'text'}: {each.tokens} tokens ({share:.1%}) of "
+                    f"{each.documents} document(s)"
+                )
+        if self.ended_by is not None:
+            found.append(f"{self.ended_by} came to its end, and the mixture with it")
+        if dropped := sum(each.dropped for each in self.sources):
+            why = "filled no chunk" if self.packing == "stream" else "stood alone"
+            found.append(f"{dropped} token(s) ({self.dropped:.2%}) dropped: they {why}")
+        if self.experts is not None and self.experts.wanted > 1:
+            found.extend(self._experts_told(self.experts))
+        return found
+
+    def _experts_told(self, experts: ExpertCoverage) -> list[str]:
+        found = [experts.told()]
+        if experts.reached:
+            return found
+        needed = experts.tokens_needed(self.tokens)
+        if needed is None:
+            block, expert, _ = experts.thinnest
+            found.append(
+                f"no text reached {block} expert {expert} and {experts.n_unseen - 1} other(s) in "
+                f"{self.tokens} tokens: more of the same may not either; add text of another kind "
+                "(code, other languages, chats)"
+            )
+        else:
+            found.append(
+                f"about {needed} tokens of such text would do, {needed - self.tokens} more; text "
+                "of another kind may reach the thin experts sooner"
+            )
+        return found
+
+
+def coverage_of(counts: Mapping[str, NDArray[np.int64]], wanted: int) -> ExpertCoverage | None:
+    """Coverage, from the counts by weight.
+
+    Args:
+        counts: [n_counts] by weight; weights with one count are no experts.
+        wanted: rows that each expert shall have.
+
+    Returns:
+        None where no weight has experts.
+    """
+    blocks: dict[str, NDArray[np.int64]] = {}
+    for name, found in counts.items():
+        block = _BLOCK.match(name)
+        if block is None or len(found) == 1:
+            continue
+        # a block has one set of experts (and another width would be another set, unheard of)
+        have = blocks.get(block[0])
+        blocks[block[0]] = found if have is None else np.minimum(have, found)
+    if not blocks:
+        return None
+    rows = [
+        (int(n), block, expert) for block, all_ in blocks.items() for expert, n in enumerate(all_)
+    ]
+    least = min(rows, key=lambda each: each[0])
+    return ExpertCoverage(
+        n_experts=len(rows),
+        n_reached=sum(n >= wanted for n, _, _ in rows),
+        n_unseen=sum(n == 0 for n, _, _ in rows),
+        wanted=wanted,
+        thinnest=(least[1], least[2], least[0]),
+    )

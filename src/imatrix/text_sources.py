@@ -1,0 +1,642 @@
+"""Where calibration text comes from: files of several formats, folders, datasets, and mixtures.
+
+A source gives documents: texts, or chats that the model's template has yet to render. This module
+reads and orders them; imatrix.corpus makes token chunks of them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Literal, TypeAlias
+
+__all__ = ["Chat", "Item", "Kind", "Mixture", "Source", "document"]
+
+Kind = Literal["text", "jsonl", "parquet", "hf"]
+
+FIELDS = ("messages", "text")
+"""Fields of a record that are looked for, the first that it has."""
+
+_KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
+_PACKED = (".gz", ".zst")
+_STDIN = "-"
+
+# What a shuffle holds at most: whichever is reached first, and one document in any case.
+_HELD_DOCUMENTS = 10_000
+_HELD_CHARACTERS = 64 * 2**20
+
+_WEIGHT = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
+_PREFIX = re.compile(r"(text|jsonl|parquet|hf):(.+)", re.DOTALL)
+_DATASET = re.compile(r"([^/:]+(?:/[^/:]+)?)(?::([^/:]*))?(?:/([^/:]+))?")
+_LOCAL_DATASET = re.compile(r"((?:[./~]|[A-Za-z]:[\\/]).*?)(?::([^/:\\]*)(?:/([^/:]+))?)?")
+
+# Fields of a record that go with its messages.
+_TOOLS, _DOCUMENTS, _SYSTEM, _VARIABLES = "tools", "documents", "system", "chat_template_kwargs"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, to be rendered with the model's chat template.
+
+    Attributes:
+        messages: mappings with a `role` and what else the template reads, such as `content` and
+            `tool_calls`.
+        tools: JSON schemas of tools, as the template's `tools`; None for none.
+        variables: further names for the template, over those of the run, such as
+            `enable_thinking` or `documents`.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+Item: TypeAlias = "str | Chat | Sequence[int]"
+"""A document: a text, a chat, or token ids."""
+
+
+class Source:
+    """One place that documents come from.
+
+    Args:
+        at: one of
+
+            - a path: a file, or a folder, whose files are read in the order of their names, those
+              in its folders too (.txt .text .md .jsonl .ndjson .parquet, and .gz or .zst of all
+              but the last; hidden ones are passed over);
+            - "-": standard input;
+            - "hf:NAME[:CONFIG][/SPLIT]": a Hugging Face dataset, streamed by the datasets library;
+              SPLIT is train where it is not given. NAME is USER/DATASET, a DATASET without a user
+              ("hf:wikitext:/test" for its split), or a folder that starts with / or .;
+            - "text:…", "jsonl:…", "parquet:…": a path or "-", read as that whatever its name;
+            - an iterable of documents: texts, Chats, records (mappings), or lists of token ids.
+
+            The name of a file tells how to read it: JSON lines, Parquet, and everything else as
+            one document of plain UTF-8 text, one newline at its end left out as llama-imatrix -f
+            does; .gz and .zst are unpacked.
+        weight: share of the tokens in a Mixture, against the other sources' weights.
+        fields: fields of a record that may hold its text or its messages; the first that it has
+            counts. A field that is a list of messages makes a Chat, with the record's `tools`,
+            `documents`, `system` (put in front as a system message, unless there is one) and
+            `chat_template_kwargs`.
+        name: what to call it in reports and files; None for what `at` says.
+
+    Raises:
+        ValueError: the weight is not a positive number, there are no fields, or `at` names no
+            dataset.
+        TypeError: `at` is none of the above.
+    """
+
+    def __init__(
+        self,
+        at: str | os.PathLike[str] | Iterable[Any],
+        *,
+        weight: float | None = None,
+        fields: Sequence[str] = FIELDS,
+        name: str | None = None,
+    ) -> None:
+        if weight is not None and not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"a weight must be a positive number, got {weight!r}")
+        if isinstance(fields, str) or not fields:
+            raise ValueError(f"fields must be one name or more in a sequence, got {fields!r}")
+        self.weight = weight
+        self.fields = tuple(fields)
+        self._items: Iterable[Any] | None = None
+        self._at = ""
+        self._kind: Kind | None = None
+        if isinstance(at, (str, os.PathLike)):
+            self._at = os.fspath(at)
+            found = _PREFIX.fullmatch(self._at) if isinstance(at, str) else None
+            if found is not None and not Path(self._at).exists():
+                self._kind, self._at = found[1], found[2]  # type: ignore[assignment]
+                if self._kind == "hf":
+                    _dataset_of(self._at)
+            self.name = name or os.fspath(at)
+        elif isinstance(at, Iterable) and not isinstance(at, (bytes, bytearray, Mapping)):
+            self._items = at
+            self.name = name or ""
+        else:
+            raise TypeError(
+                f"a source is a path, a name, or an iterable of documents, not {type(at).__name__}"
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, fields: Sequence[str] = FIELDS) -> Source:
+        """A source as the command line spells it: `AT` or `AT:WEIGHT`.
+
+        A text that names an existing file is that file, colons and all.
+
+        Raises:
+            ValueError: as Source does.
+        """
+        found = _WEIGHT.fullmatch(text)
+        if found is None or Path(text).exists():
+            return cls(text, fields=fields)
+        try:
+            return cls(found[1], weight=float(found[2]), fields=fields)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+
+    @property
+    def plain(self) -> Path | None:
+        """The file, where this is one file of plain text; None for all else."""
+        if self._items is not None or self._at == _STDIN or Path(self._at).is_dir():
+            return None
+        path = Path(self._at)
+        kind = self._kind or _kind_of(path)
+        return path if kind == "text" and path.suffix not in _PACKED else None
+
+    @property
+    def at(self) -> str:
+        """The path, "-", or name of the data set; "" for an iterable."""
+        return self._at
+
+    def check(self) -> None:
+        """Find out now whether there is something to read.
+
+        Raises:
+            OSError: no such file, or it cannot be read.
+            ValueError: a folder without a file to read, or Parquet on standard input.
+            ImportError: the library that reads it is not installed.
+        """
+        if self._items is not None:
+            return
+        if self._kind == "hf":
+            _datasets()
+            return
+        for path, kind in self._files(None):
+            if path is None:
+                if kind == "parquet":
+                    raise ValueError("Parquet cannot be read from standard input; give a file")
+                continue
+            with path.open("rb"):
+                pass
+            if kind == "parquet":
+                _parquet(path)
+            elif path.suffix == ".zst":
+                _zstandard(path)
+
+    def documents(self, shuffled_by: random.Random | None = None) -> Iterator[Item]:
+        """The documents, lazily and in order; a folder's files in an order drawn from
+        `shuffled_by`, where that is given.
+
+        Raises:
+            ValueError: a record that cannot be understood, a text that is not UTF-8, or damaged
+                data; the message has file and line.
+            OSError: a file cannot be read.
+            ImportError: the library that reads it is not installed.
+        """
+        if self._items is not None:
+            yield from self._given(self._items)
+        elif self._kind == "hf":
+            yield from self._dataset()
+        else:
+            for path, kind in self._files(shuffled_by):
+                if kind == "parquet":
+                    yield from self._rows(path)
+                elif kind == "jsonl":
+                    yield from self._lines(path)
+                else:
+                    yield self._text(path)
+
+    def _given(self, items: Iterable[Any]) -> Iterator[Item]:
+        for number, item in enumerate(items):
+            if isinstance(item, Mapping):
+                yield document(item, self.fields, f"{self.name or 'documents'}[{number}]")
+            else:
+                yield item
+
+    def _files(self, shuffled_by: random.Random | None) -> list[tuple[Path | None, Kind]]:
+        """The files and how to read them; None for standard input."""
+        if self._at == _STDIN:
+            return [(None, self._kind or "text")]
+        path = Path(self._at)
+        if not path.is_dir():
+            return [(path, self._kind or _kind_of(path))]
+        found = sorted(_files_in(path), key=lambda each: each.relative_to(path).parts)
+        if self._kind is None:
+            found = [each for each in found if _unpacked(each).suffix.lower() in _KINDS]
+        if not found:
+            raise ValueError(
+                f"{path}: no file to read in this folder; looked for {', '.join(_KINDS)} (and .gz, "
+                ".zst)"
+            )
+        if shuffled_by is not None:
+            _permute(found, shuffled_by)
+        return [(each, self._kind or _kind_of(each)) for each in found]
+
+    def _text(self, path: Path | None) -> str:
+        with _opened(path) as file:
+            content = file.read()
+        return _decoded(content, _told(path)).removesuffix("\n")
+
+    def _lines(self, path: Path | None) -> Iterator[Item]:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{_told(path)}, line {number}"
+                try:
+                    record = json.loads(_decoded(line, where))
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file "
+                        "has one JSON record a line"
+                    ) from None
+                except RecursionError:
+                    raise ValueError(f"{where}: nested too deeply") from None
+                yield document(record, self.fields, where)
+
+    def _rows(self, path: Path | None) -> Iterator[Item]:
+        if path is None:
+            raise ValueError("Parquet cannot be read from standard input; give a file")
+        file = _parquet(path)
+        names = file.schema_arrow.names
+        wanted = [*self.fields, _TOOLS, _DOCUMENTS, _SYSTEM, _VARIABLES]
+        if not any(name in names for name in self.fields):
+            raise _no_field(path, names, self.fields)
+        columns = [name for name in names if name in wanted]
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for record in batch.to_pylist():
+                yield document(record, self.fields, f"{path}, row {number}")
+                number += 1
+
+    def _dataset(self) -> Iterator[Item]:
+        name, config, split = _dataset_of(self._at)
+        library = _datasets()
+        try:
+            found = library.load_dataset(name, config, split=split, streaming=True)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        for number, record in enumerate(found):
+            yield document(record, self.fields, f"{self.name}, record {number}")
+
+    def __repr__(self) -> str:
+        weight = "" if self.weight is None else f", weight={self.weight}"
+        return f"Source({self.name!r}{weight})"
+
+
+class Mixture:
+    """Several sources as one text.
+
+    Without weights the sources follow one another. With weights they are interleaved chunk by
+    chunk: the next chunk comes from the source that is furthest behind its share of the tokens,
+    so that every beginning of the text has the shares, to within a chunk; no chunk holds text of
+    two sources; and the text ends where the first source does.
+
+    With a seed documents are shuffled: those of all sources together where there are no weights,
+    those of each source by themselves where there are. A shuffle holds 10,000 documents or 64 Mi
+    characters, whichever is less, gives one of them at random and takes in the next; and it reads
+    a folder's files in random order. One seed gives one order, on every machine.
+
+    Args:
+        sources: Sources, or what Source() takes.
+        seed: None for the order of the sources.
+
+    Raises:
+        ValueError: no source, or some have a weight and some have none.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Source | str | os.PathLike[str] | Iterable[Any]],
+        *,
+        seed: int | None = None,
+    ) -> None:
+        if isinstance(sources, (str, os.PathLike, Source)):
+            sources = [sources]
+        self.sources = tuple(each if isinstance(each, Source) else Source(each) for each in sources)
+        self.seed = seed
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+        if not self.sources:
+            raise ValueError("a mixture needs one source at least")
+        given = [each.weight is not None for each in self.sources]
+        if any(given) and not all(given):
+            raise ValueError(
+                f"{self.sources[given.index(False)].name or 'a source'} has no weight and "
+                f"{self.sources[given.index(True)].name or 'another'} has one; give every source a "
+                "weight, or none"
+            )
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights; None where the sources follow one another."""
+        found = [each.weight for each in self.sources if each.weight is not None]
+        return tuple(found) if len(found) > 1 else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sources' names."""
+        return tuple(each.name for each in self.sources)
+
+    def check(self) -> None:
+        """Find out now whether there is something to read; see Source.check."""
+        for each in self.sources:
+            each.check()
+
+    def streams(self) -> list[Iterator[tuple[int, Item]]]:
+        """Streams of documents, each with the number of its source: one a source with weights,
+        one for all without."""
+        if self.weights is None:
+            rng = self._rng("")
+            both = itertools.chain.from_iterable(
+                _numbered(index, each, rng) for index, each in enumerate(self.sources)
+            )
+            return [_shuffled(both, rng)]
+        return [
+            _shuffled(_numbered(index, each, rng), rng)
+            for index, each in enumerate(self.sources)
+            for rng in [self._rng(str(index))]
+        ]
+
+    def _rng(self, stream: str) -> random.Random | None:
+        return None if self.seed is None else random.Random(f"{self.seed}/{stream}")
+
+    def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed={self.seed}"
+        return f"Mixture({list(self.sources)}{seed})"
+
+
+def document(record: object, fields: Sequence[str], where: str) -> Item:
+    """The document in a record: the first of `fields` that it has.
+
+    Args:
+        record: a str, or a mapping with one of the fields.
+        fields: names to look for.
+        where: what to call the record in an error.
+
+    Raises:
+        ValueError: it has none of the fields, or the field is neither text nor messages.
+    """
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"{where}: expected a JSON object or string, found {type(record).__name__}"
+        )
+    name = next((each for each in fields if record.get(each) is not None), None)
+    if name is None:
+        raise _no_field(where, list(record), fields)
+    value = record[name]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value) and value:
+        return _chat(value, record, where)
+    raise ValueError(
+        f"{where}: field {name!r} must be a text, or a list of messages, found "
+        f"{type(value).__name__}"
+        + (f" of {type(value[0]).__name__}" if isinstance(value, list) and value else "")
+    )
+
+
+def _chat(messages: list[Any], record: Mapping[str, Any], where: str) -> Chat:
+    system = record.get(_SYSTEM)
+    if isinstance(system, str) and system and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    variables = dict(_parsed(record, _VARIABLES, Mapping, where) or {})
+    if (documents := _parsed(record, _DOCUMENTS, list, where)) is not None:
+        variables.setdefault("documents", documents)
+    return Chat(messages, _parsed(record, _TOOLS, list, where) or None, variables)
+
+
+def _parsed(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """A field that may be spelled as JSON, as columns with mixed types often are."""
+    value = record.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: field {name!r} is not JSON: {error}") from None
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(
+            f"{where}: field {name!r} must be a {'list' if kind is list else 'mapping'}, found "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
+def _no_field(where: object, names: Sequence[str], fields: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{where}: no field {' or '.join(map(repr, fields))}; it has "
+        f"{', '.join(map(repr, names)) or 'none'}. Name the one with the text or the messages: "
+        "--text-field NAME (fields=)"
+    )
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+def _numbered(index: int, source: Source, rng: random.Random | None) -> Iterator[tuple[int, Item]]:
+    for item in source.documents(rng):
+        yield index, item
+
+
+def _shuffled(
+    items: Iterator[tuple[int, Item]], rng: random.Random | None
+) -> Iterator[tuple[int, Item]]:
+    if rng is None:
+        yield from items
+        return
+    held: list[tuple[int, Item]] = []
+    characters = 0
+    for item in items:
+        held.append(item)
+        characters += _size(item[1])
+        while len(held) >= _HELD_DOCUMENTS or characters >= _HELD_CHARACTERS:
+            taken = _drawn(held, rng)
+            characters -= _size(taken[1])
+            yield taken
+    while held:
+        yield _drawn(held, rng)
+
+
+def _drawn(held: list[tuple[int, Item]], rng: random.Random) -> tuple[int, Item]:
+    index = _below(len(held), rng)
+    held[index], held[-1] = held[-1], held[index]
+    return held.pop()
+
+
+def _permute(items: list[Path], rng: random.Random) -> None:
+    for last in range(len(items) - 1, 0, -1):
+        index = _below(last + 1, rng)
+        items[index], items[last] = items[last], items[index]
+
+
+def _below(n: int, rng: random.Random) -> int:
+    # random() is the one method whose numbers no later Python may change (docs of `random`)
+    return int(rng.random() * n)
+
+
+def _size(item: Item) -> int:
+    if isinstance(item, Chat):
+        return sum(len(str(value)) for message in item.messages for value in message.values())
+    return len(item)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    # links to folders are not followed: they may lead around in a circle
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in _PACKED else path
+
+
+def _kind_of(path: Path) -> Kind:
+    kind = _KINDS.get(_unpacked(path).suffix.lower(), "text")
+    if kind == "parquet" and path.suffix.lower() in _PACKED:
+        raise ValueError(f"{path}: Parquet has compression of its own; unpack the file")
+    return kind
+
+
+def _told(path: Path | None) -> str:
+    return "standard input" if path is None else os.fspath(path)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[IO[bytes]]:
+    """The file, unpacked as it is read; standard input for None."""
+    if path is None:
+        yield sys.stdin.buffer
+        return
+    with path.open("rb") as file:
+        suffix = path.suffix.lower()
+        try:
+            if suffix == ".gz":
+                with gzip.open(file) as unpacked:
+                    yield unpacked  # type: ignore[misc]
+            elif suffix == ".zst":
+                with io.BufferedReader(_Zstd(file, path), 2**17) as buffered:
+                    yield buffered
+            else:
+                yield file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: damaged or cut short: {error}") from error
+
+
+class _Zstd(io.RawIOBase):
+    """Unpacks frames of Zstandard, and says so where the last one is cut short (the library's own
+    stream_reader takes that for the end)."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._library = _zstandard(path)
+        self._file = file
+        self._path = path
+        self._frame: Any = None
+        self._rest = b""  # not unpacked yet
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = self._rest or self._file.read(2**16)
+            self._rest = b""
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a Zstandard frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(packed)
+            except self._library.ZstdError as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = None
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not {error.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
+            f"{error.start} ({error.reason}); convert the file to UTF-8"
+        ) from error
+
+
+# --- libraries -----------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise _missing(os.fspath(path), "pyarrow", "parquet") from error
+    try:
+        return parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise _missing(os.fspath(path), "zstandard", "zstd") from error
+    return zstandard
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise _missing("hf:", "datasets", "datasets") from error
+    return datasets
+
+
+def _missing(what: str, library: str, extra: str) -> ImportError:
+    return ImportError(
+        f"{what}: reading it needs the library {library}, which is not installed: "
+        f"pip install 'imatrix[{extra}]'"
+    )
+
+
+def _dataset_of(text: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split."""
+    found = _LOCAL_DATASET.fullmatch(text) or _DATASET.fullmatch(text)
+    if found is None:
+        raise ValueError(
+            f"hf:{text}: expected hf:NAME[:CONFIG][/SPLIT], as hf:user/dataset or "
+            "hf:wikitext:wikitext-2-raw-v1/test"
+        )
+    name = str(Path(found[1]).expanduser()) if found[1].startswith("~") else found[1]
+    return name, found[2] or None, found[3] or "train"
