@@ -330,9 +330,8 @@ How it was made:
 """
 
 _LIMITS = """\
-The model is small (5 million parameters). Large models have outlier channels, whose data matter
-more: what is found here under-states the effect. A wider model was not measured, for want of a
-GPU."""
+The model is small (4.8 million parameters). Large models have outlier channels, which this one
+lacks, so that a larger effect is to be expected there; it was not measured, for want of a GPU."""
 
 
 def write(study: Study, made: Cells, references: References, out: Path) -> None:
@@ -490,7 +489,7 @@ def picture(study: Study, grid: Grid, references: References, path: Path) -> Non
     import matplotlib.pyplot as plt
 
     text = study.held_out[0].name
-    labels = [f"{type_}\n{grid.bpw[type_]:.2f}" for type_ in grid.types]
+    labels = [f"{type_} {grid.bpw[type_]:.2f}" for type_ in grid.types]
     figure, axes = plt.subplots(2, 2, figsize=(13, 9), facecolor="white", layout="constrained")
     figure.suptitle(
         "An MTP head with and without importance data of its own\n"
@@ -502,7 +501,7 @@ def picture(study: Study, grid: Grid, references: References, path: Path) -> Non
     _levels(kl, grid, text, "kl", lambda v: v)
     kl.set_yscale("log")
     kl.set_title("KL divergence from the F16 head (nats, lower is better)")
-    kl.legend(title="head data", fontsize=11)
+    kl.legend(title="head data", fontsize=11, loc="lower left")
 
     _levels(agreement, grid, text, "agreement 1", lambda v: 100 * v)
     reference = references[text].draft[0].value
@@ -510,7 +509,7 @@ def picture(study: Study, grid: Grid, references: References, path: Path) -> Non
     agreement.annotate(
         "F16 head and trunk",
         (0.0, 100 * reference),
-        xytext=(0, 4),
+        xytext=(0, -15),
         textcoords="offset points",
         fontsize=11,
     )
@@ -526,7 +525,7 @@ def picture(study: Study, grid: Grid, references: References, path: Path) -> Non
     agreement_gain.set_title("Acceptance that collecting adds (percentage points)")
 
     for each in axes.flat:
-        each.set_xticks(range(len(labels)), labels, fontsize=9.5)
+        each.set_xticks(range(len(labels)), labels, fontsize=10, rotation=35, ha="right")
         each.set_facecolor("white")
         each.grid(axis="y", color="#DDDDDD")
         each.set_axisbelow(True)
