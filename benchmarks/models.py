@@ -34,7 +34,15 @@ EXPERTS: dict[str, Any] = {
     "n_expert_shared": 1, "n_layer_dense": 1, "tied": True,
 }  # fmt: skip
 
-MODELS = {"dense": DENSE, "small-vocabulary": SMALL_VOCABULARY, "experts": EXPERTS}
+# for memory.py: all of the file is read by every graph
+LARGE: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 48}
+# and one that runs fast
+SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}
+
+MODELS = {
+    "dense": DENSE, "small-vocabulary": SMALL_VOCABULARY, "experts": EXPERTS,
+    "large": LARGE, "small": SMALL,
+}  # fmt: skip
 
 
 def model(name: str) -> Path:

@@ -52,24 +52,38 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> N
         _log.warning("no rehearsal of %s: this interpreter does not know its own executable", model)
         return
     work = {"model": str(model), "mtp_model": mtp_model and str(mtp_model), "settings": settings}
+    child = in_child(__name__, work, mtp_model or model)
+    if child.returncode != 0:
+        _log.warning("no rehearsal of %s: %s", model, child.stderr.strip()[-500:])
+
+
+def in_child(
+    module: str, work: dict[str, Any], path: Path, *, cards: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a module with `work` as its argument, in JSON.
+
+    Args:
+        path: the model, for the message.
+        cards: whether it may see graphics cards.
+
+    Raises:
+        ModelError: the engine ended the child.
+    """
     child = subprocess.run(
-        [sys.executable, "-m", "imatrix._rehearsal", json.dumps(work)],
+        [sys.executable, "-m", module, json.dumps(work)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         errors="replace",
         # ggml_abort would start a debugger for a backtrace where there is one
-        env={**os.environ, **_NO_CARDS, "GGML_NO_BACKTRACE": "1"},
+        env={**os.environ, **({} if cards else _NO_CARDS), "GGML_NO_BACKTRACE": "1"},
     )
     if child.returncode >= 0 and child.returncode not in _ABORTED:
-        if child.returncode != 0:
-            _log.warning("no rehearsal of %s: %s", model, child.stderr.strip()[-500:])
-        return
+        return child
     raise ModelError(
-        f"{mtp_model or model}: the engine ends the process on this model while it builds the "
-        f"graphs: {_last_words(child.stderr, child.returncode)}. Its metadata and its tensors do "
-        "not go together; convert it again, or report it with the output of `imatrix --version`."
+        f"{path}: the engine ends the process on this model while it builds the graphs: "
+        f"{_last_words(child.stderr, child.returncode)}. Its metadata and its tensors do not go "
+        "together; convert it again, or report it with the output of `imatrix --version`."
     )
 
 

@@ -60,6 +60,14 @@ def backends() -> Backends:
     )
 
 
+_rpc_servers: list[str] = []
+
+
+def rpc_servers() -> list[str]:
+    """The servers that were added, "host:port" each, for a child process to add too."""
+    return list(_rpc_servers)
+
+
 def add_rpc_server(endpoint: str) -> None:
     """Make the devices of a ggml-rpc-server known, as llama.cpp's --rpc does.
 
@@ -85,3 +93,4 @@ def add_rpc_server(endpoint: str) -> None:
             except OSError as error:
                 raise OSError(f"no RPC server at {each}: {error}") from error
         _session.add_rpc_server(each)
+        _rpc_servers.append(each)
