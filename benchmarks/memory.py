@@ -30,7 +30,7 @@ import models
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("disk", "text")
-ROUNDS = 3  # decodes that are looked at, after a first one
+ROUNDS = 2  # decodes that are looked at, after a first one
 
 # name, tokens a chunk, with the head, n_batch, n_ubatch, n_seq
 SETTINGS: list[tuple[str, int, bool, int | str | None, int | None, int]] = [
@@ -179,7 +179,7 @@ def disk(fraction: float) -> list[str]:
                     "mtp": mtp,
                     "chunks": None,
                     "collector": {
-                        "n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq": n_seq,
+                        "n_threads": 1, "n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_seq": n_seq,
                     },
                 }
             )  # fmt: skip
@@ -208,14 +208,14 @@ def text() -> list[str]:
         "| chunks | tokens | peak resident, MB | of it anonymous, MB |",
         "|---|---|---|---|",
     ]
-    for chunks in (10, 100):
+    for chunks in (4, 40):
         found = run(
             {
                 "model": str(path),
                 "group": None,
                 "mtp": True,
                 "chunks": chunks,
-                "collector": {"n_ctx": 512},
+                "collector": {"n_ctx": 512, "n_threads": 1},
             }
         )
         lines.append(

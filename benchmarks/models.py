@@ -34,8 +34,10 @@ EXPERTS: dict[str, Any] = {
     "n_expert_shared": 1, "n_layer_dense": 1, "tied": True,
 }  # fmt: skip
 
-# for memory.py: all of the file is read by every graph
-LARGE: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 48}
+# for memory.py: every graph reads all of it, and computes little
+LARGE: dict[str, Any] = EXPERTS | {
+    "n_vocab": 4096, "n_layer": 11, "n_expert": 128, "n_expert_used": 4,
+}  # fmt: skip
 # and one that runs fast
 SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}
 
@@ -45,13 +47,24 @@ MODELS = {
 }  # fmt: skip
 
 
-def model(name: str) -> Path:
+def options(name: str, size: str = "full") -> dict[str, Any]:
+    """What forge.make_model is given for one of MODELS; "half" has half the layers."""
+    found = dict(MODELS[name])
+    if size == "half":
+        found["n_layer"] //= 2
+    elif size != "full":
+        raise ValueError(f"a size is full or half, not {size!r}")
+    return found
+
+
+def model(name: str, size: str = "full") -> Path:
     """The GGUF file of one of MODELS, made where it is not there yet."""
-    path = ROOT / "build" / "benchmarks" / f"{name}.gguf"
+    given = options(name, size)
+    stem = name if size == "full" else f"{name}-{size}"
+    path = ROOT / "build" / "benchmarks" / f"{stem}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        options = dict(MODELS[name])
-        forge.make_model(part, options.pop("arch"), **options)
+        forge.make_model(part, given.pop("arch"), **given)
         part.replace(path)
     return path
