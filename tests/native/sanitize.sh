@@ -1,8 +1,8 @@
-#!/ usr / bin / env bash
-#Compiles ext / and the core 's tests with sanitizers, beside the engine' s own libraries of a
-#finished build(`make dev`), and runs them.
+#!/usr/bin/env bash
+# Compiles ext/ and the core's tests with sanitizers, beside the engine's own libraries of a
+# finished build (`make dev`), and runs them.
 #
-#tests / native / sanitize.sh[address | thread] address : ASan and UBSan, the default
+#     tests/native/sanitize.sh [address|thread]      address: ASan and UBSan, the default
 set -eu
 
 cd "$(dirname "$0")/../.."
@@ -28,7 +28,7 @@ case "$kind" in
     ;;
   thread)
     flags="-fsanitize=thread"
-#the engine is not instrumented : its own threads' hand-overs cannot be seen
+    # the engine is not instrumented: its own threads' hand-overs cannot be seen
     export TSAN_OPTIONS="ignore_noninstrumented_modules=1:${TSAN_OPTIONS:-}"
     export OMP_NUM_THREADS=1
     ;;
@@ -46,7 +46,7 @@ cmake -S tests/native -B "$folder" -G Ninja \
   -DIMATRIX_ENGINE_SOURCE="$(cd "$source" && pwd)" >/dev/null
 cmake --build "$folder" --target imatrix-core-tests
 
-#two small models, one with a head, for whole sessions
+# two small models, one with a head, for whole sessions
 PYTHONPATH=tests python - "$folder" <<'PY'
 import sys
 from pathlib import Path
