@@ -57,6 +57,7 @@ types: dev
 	$(BIN)/mypy
 
 bench: tools
+	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 sanitize: tools

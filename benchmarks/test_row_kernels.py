@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RESULTS, _machine
+from store import RESULTS, machine
 
 from imatrix import _session
 from imatrix._session import RowAdder
@@ -71,7 +71,7 @@ def speeds() -> Iterator[dict[str, list[float]]]:
     lines = [
         "# Gigabytes a second",
         "",
-        f"{datetime.date.today()}, {_machine()}; {N_BLOCKS} blocks of {N_ROWS} x {N_IN} float32, "
+        f"{datetime.date.today()}, {machine()}; {N_BLOCKS} blocks of {N_ROWS} x {N_IN} float32, "
         "out of the cache. Interleaved passes in one run; median [lowest, highest]. "
         "Made by `make bench`.",
         "",

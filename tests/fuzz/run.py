@@ -1,6 +1,6 @@
 """Fuzz one reader, guided by coverage (atheris) or with the mutations of this folder alone.
 
-    python tests/fuzz/run.py TARGET [--runs N] [--seconds N] [--plain]
+python tests/fuzz/run.py TARGET [--runs N] [--seconds N] [--plain]
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def guided(name: str, runs: int, seconds: float, folder: Path) -> None:
 
     found = folder / "found"
     found.mkdir()
-    limits = [f"-runs={runs}", f"-max_total_time={int(seconds)}"] if seconds < 1e9 else [f"-runs={runs}"]
+    limits = (
+        [f"-runs={runs}", f"-max_total_time={int(seconds)}"] if seconds < 1e9 else [f"-runs={runs}"]
+    )
     atheris.Setup(
         [sys.argv[0], *limits, f"-dict={targets.DICTIONARY}", "-max_len=16384", "-timeout=20",
          "-rss_limit_mb=4096", "-print_final_stats=1", str(found), str(targets.CORPUS / name)],
