@@ -58,6 +58,7 @@ types: dev
 	$(BIN)/mypy
 
 bench: tools
+	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 quality: dev

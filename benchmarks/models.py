@@ -7,8 +7,12 @@ build/benchmarks/ (0.8 to 1.3 GB each) and never committed.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import gguf
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,16 +38,110 @@ EXPERTS: dict[str, Any] = {
     "n_expert_shared": 1, "n_layer_dense": 1, "tied": True,
 }  # fmt: skip
 
-MODELS = {"dense": DENSE, "small-vocabulary": SMALL_VOCABULARY, "experts": EXPERTS}
+# for memory.py: every graph reads all of it, and computes little
+LARGE: dict[str, Any] = EXPERTS | {
+    "n_vocab": 4096, "n_layer": 11, "n_expert": 128, "n_expert_used": 4,
+}  # fmt: skip
+# and one that runs fast
+SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}
+
+MODELS = {
+    "dense": DENSE, "small-vocabulary": SMALL_VOCABULARY, "experts": EXPERTS,
+    "large": LARGE, "small": SMALL,
+}  # fmt: skip
 
 
-def model(name: str) -> Path:
-    """The GGUF file of one of MODELS, made where it is not there yet."""
-    path = ROOT / "build" / "benchmarks" / f"{name}.gguf"
+# for gpu.py: 4.2 billion weights, and 6.2 of which a token runs through 1.2
+GPU: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {
+        "dense": DENSE | {
+            "n_layer": 32, "n_embd": 2560, "n_ff": 9728, "n_head": 16, "n_head_kv": 4,
+            "ssm_v_heads": 32,
+        },
+        "experts": EXPERTS | {
+            "n_layer": 14, "n_embd": 2048, "n_ff": 8192, "n_ff_exp": 1024, "n_ff_shexp": 1024,
+            "n_head": 16, "n_head_kv": 4, "n_vocab": 131072,
+        },
+    },
+    # to see that it runs
+    "tiny": {
+        "dense": DENSE | {
+            "n_layer": 4, "n_embd": 256, "n_ff": 512, "n_head": 2, "n_head_kv": 1, "n_vocab": 2048,
+            "ssm_state": 64, "ssm_k_heads": 2, "ssm_v_heads": 2,
+        },
+        "experts": EXPERTS | {
+            "n_layer": 2, "n_embd": 256, "n_ff": 512, "n_ff_exp": 64, "n_ff_shexp": 64,
+            "n_head": 2, "n_head_kv": 1, "n_expert": 8, "n_expert_used": 2, "n_vocab": 2048,
+        },
+    },
+}  # fmt: skip
+
+
+def write_streaming(path: Path, arch: forge.Arch, *, tokenizer: str, **given: Any) -> None:
+    """A model as forge.make_model makes it, one tensor in memory at a time; of a large weight the
+    rows repeat after a while, which no matrix multiplication minds."""
+    tied, n_vocab = given.pop("tied"), given.pop("n_vocab", None)
+    kind = given.pop("dtype")
+    words = forge.copied_tokenizer(tokenizer, n_vocab, False)
+    hparams = replace(
+        forge.Hparams(), **{**forge._DEFAULTS[arch], **given, "n_vocab": words.n_vocab}
+    )
+    writer = gguf.GGUFWriter(path, arch)
+    keys = {
+        "general.name": f"random {arch}",
+        "general.file_type": np.uint32(forge._FILE_TYPES[kind]),
+        **{f"{arch}.{key}": value for key, value in forge._keys(arch, hparams).items()},
+        **words.keys,
+    }
+    for key, value in keys.items():
+        forge._add_key(writer, key, value)
+    shapes = list(forge._shapes(arch, hparams, tied, False, False, True))
+    types = [np.float16 if forge._follows_dtype(*each) else np.float32 for each in shapes]
+    for (name, shape), dtype in zip(shapes, types, strict=True):
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        writer.add_tensor_info(name, shape, np.dtype(dtype), n_bytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for (name, shape), dtype in zip(shapes, types, strict=True):
+        few = shape
+        if len(shape) > 1 and np.prod(shape) > 1 << 22:
+            few = (max(1, (1 << 22) // shape[-1]), shape[-1])
+        values = forge._draw(name, few, 0, hparams).astype(dtype)
+        writer.write_tensor_data(np.resize(values, shape))
+    writer.close()
+
+
+def gpu_model(name: str, size: str) -> Path:
+    """The GGUF file of one of GPU, made where it is not there yet."""
+    path = ROOT / "build" / "benchmarks" / f"gpu-{name}-{size}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        options = dict(MODELS[name])
-        forge.make_model(part, options.pop("arch"), **options)
+        given = dict(GPU[size][name])
+        write_streaming(part, given.pop("arch"), **given)
+        part.replace(path)
+    return path
+
+
+def options(name: str, size: str = "full") -> dict[str, Any]:
+    """What forge.make_model is given for one of MODELS; "half" has half the layers."""
+    found = dict(MODELS[name])
+    if size == "half":
+        found["n_layer"] //= 2
+    elif size != "full":
+        raise ValueError(f"a size is full or half, not {size!r}")
+    return found
+
+
+def model(name: str, size: str = "full") -> Path:
+    """The GGUF file of one of MODELS, made where it is not there yet."""
+    given = options(name, size)
+    stem = name if size == "full" else f"{name}-{size}"
+    path = ROOT / "build" / "benchmarks" / f"{stem}.gguf"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        forge.make_model(part, given.pop("arch"), **given)
         part.replace(path)
     return path

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 from quality_cells import DATA, DEPTH, N_CTX, Cell, Made, Study, Text, texts_of
+from store import machine
 
 import imatrix
 from imatrix import Comparison, Estimate, Evaluation
@@ -293,7 +293,7 @@ def _about(study: Study, references: References, command: str) -> list[str]:
     calibrated = ", ".join(f"{text.name} ({text.digest[:12]}…)" for text in study.calibration)
     sha256 = hashlib.sha256(study.model.read_bytes()).hexdigest()
     return _wrapped(
-        f"{datetime.date.today()}, {machine.told()}, CPU, {imatrix.backends().engine}, imatrix "
+        f"{datetime.date.today()}, {machine()}, CPU, {imatrix.backends().engine}, imatrix "
         f"{imatrix.__version__}. Model: {study.model.name} (sha256 {sha256[:12]}…). Held-out "
         f"texts: {'; '.join(texts)}. Calibration texts (sha256): {calibrated}. In the main grid: "
         f"{study.sizes[-1] * N_CTX:,} tokens of {study.calibration[0].name}. Made by `{command}`."
@@ -458,7 +458,7 @@ def _data(study: Study, made: Cells, references: References, grids: Sequence[Gri
     cells = ",\n".join("  " + json.dumps(row) for row in rows)
     about = {
         "date": f"{datetime.date.today()}",
-        "machine": machine.told(),
+        "machine": machine(),
         "engine": imatrix.backends().engine,
         "imatrix": imatrix.__version__,
         "model": study.model.name,

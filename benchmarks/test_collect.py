@@ -1,175 +1,194 @@
 """Seconds per chunk: the bare forward pass, ours, and llama-imatrix, beside each other.
 
-`make bench` runs it and writes benchmarks/results/collect.md. IMATRIX_BENCH_MODELS (default
-"dense") names the models of models.py, comma-separated; IMATRIX_BENCH_PASSES the passes.
+`make bench` runs it and writes benchmarks/results/collect.{json,md,png}. What runs is chosen by the
+environment:
 
-A chunk is n_ctx = n_batch = n_ubatch = 512 tokens for all of them. What a program does once
-(loading, tokenizing, its first graph) is left out: ours starts after a warm-up chunk,
+    IMATRIX_BENCH_MODELS   of models.py, with commas between them (default: dense)
+    IMATRIX_BENCH_CHUNKS   tokens a chunk (default: 512)
+    IMATRIX_BENCH_SIZE     full, or half: half the layers, for half the time (default: full)
+    IMATRIX_BENCH_PASSES   (default: 3)
+    IMATRIX_BENCH_RESUME   1: keep what collect.json has of these settings, measure the rest
+
+The whole grid:
+
+    IMATRIX_BENCH_MODELS=dense,small-vocabulary,experts IMATRIX_BENCH_CHUNKS=512,2048 make bench
+
+A decode is one chunk and a graph at most 512 tokens, for all of them. What a program does once
+(loading, tokenizing, its first graph) is left out: a session of ours stays from pass to pass, in a
+process of its own (worker.py), in which chunks with the hook and without it take turns;
 llama-imatrix is run with 1 + N chunks and with 1, and the difference is divided by N.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import models
-import numpy as np
 import pytest
+from store import Cell, Store
 
-from imatrix import ImportanceMatrix, _session
+from imatrix import ImportanceMatrix
 from imatrix._threads import physical_cores
 
-N_CTX = 512
-N_CHUNKS = 3
 TEXT = models.ROOT / "src/imatrix/data/calibration.txt"
 NAMES = os.environ.get("IMATRIX_BENCH_MODELS", "dense").split(",")
+CHUNKS = [int(n) for n in os.environ.get("IMATRIX_BENCH_CHUNKS", "512").split(",")]
+SIZE = os.environ.get("IMATRIX_BENCH_SIZE", "full")
+N_UBATCH = 512
 
-Measure = Callable[[str, str, Callable[[], float]], None]
+# variant -> the session that runs it, and whether with the hook
+OURS = {
+    "bare forward pass, trunk": ("trunk", "off"),
+    "imatrix, trunk": ("trunk", "on"),
+    "bare forward pass, trunk + head": ("head", "off"),
+    "imatrix, trunk + head": ("head", "on"),
+    "imatrix, trunk, with perplexity": ("perplexity", "on"),
+}
+THEIRS = {"llama-imatrix --no-ppl": ["--no-ppl"], "llama-imatrix, with perplexity": []}
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def model_name(request: pytest.FixtureRequest) -> str:
-    models.model(request.param)
-    return str(request.param)
+def n_timed(n_ctx: int) -> int:
+    """Chunks in one measurement."""
+    return max(1, 1024 // n_ctx)
+
+
+class Workers:
+    """The sessions of one model and one chunk size, started when they are asked for."""
+
+    def __init__(self, path: Path, n_ctx: int) -> None:
+        self._path = path
+        self._n_ctx = n_ctx
+        self._running: dict[str, subprocess.Popen[str]] = {}
+
+    def run(self, kind: str, hook: str) -> dict[str, Any]:
+        if kind not in self._running:
+            work = {
+                "model": str(self._path), "text": str(TEXT), "n_ctx": self._n_ctx,
+                "n_chunks": n_timed(self._n_ctx), "n_ubatch": N_UBATCH,
+                "n_threads": physical_cores(), "mtp": kind == "head",
+                "perplexity": kind == "perplexity",
+            }  # fmt: skip
+            self._running[kind] = subprocess.Popen(
+                [sys.executable, Path(__file__).parent / "worker.py", json.dumps(work)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            self._answer(kind)
+        process = self._running[kind]
+        assert process.stdin is not None
+        print(hook, file=process.stdin, flush=True)
+        return self._answer(kind)
+
+    def _answer(self, kind: str) -> dict[str, Any]:
+        process = self._running[kind]
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the session ended with status {process.wait()}"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.communicate()  # the end of its input ends it
 
 
 @pytest.fixture(scope="module")
-def native(model_name: str) -> _session.Model:
-    return _session.Model(
-        str(models.model(model_name)), mtp=True, n_gpu_layers=-1, use_mmap=True, check_tensors=False
-    )
+def workers() -> Iterator[Callable[[str, int], Workers]]:
+    """Workers of the model and chunk size that is measured now; those of the one before end."""
+    current: dict[tuple[str, int], Workers] = {}
+
+    def of(name: str, n_ctx: int) -> Workers:
+        if (name, n_ctx) not in current:
+            for old in current.values():
+                old.close()
+            current.clear()
+            current[name, n_ctx] = Workers(models.model(name, SIZE), n_ctx)
+        return current[name, n_ctx]
+
+    yield of
+    for old in current.values():
+        old.close()
 
 
-def ours(
-    native: _session.Model, *, mtp: bool, hook: bool, perplexity: bool = False
-) -> tuple[float, _session.Session]:
-    """Seconds a chunk, and the session with what it collected."""
-    tokens = native.tokenize(TEXT.read_text(), add_special=True, parse_special=False)
-    chunks = tokens[: (1 + N_CHUNKS) * N_CTX].reshape(1 + N_CHUNKS, N_CTX)
-    session = _session.Session(native, native)
-    session.open(
-        n_ctx=N_CTX,
-        n_batch=N_CTX,
-        n_ubatch=N_CTX,
-        n_seq=1,
-        n_threads=physical_cores(),
-        mtp=mtp,
-        process_output=False,
-        perplexity=perplexity,
-    )
-    session.set_hook_enabled(hook)
-    lengths = np.array([N_CTX], np.int32)
-    session.step(np.ascontiguousarray(chunks[0]), lengths)
-    start = time.perf_counter()
-    for chunk in chunks[1:]:
-        session.step(np.ascontiguousarray(chunk), lengths)
-    return (time.perf_counter() - start) / N_CHUNKS, session
+@pytest.fixture(scope="module")
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    resume = os.environ.get("IMATRIX_BENCH_RESUME") == "1"
+    kept = Store.open(SIZE, resume=resume)
+    yield kept
+    kept.draw()
 
 
-def llama_imatrix(model_name: str, tool: Path, out: Path, *options: str) -> float:
-    """Seconds a chunk."""
+def llama_imatrix(name: str, n_ctx: int, out: Path, options: list[str]) -> Cell:
+    tool = models.engine_tools.find("llama-imatrix")
 
-    def seconds(n_chunks: int) -> float:
-        start = time.perf_counter()
-        subprocess.run(
+    def run(n_chunks: int) -> tuple[float, int]:
+        started = time.perf_counter()
+        process = subprocess.Popen(
             [
-                tool, "-m", models.model(model_name), "-f", TEXT, "-o", out, "-c", str(N_CTX),
-                "-b", str(N_CTX), "-ub", str(N_CTX), "-t", str(physical_cores()),
-                "--chunks", str(n_chunks), *options,
+                tool, "-m", models.model(name, SIZE), "-f", text(name, n_ctx), "-o", out,
+                "-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, N_UBATCH)),
+                "-t", str(physical_cores()), "--chunks", str(n_chunks), *options,
             ],
-            check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        return time.perf_counter() - start
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        # kilobytes, on macOS bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        return time.perf_counter() - started, used.ru_maxrss * unit
 
-    return (seconds(1 + N_CHUNKS) - seconds(1)) / N_CHUNKS
-
-
-def test_bare_forward_pass_of_the_trunk(
-    measure: Measure, native: _session.Model, model_name: str, measuring_pass: int
-) -> None:
-    measure(model_name, "bare forward pass, trunk", lambda: ours(native, mtp=False, hook=False)[0])
-
-
-def test_bare_forward_pass_of_trunk_and_head(
-    measure: Measure, native: _session.Model, model_name: str, measuring_pass: int
-) -> None:
-    measure(
-        model_name, "bare forward pass, trunk + head", lambda: ours(native, mtp=True, hook=False)[0]
-    )
+    n = n_timed(n_ctx)
+    longer, peak = run(1 + n)
+    shorter, _ = run(1)
+    return Cell((longer - shorter) / n, peak)
 
 
-def test_imatrix_trunk(
-    measure: Measure, native: _session.Model, model_name: str, measuring_pass: int
-) -> None:
-    measure(model_name, "imatrix, trunk", lambda: ours(native, mtp=False, hook=True)[0])
+def text(name: str, n_ctx: int) -> Path:
+    """The calibration text, often enough: llama-imatrix wants two chunks and those it is given."""
+    path = models.ROOT / "build" / "benchmarks" / f"{name}-{n_ctx}.txt"
+    # two characters a token at the least: the text has 4.5
+    times = -(-2 * (2 + n_timed(n_ctx)) * n_ctx // TEXT.stat().st_size) + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(TEXT.read_text() * times)
+    return path
 
 
-def test_imatrix_trunk_and_head(
-    measure: Measure,
-    native: _session.Model,
+@pytest.mark.parametrize("variant", [*OURS, *THEIRS])
+@pytest.mark.parametrize("n_ctx", CHUNKS)
+@pytest.mark.parametrize("model_name", NAMES)
+def test_seconds_a_chunk(
+    benchmark: Any,
+    store: Store,
+    workers: Callable[[str, int], Workers],
     model_name: str,
+    n_ctx: int,
+    variant: str,
     measuring_pass: int,
-    engine_tool: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
-    sessions: list[_session.Session] = []
+    key = (model_name, n_ctx, variant)
+    if store.has(key, measuring_pass):
+        pytest.skip("measured before")
 
-    def run() -> float:
-        seconds, session = ours(native, mtp=True, hook=True)
-        sessions.append(session)
-        return seconds
+    def run() -> Cell:
+        if variant in THEIRS:
+            out = tmp_path / "theirs.gguf"
+            cell = llama_imatrix(model_name, n_ctx, out, THEIRS[variant])
+            assert not ImportanceMatrix.load(out).head_blocks
+            return cell
+        answer = workers(model_name, n_ctx).run(*OURS[variant])
+        return Cell(answer["seconds"], answer["peak"])
 
-    measure(model_name, "imatrix, trunk + head", run)
-    # what was timed is right: every trunk weight has the rows of all chunks
-    collected = sessions[-1].snapshot()
-    assert any(".nextn.eh_proj." in name for name in collected)
-    _, counts = collected["blk.0.ffn_up.weight"]
-    assert counts.tolist() == [(1 + N_CHUNKS) * N_CTX]
-
-
-def test_llama_imatrix_without_perplexity(
-    measure: Measure,
-    model_name: str,
-    measuring_pass: int,
-    engine_tool: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "theirs.gguf"
-    tool = engine_tool("llama-imatrix")
-    measure(
-        model_name,
-        "llama-imatrix --no-ppl",
-        lambda: llama_imatrix(model_name, tool, out, "--no-ppl"),
-    )
-    assert not ImportanceMatrix.load(out).head_blocks
-
-
-def test_imatrix_trunk_with_perplexity(
-    measure: Measure, native: _session.Model, model_name: str, measuring_pass: int
-) -> None:
-    measure(
-        model_name,
-        "imatrix, trunk, with perplexity",
-        lambda: ours(native, mtp=False, hook=True, perplexity=True)[0],
-    )
-
-
-def test_llama_imatrix_with_perplexity(
-    measure: Measure,
-    model_name: str,
-    measuring_pass: int,
-    engine_tool: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    tool = engine_tool("llama-imatrix")
-    out = tmp_path / "theirs.gguf"
-    measure(
-        model_name,
-        "llama-imatrix, with perplexity",
-        lambda: llama_imatrix(model_name, tool, out),
-    )
+    cell = benchmark.pedantic(run, rounds=1, iterations=1)
+    benchmark.extra_info["seconds_per_chunk"] = cell.seconds
+    store.add(key, cell)

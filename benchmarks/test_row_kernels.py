@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import machine
 import numpy as np
 import pytest
-from conftest import RESULTS
+from store import RESULTS, machine
 
 from imatrix import _session
 from imatrix._session import RowAdder
@@ -72,7 +71,7 @@ def speeds() -> Iterator[dict[str, list[float]]]:
     lines = [
         "# Gigabytes a second",
         "",
-        f"{datetime.date.today()}, {machine.told()}; {N_BLOCKS} blocks of {N_ROWS} x {N_IN} float32, "
+        f"{datetime.date.today()}, {machine()}; {N_BLOCKS} blocks of {N_ROWS} x {N_IN} float32, "
         "out of the cache. Interleaved passes in one run; median [lowest, highest]. "
         "Made by `make bench`.",
         "",

@@ -359,6 +359,50 @@ Status Session::open(const SessionParams & params) {
     return status;
 }
 
+std::vector<MemoryUse> Session::memory() const {
+    std::vector<MemoryUse>   uses;
+    const ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto               use = [&](ggml_backend_buffer_type_t type) -> MemoryUse & {
+        // some of the host's types belong to no device
+        const ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+        MemoryUse                found;
+        found.host   = device == nullptr || device == cpu || ggml_backend_buft_is_host(type);
+        found.device = ggml_backend_dev_name(found.host ? cpu : device);
+        // other types on the host hold weights in an order of their own (ggml-cpu/repack.cpp)
+        found.plain = type == ggml_backend_dev_buffer_type(cpu);
+        for (MemoryUse & known : uses) {
+            if (known.device == found.device && known.plain == found.plain) {
+                return known;
+            }
+        }
+        uses.push_back(found);
+        return uses.back();
+    };
+    for (const bool head : {false, true}) {
+        const llama_context * ctx = head ? head_.get() : trunk_.get();
+        if (ctx == nullptr) {
+            continue;
+        }
+        const bool own_model = !head || head_model_ != &model_;
+        for (const auto & [type, bytes] : llama_get_memory_breakdown(ctx)) {
+            MemoryUse & found = use(type);
+            found.model += own_model ? static_cast<int64_t>(bytes.model) : 0;
+            found.context += static_cast<int64_t>(bytes.context);
+            found.compute += static_cast<int64_t>(bytes.compute);
+        }
+        // What the breakdown leaves out (llama-context.cpp, output_reserve): logits of the rows
+        // that are asked for them, and the trunk's rows for the head.
+        const bool    all     = head ? head_plan_.needs_outputs
+                                     : trunk_plan_.needs_outputs || params_.perplexity;
+        const int64_t n_rows  = params_.n_batch;
+        const int64_t outputs = (all ? n_rows : params_.n_seq) * model_.n_vocab();
+        const int64_t hidden  = n_rows * llama_model_n_embd_out(model_.get());
+        use(ggml_backend_dev_buffer_type(cpu)).compute +=
+            (outputs + hidden) * static_cast<int64_t>(sizeof(float));
+    }
+    return uses;
+}
+
 // --- Session: one chunk ----------------------------------------------------
 
 Status Session::after_decode(int32_t rc, const char * which) {

@@ -95,6 +95,17 @@ struct GraphPlan {
     int64_t                    n_wanted      = 0; // nodes_to_the_last(), with outputs for all rows
 };
 
+// Bytes that a session takes in one kind of memory. From a model loaded with no_alloc, what it
+// would take.
+struct MemoryUse {
+    std::string device;         // the engine's name, "CPU", "CUDA0", ...
+    bool        host    = true; // the system's own memory
+    bool        plain   = true; // the CPU's own kind: weights lie in the file's pages if mapped
+    int64_t     model   = 0;    // weights
+    int64_t     context = 0;    // keys, values and states
+    int64_t     compute = 0;    // a graph's activations, logits, rows for the head
+};
+
 class Session : public Counted<Session> {
 public:
     // `head` is the model that holds the head: the same one, or a file of its own. Both must
@@ -128,6 +139,9 @@ public:
     const GraphPlan &    trunk_plan() const { return trunk_plan_; }
     const GraphPlan &    head_plan() const { return head_plan_; }
     const char *         kernel() const;
+
+    // Empty before open().
+    std::vector<MemoryUse> memory() const;
 
 private:
     struct HeadRow { // one row for the MTP context

@@ -188,6 +188,14 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         vector[PlannedWeight] weights
         cbool needs_outputs
 
+    cdef cppclass MemoryUse:
+        string device
+        cbool host
+        cbool plain
+        int64_t model
+        int64_t context
+        int64_t compute
+
     cdef cppclass CSession "imatrix::Session":
         CSession(const CModel & trunk, const CModel * head)
         Status open(const SessionParams & params)
@@ -203,6 +211,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         const GraphPlan & trunk_plan() const
         const GraphPlan & head_plan() const
         const char * kernel() const
+        vector[MemoryUse] memory() const
         @staticmethod
         int64_t live()
 

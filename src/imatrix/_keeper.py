@@ -8,12 +8,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from imatrix._batch import Batch
 from imatrix.errors import CheckpointError
 from imatrix.formats import FormatError
 from imatrix.formats import checkpoint as file
 from imatrix.formats.checkpoint import Checkpoint, Setting
 
-__all__ = ["OTHER_RUN", "Keeper"]
+__all__ = ["OTHER_RUN", "Keeper", "batch_in"]
 
 OTHER_RUN = (
     "Give what that run was given to go on from it, another checkpoint, or restart=True "
@@ -92,6 +93,18 @@ class Keeper:
         finally:
             self._saved_at = time.monotonic()
         self.saved = done
+
+
+def batch_in(path: str | os.PathLike[str]) -> Batch | None:
+    """The batch of the run that wrote a checkpoint; None where there is none that can be read."""
+    try:
+        settings = file.read(path).settings
+    except (OSError, FormatError):
+        return None
+    n_seq, n_batch, n_ubatch = (settings.get(name) for name in ("n_seq", "n_batch", "n_ubatch"))
+    if not (isinstance(n_seq, int) and isinstance(n_batch, int) and isinstance(n_ubatch, int)):
+        return None
+    return Batch(n_seq, n_batch, n_ubatch) if 0 < n_seq <= n_batch and n_ubatch > 0 else None
 
 
 def _told(value: Setting | None) -> str:

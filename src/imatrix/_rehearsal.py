@@ -139,10 +139,43 @@ def _tried(work: dict[str, Any], model: Path) -> tuple[list[str], str | None] | 
     return stdout.splitlines(), last_words(stderr, status)
 
 
-def child_process(work: dict[str, Any]) -> tuple[int, str, str]:
-    """_work() in a process of its own: its exit status, negative for a signal, and its output."""
+def in_child(
+    module: str, work: dict[str, Any], path: Path, *, cards: bool = False
+) -> tuple[int, str, str]:
+    """Run a module with `work` as its argument, in JSON.
+
+    Args:
+        path: the model, for the message.
+        cards: whether it may see graphics cards.
+
+    Returns:
+        Its exit status, standard output and standard error.
+
+    Raises:
+        ModelError: the engine ended the child, or it came to no end.
+    """
+    try:
+        status, stdout, stderr = child_process(work, module, cards=cards)
+    except subprocess.TimeoutExpired:
+        words = f"it came to no end within {_SECONDS} seconds"
+    else:
+        if status >= 0 and status not in _ABORTED:
+            return status, stdout, stderr
+        words = last_words(stderr, status)
+    raise ModelError(
+        f"{path}: the engine ends the process on this model while it builds the graphs: {words}. "
+        "Its metadata and its tensors do not go together; convert it again, or report it with the "
+        "output of `imatrix --version`."
+    )
+
+
+def child_process(
+    work: dict[str, Any], module: str = "imatrix._rehearsal", *, cards: bool = False
+) -> tuple[int, str, str]:
+    """A module of ours in a process of its own: its exit status, negative for a signal, and its
+    output."""
     child = subprocess.run(
-        module_command("imatrix._rehearsal", json.dumps(work)),
+        module_command(module, json.dumps(work)),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -150,7 +183,12 @@ def child_process(work: dict[str, Any]) -> tuple[int, str, str]:
         errors="replace",
         timeout=_SECONDS,
         # ggml_abort would start a debugger for a backtrace where there is one
-        env={**os.environ, **_NO_CARDS, "GGML_NO_BACKTRACE": "1", "PYTHONIOENCODING": "utf-8"},
+        env={
+            **os.environ,
+            **({} if cards else _NO_CARDS),
+            "GGML_NO_BACKTRACE": "1",
+            "PYTHONIOENCODING": "utf-8",
+        },
     )
     return child.returncode, child.stdout, child.stderr
 

@@ -31,6 +31,14 @@ class Counters(TypedDict):
     squared_elements: int
     ended: int
 
+class MemoryUse(TypedDict):
+    device: str
+    host: bool
+    plain: bool
+    model: int
+    context: int
+    compute: int
+
 class ContextPlans(TypedDict):
     trunk: tuple[bool, dict[str, int]]
     head: tuple[bool, dict[str, int]]
@@ -134,6 +142,8 @@ class Session:
     def counters(self) -> Counters: ...
     @property
     def plan(self) -> ContextPlans: ...
+    @property
+    def memory(self) -> list[MemoryUse]: ...
     @property
     def kernel(self) -> str: ...
 

@@ -512,6 +512,15 @@ cdef class Session:
         }
 
     @property
+    def memory(self):
+        """Bytes taken, a dict for each kind of memory (see MemoryUse in ext/session.h)."""
+        return [
+            {"device": _text(use.device), "host": bool(use.host), "plain": bool(use.plain),
+             "model": use.model, "context": use.context, "compute": use.compute}
+            for use in self._session.get().memory()
+        ]
+
+    @property
     def kernel(self):
         return self._session.get().kernel().decode()
 

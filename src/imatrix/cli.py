@@ -220,13 +220,20 @@ def _collect_text(
     mtp = args.mtp or args.mtp_model is not None
     text_arguments = _sources_cli.run_arguments(args)
     checkpoint = _checkpoint_path(args)
-    # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
-    n_seq = 1 if mtp else max(1, args.batch_size // args.ctx_size)
+    n_seq = 1
+    n_batch = args.batch_size
+    if n_batch == "auto":
+        if args.ubatch_size is not None:
+            raise _Stopped("-b auto chooses the tokens a graph too: leave -ub out", USAGE)
+    else:
+        # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
+        n_seq = 1 if mtp else max(1, n_batch // args.ctx_size)
+        n_batch = min(n_batch, args.ctx_size * n_seq)
     with imatrix.Collector(
         args.model,
         mtp_model=args.mtp_model,
         n_ctx=args.ctx_size,
-        n_batch=min(args.batch_size, args.ctx_size * n_seq),
+        n_batch=n_batch,
         n_ubatch=args.ubatch_size,
         n_seq=n_seq,
         n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
@@ -243,6 +250,8 @@ def _collect_text(
         bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
 
         def on_step(progress: imatrix.Progress) -> None:
+            if args.batch_size == "auto" and saver.progress is None:
+                terminal.note(_batch_told(collector))
             bar(progress)
             saver.step(progress)
 
@@ -299,6 +308,12 @@ def _digest(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _batch_told(collector: imatrix.Collector) -> str:
+    batch = collector.batch
+    side = f"{batch.n_seq} chunks side by side, " if batch.n_seq > 1 else ""
+    return f"-b auto: {side}{batch.n_batch} tokens a decode, {batch.n_ubatch} a graph"
 
 
 def _checkpoint_path(args: argparse.Namespace) -> Path:
@@ -698,17 +713,17 @@ def _add_collect(commands: Commands) -> None:
         "-b",
         "--batch-size",
         metavar="N",
-        type=at_least(1),
+        type=_batch_size,
         default=2048,
         help="tokens a decode; as many chunks as fit run side by side, with --mtp one "
-        "(default: 2048)",
+        "(default: 2048). auto: where the model does not fit into memory, as many as the memory "
+        "has room for, so that it is read from the disk less often",
     )
     add(
         "-ub",
         "--ubatch-size",
         metavar="N",
         type=at_least(1),
-        default=512,
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
@@ -879,6 +894,10 @@ def _add_demo(commands: Commands) -> None:
         "--keep", action="store_true", help="do not remove the temporary folder at the end"
     )
     add_verbose(command)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else at_least(1)(text)
 
 
 def _output_format(text: str) -> str:

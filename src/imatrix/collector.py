@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _isolate, _session, corpus
-from imatrix._keeper import OTHER_RUN, Keeper
+from imatrix._batch import MAX_SEQ, USUAL_UBATCH, Batch, choose_in_child, usual
+from imatrix._keeper import OTHER_RUN, Keeper, batch_in
 from imatrix._lock import locked
 from imatrix._native_thread import NativeThread, end_at_exit
 from imatrix._rehearsal import rehearse as rehearse_in_child
@@ -151,10 +153,13 @@ class Collector:
         model: path of a GGUF model, or of the first part of a multi-part one.
         mtp_model: path of the head's own file, where the head was split off (`mtp-….gguf`).
         n_ctx: tokens a chunk.
-        n_batch: tokens a decode; None for n_ctx * n_seq. The sums depend on it only by the
-            engine's rounding: below 64 rows its CPU attention adds in float16, which moved sums
-            by 5e-4 here and can tip a close choice of an expert.
-        n_ubatch: tokens a graph.
+        n_batch: tokens a decode; None for n_ctx * n_seq. "auto": for a model that does not fit into
+            memory, as many chunks side by side, in one graph, as the memory has room for, so that
+            the weights are read from the disk less often; chosen by each run, n_seq and n_ubatch
+            with it, and told by the property `batch` (docs/memory.md). The sums depend on it only
+            by the engine's rounding: below 64 rows its CPU attention adds in float16, which moved
+            sums by 5e-4 here and can tip a close choice of an expert.
+        n_ubatch: tokens a graph; None for 512.
         n_seq: chunks side by side in a decode. Must be 1 for the head.
         n_gpu_layers: layers to put on the GPU, -1 for all; ignored by a build without one.
         n_threads: threads to compute with; None for the physical cores.
@@ -205,8 +210,8 @@ class Collector:
         *,
         mtp_model: str | os.PathLike[str] | None = None,
         n_ctx: int = 512,
-        n_batch: int | None = None,
-        n_ubatch: int = 512,
+        n_batch: int | Literal["auto"] | None = None,
+        n_ubatch: int | None = None,
         n_seq: int = 1,
         n_gpu_layers: int = -1,
         n_threads: int | None = None,
@@ -230,11 +235,18 @@ class Collector:
         self._ending: str | None = None  # why the run has to end
         self._stepping: NativeSession | None = None  # what _end() has to stop
         self._closed = True  # until all arguments are found good
+        if isinstance(n_batch, str):
+            if n_batch != "auto":
+                raise ValueError(f"n_batch must be a number, 'auto' or None, got {n_batch!r}")
+            if n_ubatch is not None or n_seq != 1:
+                raise ValueError("n_batch='auto' chooses n_ubatch and n_seq too: leave them out")
+        self._auto = n_batch == "auto"
+        tokens = n_ctx * n_seq if n_batch is None or isinstance(n_batch, str) else n_batch
         for name, value, least in (
             ("n_ctx", n_ctx, 2),
-            ("n_ubatch", n_ubatch, 1),
+            ("n_ubatch", 1 if n_ubatch is None else n_ubatch, 1),
             ("n_seq", n_seq, 1),
-            ("n_batch", n_ctx if n_batch is None else n_batch, n_seq),
+            ("n_batch", tokens, n_seq),
             ("n_threads", 1 if n_threads is None else n_threads, 1),
         ):
             if value < least:
@@ -255,16 +267,18 @@ class Collector:
                 check_fit(self._file, self._head_file)
         self._n_ctx = n_ctx
         # a larger batch than a group of chunks is never filled
-        self._n_batch = min(n_ctx * n_seq, n_ctx * n_seq if n_batch is None else n_batch)
-        self._n_ubatch = n_ubatch
-        self._n_seq = n_seq
+        self._batch = Batch(
+            n_seq, min(n_ctx * n_seq, tokens), USUAL_UBATCH if n_ubatch is None else n_ubatch
+        )
+        if self._auto:
+            self._batch = usual(n_ctx)  # until a run chooses
         self._n_gpu_layers = n_gpu_layers
         self._n_threads = physical_cores() if n_threads is None else n_threads
         self._mtp = mtp
         self._use_mmap = use_mmap
         self._check_tensors = check_tensors
         self._rehearse = rehearse
-        self._rehearsed: set[tuple[bool, bool, bool]] = set()
+        self._rehearsed: set[tuple[Batch, bool, bool, bool]] = set()
         self._rehearsed_loads: set[bool] = set()
         self._tokenizer_fault: str | None = None
         self._device_sums = device_sums
@@ -298,6 +312,12 @@ class Collector:
     def n_nextn(self) -> int:
         """MTP/NextN head blocks that the metadata claim; 0 for a model without a head."""
         return self._head_file.n_nextn
+
+    @property
+    def batch(self) -> Batch:
+        """Chunks side by side, tokens a decode and tokens a graph (n_seq, n_batch, n_ubatch); with
+        n_batch="auto" those that the current or last run chose."""
+        return self._batch
 
     @property
     def matrix(self) -> ImportanceMatrix:
@@ -639,6 +659,11 @@ class Collector:
         chunks, total, text = self._packed(
             model, texts, packing, render, parse_special, skip_chunks, max_chunks
         )
+        if self._auto:
+            # rounding goes with the batch: a run that goes on keeps that of its first part
+            taken = None if checkpoint is None or restart else batch_in(checkpoint)
+            self._batch = taken or self._chosen(with_head, process_output, perplexity, total)
+            self._rehearse_once(with_head, process_output, perplexity)
         self._packing = packing
         self._min_expert_rows = min_expert_rows
         self._seed = texts.seed if isinstance(texts, Mixture) else None
@@ -762,7 +787,7 @@ class Collector:
         """Whether the experts have the rows that were wanted. Seen only where a group of chunks
         ends, so that a run that went on from a checkpoint within one ends where one that was
         never interrupted does."""
-        if self._done % self._n_seq:
+        if self._done % self._batch.n_seq:
             return False
         found = self._coverage()
         return found is not None and found.reached
@@ -842,9 +867,9 @@ class Collector:
         """What _session.Session.open takes."""
         return {
             "n_ctx": self._n_ctx,
-            "n_batch": self._n_batch,
-            "n_ubatch": self._n_ubatch,
-            "n_seq": self._n_seq,
+            "n_batch": self._batch.n_batch,
+            "n_ubatch": self._batch.n_ubatch,
+            "n_seq": self._batch.n_seq,
             "n_threads": self._n_threads,
             "mtp": with_head,
             "process_output": process_output,
@@ -858,9 +883,11 @@ class Collector:
         """The model, loaded for what was asked, and whether there is a head to collect."""
         if self._closed:
             raise ValueError("this Collector is closed")
-        if mtp and self._n_seq != 1:
+        if self._auto:
+            self._batch = usual(self._n_ctx)
+        if mtp and self._batch.n_seq != 1:
             raise ValueError(
-                f"mtp=True needs n_seq=1, this Collector has n_seq={self._n_seq}: the head is fed "
+                f"mtp=True needs n_seq=1, this Collector has n_seq={self._batch.n_seq}: the head is fed "
                 "each token with the trunk's row of the token before it, and rows of chunks that "
                 "run side by side would be paired across them. Set n_seq=1."
             )
@@ -876,17 +903,35 @@ class Collector:
         if with_head:
             check_head(self._head_file)
         check_memory(self._file)
-        kind = (with_head, process_output, perplexity)
-        if self._rehearse and kind not in self._rehearsed:
-            bundled = self._head_file is self._file
-            self._tokenizer_fault = rehearse_in_child(
-                self._file.path,
-                self._head_file.path if with_head and not bundled else None,
-                self._settings(*kind),
-            )
-            self._rehearsed.add(kind)
-            self._rehearsed_loads.add(with_head)
+        self._rehearse_once(with_head, process_output, perplexity)
         return self._load(with_head), with_head
+
+    def _rehearse_once(self, with_head: bool, process_output: bool, perplexity: bool) -> None:
+        """Unless it was done for such a run, with this batch."""
+        kind = (with_head, process_output, perplexity)
+        if self._rehearse and (self._batch, *kind) not in self._rehearsed:
+            self._tokenizer_fault = rehearse_in_child(
+                *self._files(with_head), self._settings(*kind)
+            )
+            self._rehearsed.add((self._batch, *kind))
+            self._rehearsed_loads.add(with_head)
+
+    def _files(self, with_head: bool) -> tuple[Path, Path | None]:
+        """The trunk's file, and that of a head which is not in it."""
+        bundled = self._head_file is self._file
+        return self._file.path, self._head_file.path if with_head and not bundled else None
+
+    def _chosen(
+        self, with_head: bool, process_output: bool, perplexity: bool, total: int | None
+    ) -> Batch:
+        """What n_batch="auto" comes to, for `total` chunks (None: nobody knows)."""
+        return choose_in_child(
+            *self._files(with_head),
+            self._settings(with_head, process_output, perplexity),
+            n_gpu_layers=self._n_gpu_layers,
+            mapped=self._use_mmap,
+            most=1 if with_head else min(MAX_SEQ, max(1, MAX_SEQ if total is None else total)),
+        )
 
     def _drive(
         self,
@@ -898,7 +943,7 @@ class Collector:
         """Native steps run in a second thread: the next chunk is tokenized meanwhile, and
         Ctrl-C reaches this one, which then tells the engine to stop. What a step adds is counted
         in that thread too, where no signal can come between the two."""
-        groups = _groups(chunks, self._n_seq, self._done)
+        groups = _groups(chunks, self._batch.n_seq, self._done)
         before = self._seconds
         started = time.monotonic()
         with self._stoppable(session), NativeThread() as native:
@@ -1036,9 +1081,9 @@ class Collector:
             "model_size": self._file.size,
             "model_fingerprint": self._file.fingerprint(),
             "n_ctx": self._n_ctx,
-            "n_batch": self._n_batch,
-            "n_ubatch": self._n_ubatch,
-            "n_seq": self._n_seq,
+            "n_batch": self._batch.n_batch,
+            "n_ubatch": self._batch.n_ubatch,
+            "n_seq": self._batch.n_seq,
         }
         if self._with_head and self._head_file is not self._file:
             found["mtp_model_size"] = self._head_file.size
@@ -1113,8 +1158,8 @@ class Collector:
         in the error what there is."""
         at = error.chunk
         ran = "" if at is None else f", in chunk {at}"
-        if at is not None and self._n_seq > 1:
-            ran = f", in one of the chunks {at} to {at + self._n_seq - 1}"
+        if at is not None and self._batch.n_seq > 1:
+            ran = f", in one of the chunks {at} to {at + self._batch.n_seq - 1}"
         done = self._done
         found = None
         if keeper is not None and keeper.saved:

@@ -90,9 +90,9 @@ def name_rpc_server(endpoint: str) -> None:
         _remember(each)
 
 
-def rpc_servers() -> tuple[str, ...]:
-    """The servers that were made known."""
-    return tuple(_rpc_servers)
+def rpc_servers() -> list[str]:
+    """The servers that were made known, "host:port" each, for a child process to add too."""
+    return list(_rpc_servers)
 
 
 _rpc_servers: list[str] = []

@@ -2,7 +2,7 @@
 # Compiles ext/ and the core's tests with sanitizers, beside the engine's own libraries of a
 # finished build (`make dev`), and runs them.
 #
-# tests/native/sanitize.sh [address|thread]   address: ASan and UBSan, the default
+#     tests/native/sanitize.sh [address|thread]      address: ASan and UBSan, the default
 set -eu
 
 cd "$(dirname "$0")/../.."
