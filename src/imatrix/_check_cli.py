@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imatrix._arguments import Commands, add_tensor_type, add_verbose
 from imatrix._terminal import Terminal, size
 from imatrix.collector import Collector, Plan
 from imatrix.errors import ModelError
@@ -27,7 +28,7 @@ READY, WOULD_FAIL = 0, 1
 _ROWS = 12  # of a table, unless all are asked for
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the parser's."""
     command = commands.add_parser(
         "check",
@@ -42,14 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
     add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
-    add(
-        "--tensor-type",
-        metavar="NAME=TYPE",
-        action="append",
-        default=[],
-        type=_tensor_type,
-        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated",
-    )
+    add_tensor_type(command)
     add("--allow-requantize", action="store_true", help="start from quantized weights")
     add("--pure", action="store_true", help="one format for all weights, no mixture")
     add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
@@ -60,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--all", action="store_true", help="every row of every table")
     add("--json", action="store_true", help="as JSON, every tensor")
-    add("-v", "--verbose", action="store_true", help="show the engine's log, and tracebacks")
+    add_verbose(command)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -95,14 +89,6 @@ def _plan(model: str) -> Plan:
             except ModelError:
                 pass  # `coverage` tells why
         return collector.plan()
-
-
-def _tensor_type(text: str) -> tuple[str, str]:
-    name, _, kind = text.partition("=")
-    if not name or not kind:
-        raise argparse.ArgumentTypeError(f"expected NAME=TYPE, as attn_q=q8_0, got {text!r}")
-    # llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp)
-    return name.lower(), kind
 
 
 def as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
 import imatrix
+from imatrix._arguments import (
+    Commands,
+    add_threads,
+    add_verbose,
+    at_least,
+    chunks,
+    gpu_layers,
+)
 from imatrix._terminal import CollectProgress, Terminal
 
 __all__ = ["add_parser", "run"]
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(commands: Commands) -> None:
     """Add the command to the parser's."""
     command = commands.add_parser(
         "evaluate",
@@ -40,7 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "--depth",
         metavar="N",
-        type=_at_least(1),
+        type=at_least(1),
         default=3,
         help="tokens the head drafts (default: 3)",
     )
@@ -48,26 +54,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-c",
         "--ctx-size",
         metavar="N",
-        type=_at_least(4),
+        type=at_least(4),
         default=512,
         help="tokens a chunk (default: 512)",
     )
-    add("-b", "--batch-size", metavar="N", type=_at_least(1), help="tokens a decode (default: -c)")
+    add("-b", "--batch-size", metavar="N", type=at_least(1), help="tokens a decode (default: -c)")
     add(
         "-ub",
         "--ubatch-size",
         metavar="N",
-        type=_at_least(1),
+        type=at_least(1),
         default=512,
         help="tokens a graph (default: 512)",
     )
-    add("-t", "--threads", metavar="N", type=_threads, help="threads (default: physical cores)")
+    add_threads(command)
     add(
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
         metavar="N",
-        type=_gpu_layers,
+        type=gpu_layers,
         default=-1,
         help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
     )
@@ -75,18 +81,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--chunk",
         "--from-chunk",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         help="start with chunk N of the text (default: 0)",
     )
-    add("--chunks", metavar="N", type=_chunks, help="chunks to score at most (default: -1, all)")
+    add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
     add(
         "--parse-special",
         action="store_true",
         help="read special tokens that the text spells out as such",
     )
     add("--json", action="store_true", help="the figures as JSON")
-    add("-v", "--verbose", action="store_true", help="show the engine's log, and tracebacks")
+    add_verbose(command)
 
 
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -162,36 +168,3 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
         add(f"draft: agreement at depth {depth}", agreement, share=True)
     add("draft: accepted tokens", found.accepted_length)
     out.print(table)
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = _whole(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
-        return value
-
-    return parse
-
-
-def _threads(text: str) -> int:
-    value = _whole(text)
-    return value if value > 0 else os.cpu_count() or 1
-
-
-def _chunks(text: str) -> int | None:
-    value = _whole(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more, or -1 for all, got 0")
-    return value if value > 0 else None
-
-
-def _gpu_layers(text: str) -> int:
-    return -1 if text in ("auto", "all") else max(-1, _whole(text))

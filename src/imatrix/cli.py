@@ -24,6 +24,15 @@ from pathlib import Path
 
 import imatrix
 from imatrix import _check_cli, _evaluate_cli, _show, atomic
+from imatrix._arguments import (
+    Commands,
+    add_tensor_type,
+    add_threads,
+    add_verbose,
+    at_least,
+    chunks,
+    gpu_layers,
+)
 from imatrix._isolate import isolated
 from imatrix._lock import LockedError, locked
 from imatrix._terminal import (
@@ -601,17 +610,12 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="store_true", help="this build: engine, backends, devices"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    _add_collect(commands)
-    _check_cli.add_parser(commands)
-    _add_show(commands)
-    _add_quantize(commands)
-    _evaluate_cli.add_parser(commands)
-    _add_mtp_files(commands)
-    _add_demo(commands)
+    for add_parser in _COMMANDS:
+        add_parser(commands)
     return parser
 
 
-def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_collect(commands: Commands) -> None:
     command = commands.add_parser(
         "collect",
         help="run text through a model and write an importance matrix",
@@ -644,7 +648,7 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-c",
         "--ctx-size",
         metavar="N",
-        type=_at_least(2),
+        type=at_least(2),
         default=512,
         help="tokens a chunk (default: 512)",
     )
@@ -652,7 +656,7 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-b",
         "--batch-size",
         metavar="N",
-        type=_at_least(1),
+        type=at_least(1),
         default=2048,
         help="tokens a decode; as many chunks as fit run side by side, with --mtp one "
         "(default: 2048)",
@@ -661,23 +665,17 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-ub",
         "--ubatch-size",
         metavar="N",
-        type=_at_least(1),
+        type=at_least(1),
         default=512,
         help="tokens a graph (default: 512)",
     )
-    add(
-        "-t",
-        "--threads",
-        metavar="N",
-        type=_threads,
-        help="threads (default: the physical cores; 0: all logical ones)",
-    )
+    add_threads(command)
     add(
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
         metavar="N",
-        type=_gpu_layers,
+        type=gpu_layers,
         help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
     )
     add(
@@ -689,14 +687,14 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--chunk",
         "--from-chunk",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         help="start with chunk N of the text (default: 0)",
     )
     add(
         "--chunks",
         metavar="N",
-        type=_chunks,
+        type=chunks,
         help="chunks to collect at most (default: -1, all)",
     )
     add("--process-output", action="store_true", help="collect output.weight too")
@@ -722,7 +720,7 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-ofreq",
         "--output-frequency",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         default=10,
         help="write OUT and OUT.checkpoint every N chunks (default: 10; 0: OUT at the end only, "
         "OUT.checkpoint every three minutes)",
@@ -730,7 +728,7 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--save-frequency",
         metavar="N",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         help="keep a copy OUT.at_<chunks> every N chunks (default: 0, never)",
     )
@@ -761,10 +759,10 @@ def _add_collect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add("--no-mmap", action="store_true", help="read the model instead of mapping it")
     add("--check-tensors", action="store_true", help="look for NaN and Inf in the model's weights")
-    _add_verbose(command)
+    add_verbose(command)
 
 
-def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_show(commands: Commands) -> None:
     command = commands.add_parser(
         "show", help="what an importance matrix holds, the head apart", allow_abbrev=False
     )
@@ -774,10 +772,10 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--all", action="store_true", help="every weight by itself, not one line a kind"
     )
     command.add_argument("--json", action="store_true", help="as JSON, every weight")
-    _add_verbose(command)
+    add_verbose(command)
 
 
-def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_quantize(commands: Commands) -> None:
     command = commands.add_parser(
         "quantize",
         help="quantize a model with the engine's quantizer",
@@ -790,22 +788,15 @@ def _add_quantize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("dst", metavar="DST", help="what to write")
     add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
     add("--imatrix", metavar="FILE", help="importance matrix")
-    add(
-        "--tensor-type",
-        metavar="NAME=TYPE",
-        action="append",
-        default=[],
-        type=_tensor_type,
-        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated",
-    )
+    add_tensor_type(command)
     add("--allow-requantize", action="store_true", help="start from quantized weights")
     add("--pure", action="store_true", help="one format for all weights, no mixture")
     add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
-    add("-t", "--threads", metavar="N", type=_threads, help="threads (default: physical cores)")
-    _add_verbose(command)
+    add_threads(command)
+    add_verbose(command)
 
 
-def _add_mtp_files(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_mtp_files(commands: Commands) -> None:
     extract = commands.add_parser(
         "extract-mtp",
         help="take the head out of a bundled model, into a file of its own",
@@ -820,7 +811,7 @@ def _add_mtp_files(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL)",
     )
     extract.add_argument("--trunk-out", metavar="TRUNK", help="write the rest as well")
-    _add_verbose(extract)
+    add_verbose(extract)
     graft = commands.add_parser(
         "graft-mtp", help="put a head into a trunk, one bundled model", allow_abbrev=False
     )
@@ -828,10 +819,10 @@ def _add_mtp_files(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     graft.add_argument("trunk", metavar="TRUNK", help="GGUF model without a head")
     graft.add_argument("mtp_model", metavar="MTP", help="the head's file, or a bundled model")
     graft.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
-    _add_verbose(graft)
+    add_verbose(graft)
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: Commands) -> None:
     command = commands.add_parser(
         "demo",
         help="collect and quantize a small model made on the spot",
@@ -844,47 +835,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--keep", action="store_true", help="do not remove the temporary folder at the end"
     )
-    _add_verbose(command)
-
-
-def _add_verbose(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "-v", "--verbose", action="store_true", help="show the engine's log, and tracebacks"
-    )
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = _whole(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
-        return value
-
-    return parse
-
-
-def _threads(text: str) -> int:
-    # llama.cpp takes 0 and less for all logical processors (common/arg.cpp)
-    value = _whole(text)
-    return value if value > 0 else os.cpu_count() or 1
-
-
-def _chunks(text: str) -> int | None:
-    value = _whole(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be 1 or more, or -1 for all, got 0")
-    return value if value > 0 else None
-
-
-def _gpu_layers(text: str) -> int:
-    return -1 if text in ("auto", "all") else max(-1, _whole(text))
+    add_verbose(command)
 
 
 def _output_format(text: str) -> str:
@@ -899,9 +850,13 @@ def _output_format(text: str) -> str:
     return text
 
 
-def _tensor_type(text: str) -> tuple[str, str]:
-    name, _, kind = text.partition("=")
-    if not name or not kind:
-        raise argparse.ArgumentTypeError(f"expected NAME=TYPE, as attn_q=q8_0, got {text!r}")
-    # llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp)
-    return name.lower(), kind
+# in the order of the help
+_COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    _add_collect,
+    _check_cli.add_parser,
+    _add_show,
+    _add_quantize,
+    _evaluate_cli.add_parser,
+    _add_mtp_files,
+    _add_demo,
+)

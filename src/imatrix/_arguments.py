@@ -1,0 +1,102 @@
+"""Argument types and flags that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+__all__ = [
+    "Commands",
+    "add_tensor_type",
+    "add_threads",
+    "add_verbose",
+    "at_least",
+    "chunks",
+    "gpu_layers",
+    "tensor_type",
+    "threads",
+    "whole",
+]
+
+Commands = Any
+"""What `ArgumentParser.add_subparsers` returns; its class is private to argparse."""
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number, `least` or more."""
+
+    def parse(text: str) -> int:
+        value = whole(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {value}")
+        return value
+
+    return parse
+
+
+def threads(text: str) -> int:
+    """Threads; 0 and less for all logical processors, as llama.cpp takes it (common/arg.cpp)."""
+    value = whole(text)
+    return value if value > 0 else os.cpu_count() or 1
+
+
+def chunks(text: str) -> int | None:
+    """Chunks at most; None for -1, all."""
+    value = whole(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more, or -1 for all, got 0")
+    return value if value > 0 else None
+
+
+def gpu_layers(text: str) -> int:
+    """Layers on the GPU; -1 for all."""
+    return -1 if text in ("auto", "all") else max(-1, whole(text))
+
+
+def tensor_type(text: str) -> tuple[str, str]:
+    """NAME=TYPE."""
+    name, _, kind = text.partition("=")
+    if not name or not kind:
+        raise argparse.ArgumentTypeError(f"expected NAME=TYPE, as attn_q=q8_0, got {text!r}")
+    # llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp)
+    return name.lower(), kind
+
+
+def add_tensor_type(command: argparse.ArgumentParser) -> None:
+    """--tensor-type, into `args.tensor_type`: a list of (name, type)."""
+    command.add_argument(
+        "--tensor-type",
+        metavar="NAME=TYPE",
+        action="append",
+        default=[],
+        type=tensor_type,
+        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated",
+    )
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    """-t, into `args.threads`; None where it is not given."""
+    command.add_argument(
+        "-t",
+        "--threads",
+        metavar="N",
+        type=threads,
+        help="threads (default: the physical cores; 0: all logical ones)",
+    )
+
+
+def add_verbose(command: argparse.ArgumentParser) -> None:
+    """-v, into `args.verbose`."""
+    command.add_argument(
+        "-v", "--verbose", action="store_true", help="show the engine's log, and tracebacks"
+    )
