@@ -1,7 +1,7 @@
 """Trains the small language model with an MTP head that ships with the package, on the CPU.
 
     pip install "imatrix[train]"
-    python benchmarks/train_model.py train OUT.gguf --minutes 62
+    python benchmarks/train_model.py train OUT.gguf --minutes 60
     python benchmarks/train_model.py verify src/imatrix/data/tiny-glm4moe-mtp.gguf
 
 The model is of the engine's glm4moe kind (src/models/glm4-moe.cpp in llama.cpp): leading dense
@@ -680,14 +680,14 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     p = commands.add_parser("train", help="train and write OUT.gguf, with OUT.json beside it")
     p.add_argument("out", type=Path)
-    p.add_argument("--minutes", type=float, default=62.0, help="wall clock, all included")
-    p.add_argument("--tokens", type=int, default=40_000_000)
+    p.add_argument("--minutes", type=float, default=60.0, help="wall clock, all included")
+    p.add_argument("--tokens", type=int, default=40_000_000, help="of the trunk, at most")
     p.add_argument("--threads", type=int, default=2)
-    p.add_argument("--batch", type=int, default=24, help="rows of 512 tokens a step")
+    p.add_argument("--batch", type=int, default=16, help="rows of 512 tokens a step")
     p.add_argument("--rows", type=int, default=2, help="rows a thread computes at once")
     p.add_argument("--lr", type=float, default=0.02, help="Muon's")
     p.add_argument("--adam-lr", type=float, default=3e-3)
-    p.add_argument("--head-from", type=float, default=0.4, help="share of the run before the head")
+    p.add_argument("--head-from", type=float, default=0.45, help="share of the run before the head")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--log-every", type=float, default=30.0, help="seconds")
