@@ -69,9 +69,15 @@ class Terminal:
         self.warn(str(message))
 
 
-# The head's tensors are unused whenever the trunk runs alone; and chunks side by side get
-# somewhat more room than they need where their length is no multiple of 256 (llama_context).
-_NO_NEWS = ("unused tensor", "n_ctx is not divisible by n_seq_max")
+# The head's tensors are unused whenever the trunk runs alone; chunks side by side get somewhat more
+# room than they need where their length is no multiple of 256 (llama_context); and so do the
+# sequences that drafts run in, while no position goes beyond a chunk. For n_ctx itself the
+# Collector warns.
+_NO_NEWS = (
+    "unused tensor",
+    "n_ctx is not divisible by n_seq_max",
+    "possible training context overflow",
+)
 
 
 class _EngineLog(logging.Handler):
