@@ -37,7 +37,8 @@ dev: $(STAMP)
 demo: dev
 	$(BIN)/imatrix demo
 
-# llama-imatrix, llama-quantize and llama-perplexity of the same source, and the test-only module
+# llama-imatrix, llama-quantize, llama-perplexity and llama-speculative-simple of the same source,
+# and the test-only module
 tools: dev
 	$(BIN)/cmake --build $(BUILD) --target imatrix-tools
 

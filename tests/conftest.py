@@ -57,7 +57,7 @@ def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = 
 @pytest.fixture(scope="session")
 def engine_tool() -> EngineTool:
     """Where one of the engine's programs is, by name: llama-imatrix, llama-quantize,
-    llama-perplexity. A missing one fails the test."""
+    llama-perplexity, llama-speculative-simple. A missing one fails the test."""
 
     def find(name: str) -> Path:
         try:

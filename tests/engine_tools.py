@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def find(name: str) -> Path:
-    """The path of llama-imatrix, llama-quantize or llama-perplexity: in $IMATRIX_TOOLS, else
-    where the build puts them.
+    """The path of llama-imatrix, llama-quantize, llama-perplexity or llama-speculative-simple: in
+    $IMATRIX_TOOLS, else where the build puts them.
 
     Raises:
         LookupError: it is not there; the message says what to run.

@@ -60,7 +60,7 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
     eos = int(gguf.GGUFReader(model).fields["tokenizer.ggml.eos_token_id"].contents())
     # fmt: off
     log = until_told("target:", lambda: run_tool(
-        tool, "-m", model, "-p", prompt, "-n", str(n_predict), "-c", "1024", "-t", "1", "-td", "1",
+        tool, "-m", model, "-p", prompt, "-n", str(n_predict), "-c", "512", "-t", "1", "-td", "1",
         "--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), "--spec-draft-p-min", "0",
         "--temp", "0", "-lv", "5",
     ))
