@@ -32,11 +32,11 @@ os.environ["GGML_NO_BACKTRACE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
+from models import make_models
+from mutations import mutated_bytes, mutated_gguf
 
 import imatrix
 from imatrix import Collector, Entry, ImatrixError, ImportanceMatrix, ModelFile, _rehearsal
-from models import make_models
-from mutations import mutated_bytes, mutated_gguf
 
 N_CTX = 32
 TEXT = (
@@ -138,10 +138,8 @@ def case(path: Path, number: int, seeds: dict[str, bytes]) -> tuple[str, Callabl
     rng = random.Random(number)
     name = rng.choice(list(seeds))
     data = seeds[name]
-    if rng.random() < 0.9:
-        data = mutated_gguf(data, rng)
-    else:
-        data = mutated_bytes(data, rng, [], 20000)
+    by_pieces = rng.random() < 0.9
+    data = mutated_gguf(data, rng) if by_pieces else mutated_bytes(data, rng, [], 20000)
     path.unlink(missing_ok=True)  # see targets.tried()
     path.write_bytes(data)
     work = rng.choice((_collect, _collect, _collect, _collect, _quantize, _evaluate))

@@ -99,7 +99,9 @@ def _checkpoint_file() -> bytes:
     return file.packed()
 
 
-def _model_file(architecture: bytes = b"glm4moe", *, head: bool = True, trunk: bool = True) -> bytes:
+def _model_file(
+    architecture: bytes = b"glm4moe", *, head: bool = True, trunk: bool = True
+) -> bytes:
     """A model's header and tensors of a few values; its shapes fit what check_fit asks."""
     tensors = [Tensor(b"token_embd.weight", [2, 3], _F32, _floats(6))]
     if trunk:
@@ -247,7 +249,11 @@ def _read_text(path: Path) -> None:
     data = path.read_bytes()
     n_ctx = 2 + (data[0] % 30 if data else 0)
     for chunk in corpus.chunks(path, _Bytes(), n_ctx, skip_chunks=len(data) % 2):
-        if chunk.ndim != 1 or not 2 <= len(chunk) <= n_ctx or not 0 <= chunk.min() <= chunk.max() < 257:
+        if (
+            chunk.ndim != 1
+            or not 2 <= len(chunk) <= n_ctx
+            or not 0 <= chunk.min() <= chunk.max() < 257
+        ):
             raise AssertionError(f"a chunk of {chunk}")
 
 
