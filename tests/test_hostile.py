@@ -21,6 +21,9 @@ from forge import make_model
 from ggufs import STRING, File, Key, parsed
 from models import make_models
 
+from imatrix import FormatError
+from imatrix.formats import checkpoint
+
 _TRY = """
 import json, sys, warnings
 from imatrix import Collector, ImatrixError, coverage, quantize
@@ -238,3 +241,10 @@ def test_a_long_word(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     make_model(path, "llama", tokenizer="deepseek-llm", n_vocab=600, n_embd=64, n_ff=64)
     assert tried(path, "long") == "worked"
+
+
+def test_a_checkpoint_with_a_tensor_of_no_dimensions() -> None:
+    """An IndexError once; the file is one that libFuzzer made."""
+    path = Path(__file__).resolve().parent / "fuzz" / "corpus" / "checkpoint" / "no-dimensions"
+    with pytest.raises(FormatError, match="holds no values"):
+        checkpoint.read(path)
