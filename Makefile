@@ -67,7 +67,7 @@ sanitize: tools
 RUNS ?= 100000
 fuzz: tools
 	$(BIN)/python -m pip install --quiet --group fuzz
-	for target in matrix checkpoint model parts mtp text dat; do \
+	for target in $$($(BIN)/python tests/fuzz/run.py list); do \
 	  $(BIN)/python tests/fuzz/run.py $$target --runs $(RUNS) || exit 1; done
 	$(BIN)/python tests/fuzz/engine.py build/fuzz --runs $(RUNS)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).resolve().parent / "fuzz"
+sys.path.insert(0, str(FUZZ))
+
+from targets import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork, resource")
 
@@ -30,7 +33,7 @@ def ran(script: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("target", ["matrix", "checkpoint", "model", "parts", "mtp", "text"])
+@pytest.mark.parametrize("target", sorted(TARGETS))
 def test_a_reader(target: str) -> None:
     assert ", 0 failures" in ran("run.py", target, "--plain", "--runs", "700")
 

@@ -21,7 +21,7 @@ from forge import make_model
 from ggufs import STRING, File, Key, parsed
 from models import make_models
 
-from imatrix import FormatError
+from imatrix import FormatError, ModelError, graft_mtp
 from imatrix.formats import checkpoint
 
 _TRY = """
@@ -248,3 +248,20 @@ def test_a_checkpoint_with_a_tensor_of_no_dimensions() -> None:
     path = Path(__file__).resolve().parent / "fuzz" / "corpus" / "checkpoint" / "no-dimensions"
     with pytest.raises(FormatError, match="holds no values"):
         checkpoint.read(path)
+
+
+def test_a_head_whose_scalar_is_of_another_type(tmp_path: Path) -> None:
+    """A struct.error once: 1.0 is equal to the 1 of the trunk's array, and is no integer."""
+    from targets import CORPUS
+
+    trunk, head = (
+        parsed((CORPUS / "mtp" / "trunk").read_bytes()),
+        parsed((CORPUS / "mtp" / "head").read_bytes()),
+    )
+    key = head.key(b"glm4moe.attention.head_count_kv")
+    assert key is not None
+    key.kind, key.value = 6, 1.0
+    (tmp_path / "trunk").write_bytes(trunk.packed())
+    (tmp_path / "head").write_bytes(head.packed())
+    with pytest.raises(ModelError, match="has no place in the array"):
+        graft_mtp(tmp_path / "trunk", tmp_path / "head", tmp_path / "out")

@@ -99,11 +99,16 @@ def guided(name: str, runs: int, seconds: float, folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target")
+    parser.add_argument("target", help="a reader, or 'list' to name them")
     parser.add_argument("--runs", type=int, default=100_000)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--plain", action="store_true", help="without atheris")
     args = parser.parse_args()
+    if args.target == "list":
+        import targets
+
+        print(*targets.TARGETS)
+        return 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         if args.plain:
             return plain(args.target, args.runs, args.seconds, Path(folder))
