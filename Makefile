@@ -10,7 +10,7 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test dev tools lint format types bench quality sanitize dist clean
+.PHONY: help demo test dev tools lint format types bench quality sanitize fuzz dist clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
 	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
 	@echo "make sanitize  the core's tests under ASan and UBSan"
+	@echo "make fuzz      coverage-guided fuzzing of the readers, and of what opens models; RUNS=N each"
 	@echo "make dist      sdist and wheel into dist/"
 
 $(STAMP): pyproject.toml
@@ -67,6 +68,14 @@ quality: dev
 
 sanitize: tools
 	bash tests/native/sanitize.sh
+
+# found inputs stay in the folder; `tests/fuzz/run.py TARGET` runs one target
+RUNS ?= 100000
+fuzz: tools
+	$(BIN)/python -m pip install --quiet --group fuzz
+	for target in $$($(BIN)/python tests/fuzz/run.py list); do \
+	  $(BIN)/python tests/fuzz/run.py $$target --runs $(RUNS) || exit 1; done
+	$(BIN)/python tests/fuzz/engine.py build/fuzz --runs $(RUNS)
 
 dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist

@@ -96,11 +96,10 @@ Status read_model_file(const std::string & path, ModelFile & out) {
         const char *        name   = gguf_get_tensor_name(gguf.get(), i);
         const ggml_tensor * tensor = ggml_get_tensor(shapes, name);
         if (name[0] == '\0' || !names.insert(name).second) {
-            return Status::failed(Code::bad_model,
-                                  name[0] == '\0'
-                                      ? "damaged: a tensor without a name"
-                                      : "damaged: the tensor " + std::string(name) +
-                                            " is there twice");
+            return Status::failed(Code::bad_model, name[0] == '\0'
+                                                       ? "damaged: a tensor without a name"
+                                                       : "damaged: the tensor " +
+                                                             std::string(name) + " is there twice");
         }
         const uint64_t start = data + gguf_get_tensor_offset(gguf.get(), i);
         const uint64_t bytes = ggml_nbytes(tensor);

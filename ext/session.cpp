@@ -12,8 +12,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <mutex>
 #include <new>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 namespace imatrix {
 namespace {
@@ -29,6 +34,50 @@ void init_backend_once() {
 bool is_zero(const float * row, int32_t n) {
     return std::all_of(row, row + n, [](float v) { return v == 0.0f; });
 }
+
+// std::regex, which most pre-tokenizers run on (src/unicode.cpp, unicode_regex_split_stl), calls
+// itself for every character of a match: 320 bytes of stack a character in libstdc++, so that 25000
+// letters without a space end the process on a usual stack of 8 MiB.
+constexpr size_t kStackPerByte   = 512;
+constexpr size_t kCalmStretch    = 4096;    // needs no stack but the caller's
+constexpr size_t kLongestStretch = 8 << 20; // 4 GiB of stack, of which only what is used is taken
+
+// Bytes of the longest piece of a text that is all spaces, or all without.
+size_t longest_stretch(const std::string & text) {
+    size_t longest = 0;
+    size_t length  = 0;
+    bool   spaces  = false;
+    for (const char c : text) {
+        const bool space = c == ' ' || (c >= '\t' && c <= '\r');
+        length           = space == spaces ? length + 1 : 1;
+        spaces           = space;
+        longest          = std::max(longest, length);
+    }
+    return longest;
+}
+
+#ifndef _WIN32
+// Runs `work` in a thread with that much stack; false where there is none to be had.
+bool with_stack(size_t bytes, const std::function<void()> & work) {
+    pthread_attr_t attributes;
+    pthread_t      thread;
+    if (pthread_attr_init(&attributes) != 0) {
+        return false;
+    }
+    const auto run = [](void * data) -> void * {
+        (*static_cast<const std::function<void()> *>(data))();
+        return nullptr;
+    };
+    const bool made =
+        pthread_attr_setstacksize(&attributes, bytes) == 0 &&
+        pthread_create(&thread, &attributes, run, const_cast<std::function<void()> *>(&work)) == 0;
+    pthread_attr_destroy(&attributes);
+    if (made) {
+        pthread_join(thread, nullptr);
+    }
+    return made;
+}
+#endif
 
 } // namespace
 
@@ -131,6 +180,31 @@ std::string Model::description() const {
 
 Status Model::tokenize(const std::string & text, bool add_special, bool parse_special,
                        std::vector<int32_t> & out) const {
+    const size_t stretch = longest_stretch(text);
+    if (stretch > kLongestStretch) {
+        return Status::failed(Code::bad_argument,
+                              "the text has " + std::to_string(stretch) +
+                                  " bytes in a row without a space, or of spaces; the engine's "
+                                  "tokenizers take at most " +
+                                  std::to_string(kLongestStretch) + ": break it into lines");
+    }
+#ifndef _WIN32
+    if (stretch > kCalmStretch) {
+        Status status;
+        if (!with_stack((16U << 20) + stretch * kStackPerByte,
+                        [&] { status = tokenize_here(text, add_special, parse_special, out); })) {
+            return Status::failed(Code::out_of_memory, "no stack to tokenize " +
+                                                           std::to_string(stretch) +
+                                                           " bytes in a row without a space");
+        }
+        return status;
+    }
+#endif
+    return tokenize_here(text, add_special, parse_special, out);
+}
+
+Status Model::tokenize_here(const std::string & text, bool add_special, bool parse_special,
+                            std::vector<int32_t> & out) const {
     const llama_vocab * vocab = llama_model_get_vocab(model_.get());
     if (!has_tokenizer()) {
         return Status::failed(Code::bad_model, "the model has no tokenizer");
@@ -151,8 +225,8 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
         }
         if (n < 0) { // the room that it needs
             out.resize(static_cast<size_t>(-n));
-            n = llama_tokenize(vocab, text.data(), length, out.data(), static_cast<int32_t>(out.size()),
-                               add_special, parse_special);
+            n = llama_tokenize(vocab, text.data(), length, out.data(),
+                               static_cast<int32_t>(out.size()), add_special, parse_special);
         }
         if (n < 0) {
             return Status::failed(Code::engine_failed, "the engine could not tokenize the text");
@@ -161,9 +235,10 @@ Status Model::tokenize(const std::string & text, bool add_special, bool parse_sp
     } catch (const std::bad_alloc &) {
         return Status::failed(Code::out_of_memory, "out of memory while tokenizing");
     } catch (const std::exception & error) {
-        return Status::failed(Code::bad_model,
-                              std::string("the model's vocabulary cannot make tokens of the text (") +
-                                  error.what() + "); give token lists, or convert it again");
+        return Status::failed(
+            Code::bad_model,
+            std::string("the model's vocabulary cannot make tokens of the text (") + error.what() +
+                "); give token lists, or convert it again");
     }
     return {};
 }
@@ -216,8 +291,8 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
     const bool        gives_h = !head || n_heads_ > 1;
     const std::string prefix  = head && sharing_ ? kForeignHead : "";
     // the trunk's cache has a stream a sequence, and a graph feeds all of them alike
-    const int32_t n_seq     = head ? 1 : params_.n_seq;
-    const int32_t n_tokens  = kProbeTokens * n_seq;
+    const int32_t n_seq    = head ? 1 : params_.n_seq;
+    const int32_t n_tokens = kProbeTokens * n_seq;
     Status        sound;
     const auto    add_graph = [&](int32_t n_outputs, std::vector<PlannedWeight> & weights) {
         ggml_cgraph * graph =

@@ -58,6 +58,9 @@ private:
     struct Free {
         void operator()(llama_model * model) const;
     };
+    Status tokenize_here(const std::string & text, bool add_special, bool parse_special,
+                         std::vector<int32_t> & out) const;
+
     std::unique_ptr<llama_model, Free> model_;
 };
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -466,7 +467,13 @@ def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, Value]:
             and key in theirs
             and not theirs[key].is_array
         ):
-            out[key] = value.extended(theirs[key].decoded(), head.n_nextn)
+            try:
+                out[key] = value.extended(theirs[key].decoded(), head.n_nextn)
+            except struct.error:  # equal numbers may be of types that do not go together
+                raise ModelError(
+                    f"{head.path}: {key} is {theirs[key].decoded()!r}, which has no place in the "
+                    f"array that {trunk.path} has under that key; convert both with one converter"
+                ) from None
         else:
             out[key] = value
     out.setdefault(nextn, theirs[nextn])

@@ -138,7 +138,8 @@ def case(path: Path, number: int, seeds: dict[str, bytes]) -> tuple[str, Callabl
     rng = random.Random(number)
     name = rng.choice(list(seeds))
     data = seeds[name]
-    data = mutated_gguf(data, rng) if rng.random() < 0.9 else mutated_bytes(data, rng, [], 20000)
+    by_pieces = rng.random() < 0.9
+    data = mutated_gguf(data, rng) if by_pieces else mutated_bytes(data, rng, [], 20000)
     path.unlink(missing_ok=True)  # see targets.tried()
     path.write_bytes(data)
     work = rng.choice((_collect, _collect, _collect, _collect, _quantize, _evaluate))

@@ -123,6 +123,8 @@ def parsed(data: bytes) -> File:
         else:
             out.keys.append(Key(name, kind, value(kind)))
     if found := out.key(b"general.alignment"):
+        if not 0 < found.value <= 4096:  # a file is padded to it
+            raise ValueError(f"an alignment of {found.value}")
         out.alignment = found.value
     infos = []
     for _ in range(n_tensors):

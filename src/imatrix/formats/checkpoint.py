@@ -218,5 +218,7 @@ def _array(tensor: ReaderTensor | None, kind: GGMLQuantizationType) -> NDArray[A
     if tensor is None or tensor.tensor_type != kind:
         found = "absent" if tensor is None else f"{tensor.name!r} of {tensor.tensor_type.name}"
         raise ValueError(f"a tensor of sums or counts is {found}, expected {kind.name}")
+    if tensor.data.ndim == 0 or tensor.data.size == 0:
+        raise ValueError(f"{tensor.name!r} holds no values")
     # A copy: the reader maps the file, which will be replaced while the run goes on.
     return np.array(tensor.data, order="C", subok=False)
