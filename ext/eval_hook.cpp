@@ -92,9 +92,14 @@ int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight) {
             is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0) {
             ++n_wanted;
             effects = false;
+            continue;
         }
         effects |= node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS ||
                    node->op == GGML_OP_SET || node->op == GGML_OP_ACC;
+        // Other splits still run, on what was never computed: numbers that no row may be
+        // looked up by.
+        effects |= node->op == GGML_OP_MUL_MAT_ID ||
+                   (node->op == GGML_OP_GET_ROWS && node->src[1]->op != GGML_OP_NONE);
     }
     return effects ? 0 : n_wanted;
 }

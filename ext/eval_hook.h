@@ -58,7 +58,8 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
 std::string plain_name(const char * name);
 
 // How many nodes of a graph multiply a wanted weight, if nothing after the last of them has an
-// effect that outlives the graph (keys, values, states); else 0.
+// effect that outlives the graph (keys, values, states) or looks up rows by numbers that the graph
+// computes; else 0.
 int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight);
 
 class EvalHook {
@@ -82,8 +83,9 @@ public:
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
     // Leaves every graph after so many wanted nodes; 0 runs them to their end. Only where nobody
-    // reads what a graph computes after the last of them, and where the scheduler runs all of it
-    // as one split: others would run on what was never computed.
+    // reads what a graph computes after the last of them: of several splits the scheduler leaves
+    // the one that the last node is in, and runs those after it on what was never computed
+    // (ggml-backend.cpp, compute_splits). See nodes_to_the_last().
     void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
     void set_threads(size_t n) { threads_.set_threads(n); }
     bool grouping() const { return grouping_; }
