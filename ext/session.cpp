@@ -696,6 +696,11 @@ Status Session::check_rows(int64_t n_tokens) const {
 
 Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                         ChunkScore * scores) {
+    // however it ends: rows may still be on their way to sums that will be dropped
+    struct Settled {
+        EvalHook & hook;
+        ~Settled() { hook.settle(); }
+    } const settled{hook_};
     hook_.begin_chunk();
     clear_error();
     llama_memory_clear(llama_get_memory(trunk_.get()), true);
