@@ -10,7 +10,8 @@
 # CUDA's nvcc; CMake, ninja, Cython, pybind11 and the rest are in build/gpu-carry/wheels. All weights of both models take 21 GB of disk.
 #
 # PACK_PYTHON (default 3.12) and PACK_PLATFORM: of the machine that will build.
-# GPU_BACKEND=cpu: without CUDA, to see that all is there.
+# GPU_BACKEND=cpu: without CUDA, to see that all is there. That much was tried, without a package
+# index; with CUDA nothing was, no GPU being at hand.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 here="$PWD"
