@@ -226,6 +226,10 @@ def text() -> list[str]:
     return lines
 
 
+def part_of(text: str) -> str:
+    return "disk" if text.startswith("A model") else "text"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, action="append", help="default: both")
@@ -238,21 +242,24 @@ def main() -> int:
         inside(json.loads(args.inside))
         return 0
     kept = RESULTS / "memory.md"
-    sections = (
-        dict(zip(PARTS, kept.read_text().split("\n## ")[1:], strict=False))
-        if (kept.is_file())
-        else {}
-    )
+    before = kept.read_text().split("\n## ")[1:] if kept.is_file() else []
+    sections = {part_of(section): section for section in before}
     for part in args.part or PARTS:
         lines = disk(args.limit_of) if part == "disk" else text()
         sections[part] = "\n".join(lines).removeprefix("## ") + "\n"
+        write(sections)
+    return 0
+
+
+def write(sections: dict[str, str]) -> None:
     title = (
         "# Memory and the disk\n\n"
         f"{datetime.date.today()}, Linux {os.uname().release}. Made by benchmarks/memory.py; "
         "docs/memory.md says what follows from it.\n"
     )
-    kept.write_text("\n## ".join([title, *(sections[p] for p in PARTS if p in sections)]))
-    return 0
+    (RESULTS / "memory.md").write_text(
+        "\n## ".join([title, *(sections[p] for p in PARTS if p in sections)])
+    )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ EXPERTS: dict[str, Any] = {
 
 # for memory.py: every graph reads all of it, and computes little
 LARGE: dict[str, Any] = EXPERTS | {
-    "n_vocab": 4096, "n_layer": 11, "n_expert": 128, "n_expert_used": 4,
+    "n_vocab": 4096, "n_layer": 6, "n_expert": 128, "n_expert_used": 2, "n_head": 2,
+    "n_head_kv": 1, "n_ff": 512,
 }  # fmt: skip
 # and one that runs fast
 SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}

@@ -92,9 +92,14 @@ int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight) {
             is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0) {
             ++n_wanted;
             effects = false;
+            continue;
         }
         effects |= node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS ||
                    node->op == GGML_OP_SET || node->op == GGML_OP_ACC;
+        // Other splits still run, on what was never computed: numbers that no row may be
+        // looked up by.
+        effects |= node->op == GGML_OP_MUL_MAT_ID ||
+                   (node->op == GGML_OP_GET_ROWS && node->src[1]->op != GGML_OP_NONE);
     }
     return effects ? 0 : n_wanted;
 }
@@ -119,11 +124,20 @@ bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept
 }
 
 void EvalHook::begin_chunk() {
+    settle();
     error_ = {};
     devices_.begin_chunk();
 }
 
+void EvalHook::settle() {
+    const StagedRows::Bad bad = staged_.settle();
+    if (bad.found) {
+        fail_non_finite(bad.weight, bad.slot, bad.mat, bad.channel);
+    }
+}
+
 void EvalHook::finish_chunk() {
+    settle();
     if (error_.kind != Failure::none) {
         return; // this chunk's sums are dropped anyway
     }
@@ -154,9 +168,21 @@ void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
 }
 
 void EvalHook::fail(Failure kind, const std::string & weight, int64_t mat, int64_t channel) {
-    if (error_.kind == Failure::none) {
-        error_ = {kind, weight, mat, channel};
+    if (error_.kind != Failure::none) {
+        return;
     }
+    // rows that came before may be wrong too, and nobody has looked yet
+    const StagedRows::Bad before = staged_.settle();
+    if (before.found) {
+        fail_non_finite(before.weight, before.slot, before.mat, before.channel);
+        return;
+    }
+    error_ = {kind, weight, mat, channel};
+}
+
+void EvalHook::fail_non_finite(size_t weight, size_t slot, int64_t mat, int64_t channel) {
+    const bool several = sums_.slots()[slot].shape.n_mat > 1;
+    fail(Failure::non_finite, sums_.weights()[weight].name, several ? mat : -1, channel);
 }
 
 // Called for every node before it runs. True makes the scheduler compute up to and
@@ -324,15 +350,14 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
     add_routed_rows(weight, x);
 }
 
-// Squares the rows of rows_of_ on the host.
-void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
-    const char * data  = host_bytes(x, staging_rows_);
-    const size_t slot  = sums_.weights()[weight].slot;
-    const Shape  shape = sums_.slots()[slot].shape;
-    rows_.clear();
-    blocks_.clear();
-    block_mats_.clear();
-    for (int64_t mat = 0; mat < shape.n_mat; ++mat) {
+// The rows of rows_of_ in `data`, the bytes of x, and the sums that they go to.
+void EvalHook::list_rows(size_t slot, const ggml_tensor * x, const char * data,
+                         std::vector<const float *> & rows, std::vector<RowBlock> & blocks,
+                         std::vector<int64_t> & mats) {
+    rows.clear();
+    blocks.clear();
+    mats.clear();
+    for (int64_t mat = 0; mat < sums_.slots()[slot].shape.n_mat; ++mat) {
         const std::vector<int32_t> & numbers = rows_of_[static_cast<size_t>(mat)];
         if (numbers.empty()) {
             continue;
@@ -341,25 +366,44 @@ void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
             const int64_t i1 = number % x->ne[1];
             const int64_t i2 = number / x->ne[1] % x->ne[2];
             const int64_t i3 = number / x->ne[1] / x->ne[2];
-            rows_.push_back(reinterpret_cast<const float *>(
+            rows.push_back(reinterpret_cast<const float *>(
                 data + i1 * static_cast<int64_t>(x->nb[1]) + i2 * static_cast<int64_t>(x->nb[2]) +
                 i3 * static_cast<int64_t>(x->nb[3])));
         }
-        blocks_.push_back({nullptr, numbers.size(), sums_.touch(slot, mat)});
-        block_mats_.push_back(mat);
+        blocks.push_back({nullptr, numbers.size(), sums_.touch(slot, mat)});
+        mats.push_back(mat);
     }
-    const float * const * first = rows_.data();
-    for (RowBlock & block : blocks_) {
+    const float * const * first = rows.data();
+    for (RowBlock & block : blocks) {
         block.rows = first;
         first += block.n_rows;
     }
-    const NonFinite bad = add_rows(threads_, blocks_, static_cast<size_t>(shape.n_in));
-    if (bad.channel >= 0) {
-        fail(Failure::non_finite, sums_.weights()[weight].name,
-             shape.n_mat > 1 ? block_mats_[bad.block] : -1, bad.channel);
+}
+
+// Squares the rows of rows_of_ on the host. Where they had to be copied from a device, it goes on
+// while they are added.
+void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
+    const size_t slot = sums_.weights()[weight].slot;
+    const size_t n_in = static_cast<size_t>(sums_.slots()[slot].shape.n_in);
+    if (DeviceSums::is_far(x)) {
+        StagedRows::Job & job  = staged_.next();
+        const char *      data = host_bytes(x, job.bytes);
+        list_rows(slot, x, data, job.rows, job.blocks, job.mats);
+        job.weight = weight;
+        job.slot   = slot;
+        job.n      = n_in;
+        counters_.squared_elements += static_cast<int64_t>(job.rows.size() * n_in);
+        staged_.submit();
         return;
     }
-    counters_.squared_elements += static_cast<int64_t>(rows_.size()) * shape.n_in;
+    staged_.wait_for(slot);
+    list_rows(slot, x, static_cast<const char *>(x->data), rows_, blocks_, block_mats_);
+    const NonFinite bad = add_rows(threads_, blocks_, n_in);
+    if (bad.channel >= 0) {
+        fail_non_finite(weight, slot, block_mats_[bad.block], bad.channel);
+        return;
+    }
+    counters_.squared_elements += static_cast<int64_t>(rows_.size() * n_in);
 }
 
 // Reads the experts of every token into ids_, [n_tokens, n_used].

@@ -5,6 +5,7 @@
 #include "add_rows.h"
 #include "device_sums.h"
 #include "parallel.h"
+#include "staged_rows.h"
 #include "sums.h"
 
 #include <cstdint>
@@ -58,7 +59,8 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
 std::string plain_name(const char * name);
 
 // How many nodes of a graph multiply a wanted weight, if nothing after the last of them has an
-// effect that outlives the graph (keys, values, states); else 0.
+// effect that outlives the graph (keys, values, states) or looks up rows by numbers that the graph
+// computes; else 0.
 int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight);
 
 class EvalHook {
@@ -69,8 +71,11 @@ public:
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
     void begin_chunk(); // forgets the last chunk's error
-    // After the last decode of a chunk: what the devices hold goes to the pending sums. Throws
-    // bad_alloc only.
+    // Waits until all rows that were copied to the host are added. What they had wrong is in
+    // error() then, and the sums may be dropped.
+    void settle();
+    // After the last decode of a chunk: settles, and what the devices hold goes to the pending
+    // sums. Throws bad_alloc only.
     void finish_chunk();
     // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
     // its own, whose block numbers start again at 0, apart from the trunk's.
@@ -82,10 +87,14 @@ public:
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
     // Leaves every graph after so many wanted nodes; 0 runs them to their end. Only where nobody
-    // reads what a graph computes after the last of them, and where the scheduler runs all of it
-    // as one split: others would run on what was never computed.
+    // reads what a graph computes after the last of them: of several splits the scheduler leaves
+    // the one that the last node is in, and runs those after it on what was never computed
+    // (ggml-backend.cpp, compute_splits). See nodes_to_the_last().
     void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
-    void set_threads(size_t n) { threads_.set_threads(n); }
+    void set_threads(size_t n) {
+        threads_.set_threads(n);
+        staged_.set_threads(n);
+    }
     // For other work between two decodes.
     Parallel & threads() { return threads_; }
     bool       grouping() const { return grouping_; }
@@ -117,6 +126,10 @@ private:
     void         collect_dense(size_t weight, const ggml_tensor * node);
     void         collect_experts(size_t weight, const ggml_tensor * node);
     void         add_routed_rows(size_t weight, const ggml_tensor * x);
+    void         list_rows(size_t slot, const ggml_tensor * x, const char * data,
+                           std::vector<const float *> & rows, std::vector<RowBlock> & blocks,
+                           std::vector<int64_t> & mats);
+    void         fail_non_finite(size_t weight, size_t slot, int64_t mat, int64_t channel);
     void         read_ids(const ggml_tensor * ids);
     bool         summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows);
 
@@ -141,7 +154,7 @@ private:
     std::vector<Activation>           activations_;  // of this graph
     bool                              device_sums_ = true;
     DeviceSums                        devices_;
-    std::vector<char>                 staging_rows_;
+    StagedRows                        staged_; // rows copied from devices
     std::vector<char>                 staging_ids_;
     std::vector<int32_t>              ids_;     // [n_tokens, n_used]
     std::vector<std::vector<int32_t>> rows_of_; // numbers of rows by matrix or expert

@@ -348,11 +348,11 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
 }
 
 // Where every row is asked for logits only so that the last layer runs on it, nobody reads them,
-// and the graph is left after its last wanted weight. A lone device is one split of the scheduler.
-// With a head the trunk's rows are read, which some architectures compute last.
+// and the graph is left after its last wanted weight. With a head the trunk's rows are read, which
+// some architectures compute last.
 bool Session::may_end_early() const {
     return trunk_plan_.needs_outputs && !params_.process_output && !params_.perplexity &&
-           !params_.mtp && params_.leave_out_logits && ggml_backend_dev_count() == 1;
+           !params_.mtp && params_.leave_out_logits;
 }
 
 Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan) {
@@ -467,8 +467,8 @@ std::vector<MemoryUse> Session::memory() const {
         }
         // What the breakdown leaves out (llama-context.cpp, output_reserve): logits of the rows
         // that are asked for them, and the trunk's rows for the head.
-        const bool    all     = head ? head_plan_.needs_outputs
-                                     : trunk_plan_.needs_outputs || params_.perplexity;
+        const bool all =
+            head ? head_plan_.needs_outputs : trunk_plan_.needs_outputs || params_.perplexity;
         const int64_t n_rows  = params_.n_batch;
         const int64_t outputs = (all ? n_rows : params_.n_seq) * model_.n_vocab();
         const int64_t hidden  = n_rows * llama_model_n_embd_out(model_.get());
@@ -783,6 +783,11 @@ Status Session::check_rows(int64_t n_tokens) const {
 
 Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                         ChunkScore * scores) {
+    // however it ends: rows may still be on their way to sums that will be dropped
+    struct Settled {
+        EvalHook & hook;
+        ~Settled() { hook.settle(); }
+    } const settled{hook_};
     hook_.begin_chunk();
     clear_error();
     llama_memory_clear(llama_get_memory(trunk_.get()), true);

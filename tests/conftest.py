@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(enc
 
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
+RpcServer = Callable[[int], str]
 
 
 def until_told(line: str, run: Callable[[], str]) -> str:
@@ -71,6 +75,39 @@ def engine_tool() -> EngineTool:
 def trained_models() -> list[Path]:
     """The models with a trained head that ship with the package."""
     return sorted((Path(imatrix.__file__).parent / "data").glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def rpc_server(engine_tool: EngineTool) -> Iterator[RpcServer]:
+    """host:port of the n-th ggml-rpc-server, which is started when it is first asked for."""
+    with ExitStack() as running:
+        endpoints: list[str] = []
+
+        def nth(n: int) -> str:
+            while len(endpoints) <= n:
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                tool = engine_tool("ggml-rpc-server")
+                process = running.enter_context(
+                    subprocess.Popen(
+                        [tool, "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                    )
+                )
+                running.callback(process.kill)
+                for _ in range(600):
+                    try:
+                        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                        break
+                    except OSError:
+                        assert process.poll() is None, "the server ended"
+                        time.sleep(0.05)
+                endpoints.append(f"127.0.0.1:{port}")
+            return endpoints[n]
+
+        yield nth
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,13 @@ import json
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EngineTool, Forged
+from conftest import Forged, RpcServer
 from forge import Arch
 
 import imatrix
@@ -43,24 +41,9 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def server(engine_tool: EngineTool) -> Iterator[str]:
+def server(rpc_server: RpcServer) -> str:
     """host:port of a running ggml-rpc-server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [engine_tool("ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", "1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(200):
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, "the server ended"
-                    time.sleep(0.05)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.kill()
+    return rpc_server(0)
 
 
 # A process of its own: a server that was added once is a device for every later model too.

@@ -146,7 +146,11 @@ PYBIND11_MODULE(_imatrix_testing, m) {
                  h.hook.finish_chunk();
                  h.sums.commit();
              })
-        .def("discard", [](Harness & h) { h.sums.discard(); })
+        .def("discard",
+             [](Harness & h) {
+                 h.hook.settle();
+                 h.sums.discard();
+             })
         .def("ungroup",
              [](Harness & h) { // as Session::step does before it repeats a chunk
                  h.sums.ungroup();
@@ -159,6 +163,7 @@ PYBIND11_MODULE(_imatrix_testing, m) {
                bool replay) {
                 const Given       given(rows, ids, products);
                 const std::string why = h.run(given.rows, given.ids, given.products, replay);
+                h.hook.settle(); // the graph's tensors, and what is wrong with them
                 if (!why.empty()) {
                     throw std::runtime_error(why);
                 }
