@@ -12,6 +12,11 @@ import engine_tools
 import numpy as np
 import pytest
 from forge import Arch, ModelSpec, make_model
+from hypothesis import settings
+
+# no test measures time, and a busy machine takes more than Hypothesis allows an example
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
