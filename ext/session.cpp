@@ -73,8 +73,9 @@ Status Model::load(const ModelParams & params) {
     return {};
 }
 
-int32_t     Model::n_nextn() const { return llama_model_n_layer_nextn(model_.get()); }
-int32_t     Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
+int32_t Model::n_nextn() const { return llama_model_n_layer_nextn(model_.get()); }
+int32_t Model::n_trunk() const { return llama_model_n_layer(model_.get()); }
+
 std::string Model::token_text(int32_t token) const {
     const llama_vocab * vocab = llama_model_get_vocab(model_.get());
     if (token < 0 || token >= llama_vocab_n_tokens(vocab)) {
