@@ -16,9 +16,14 @@ import engine_tools
 import numpy as np
 import pytest
 from forge import Arch, ModelSpec, make_model
+from hypothesis import settings
 from random_model import make_random_model
 
 import imatrix
+
+# no test measures time, and a busy machine takes more than Hypothesis allows an example
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 # The text that comes with the package.
 TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")

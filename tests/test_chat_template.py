@@ -281,6 +281,13 @@ def test_memory_has_an_end() -> None:
 # --- a model's own -------------------------------------------------------------------------------
 
 
+# a comment first, to see that a template comes out of the file as it is
+DEFAULT = (
+    '{# "größer"\\n\n\t#}{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}'
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}go{% endif %}"
+)
+
+
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """A model with two templates. They are spelled in what the tiny tokenizer knows."""
@@ -290,8 +297,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
         "llama",
         seed=3,
         metadata={
-            "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}{{ m.role }}: "
-            "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}go{% endif %}",
+            "tokenizer.chat_template": DEFAULT,
             "tokenizer.chat_template.tool_use": "tools {{ tools | length }} "
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ style }}",
             "tokenizer.chat_templates": ["tool_use"],
@@ -347,6 +353,7 @@ def test_names_that_a_chat_has_by_itself(chatty: ModelSpec) -> None:
 def test_the_models_template_by_name(chatty: ModelSpec) -> None:
     with Collector(chatty.path, n_ctx=32, n_threads=1) as made:
         with made.chat_template() as template:
+            assert template.text == DEFAULT
             text = template.render([{"role": "user", "content": "x"}], add_generation_prompt=True)
         assert text == "<|begin|>user: x<|endoftext|>go"
         with pytest.raises(

@@ -330,6 +330,19 @@ class TestRefusals:
                 {"imatrix__collector__mtp": 1},
                 r"imatrix\.collector\.mtp must be of type bool, it is 1",
             ),
+            (
+                {"w.in_sum2": f32(1), "w.counts": f32(1)},
+                {"imatrix__collector__sources__names": ["a.txt"]},
+                r"imatrix\.collector\.sources\.\* must be arrays of one length",
+            ),
+            (
+                {"w.in_sum2": f32(1), "w.counts": f32(1)},
+                {
+                    f"imatrix__collector__sources__{name}": ["1"]
+                    for name in ("names", "documents", "tokens", "dropped", "weights")
+                },
+                r"imatrix\.collector\.sources\.documents must hold values of type int",
+            ),
         ],
     )
     def test_contents(

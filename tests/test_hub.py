@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ def test_what_goes_wrong(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None
         HubModel("user/empty")
 
 
-def test_without_the_hub(hub: SmallHub) -> None:
+def test_without_the_hub(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["user/model"] = {"a-Q8_0.gguf": content("a"), "b-F16.gguf": content("b")}
     with pytest.raises(OSError, match=r"user/model is not in the cache .*run once without --off"):
         HubModel("user/model", offline=True)
@@ -185,6 +186,12 @@ def test_without_the_hub(hub: SmallHub) -> None:
         assert found.offline
         assert found.model().read_bytes() == content("a")
     assert len(hub.downloads) == asked
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MODEL_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        assert HubModel("user/model").model().read_bytes() == content("a")
+        with pytest.raises(OSError, match=r"user/other: http://127\.0\.0\.1:\d+ cannot be reached"):
+            HubModel("user/other")
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

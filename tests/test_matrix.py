@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.matrix import Entry, ImportanceMatrix, Provenance, TextSource
 
 
 def dense(*values: float, count: int = 1) -> Entry:
@@ -309,6 +309,16 @@ class TestMerge:
         b = Provenance("imatrix 0.1.0", "llama.cpp 2", False, 512, "aa")
         total = ImportanceMatrix({}, provenance=a) + ImportanceMatrix({}, provenance=b)
         assert total.provenance == Provenance("imatrix 0.1.0", None, True, 512, None)
+        books = TextSource("books", 2, 70, 5, 0.5)
+        a = Provenance(tokens=100, packing="document", seed=1, sources=(books,))
+        b = Provenance(tokens=40, packing="document", sources=(TextSource("web", 1, 40), books))
+        total = ImportanceMatrix({}, provenance=a) + ImportanceMatrix({}, provenance=b)
+        assert total.provenance == Provenance(
+            tokens=140,
+            packing="document",
+            sources=(TextSource("books", 4, 140, 10, 0.5), TextSource("web", 1, 40)),
+        )
+        b = Provenance("imatrix 0.1.0", "llama.cpp 2", False, 512, "aa")
         nothing = ImportanceMatrix({}, provenance=b) + ImportanceMatrix({})
         assert nothing.provenance is None
 

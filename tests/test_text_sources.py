@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,10 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dataset_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def refuse(*_: object) -> None:
+        raise AssertionError("a folder needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_bytes(lines(RECORDS))
     (tmp_path / "data/test.jsonl").write_bytes(lines([{"text": "held out"}]))
@@ -360,6 +364,8 @@ def test_mixtures_that_make_no_sense() -> None:
         cut(Mixture([Source(["ab"] * 9, weight=1), Source([""], weight=1, name="thin")]), 2)
     with pytest.raises(TypeError, match="a source is a path, a name, or an iterable of documents"):
         Source(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="an open file has no documents to tell apart; give its p"):
+        Source(io.StringIO("x"))
     with pytest.raises(TypeError, match=r"documents\[0\] is float"):
         cut(Mixture([[1.5]]), 2)
 

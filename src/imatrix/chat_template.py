@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import queue
@@ -205,6 +206,8 @@ class ChatTemplate:
             self.close()
 
     def _start(self) -> None:
+        if importlib.util.find_spec("jinja2") is None:
+            raise ImportError("chat templates need the library jinja2: pip install 'jinja2>=3.1.6'")
         worker = str(Path(__file__).with_name("_chat_worker.py"))
         # isolated: not what lies in the current folder, but the paths that this process has
         command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), worker]

@@ -131,6 +131,8 @@ class Source:
                 if self._kind == "hf":
                     _dataset_of(self._at)
             self.name = name or os.fspath(at)
+        elif hasattr(at, "read"):
+            raise TypeError("an open file has no documents to tell apart; give its path")
         elif isinstance(at, Iterable) and not isinstance(at, (bytes, bytearray, Mapping)):
             self._items = at
             self.name = name or ""
