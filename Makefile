@@ -17,7 +17,7 @@ help:
 	@echo "make test      build, then lint, types and all tests"
 	@echo "make dev       editable install; again after a change, it takes seconds"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
-	@echo "make sanitize  the core's tests under ASan and UBSan"
+	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
 	@echo "make dist      sdist and wheel into dist/"
 
 $(STAMP): pyproject.toml
@@ -60,7 +60,8 @@ bench: tools
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 sanitize: tools
-	bash tests/native/sanitize.sh
+	bash tests/native/sanitize.sh address
+	bash tests/native/sanitize.sh thread
 
 dist: $(STAMP)
 	$(BIN)/python -m build --outdir dist

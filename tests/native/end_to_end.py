@@ -1,10 +1,11 @@
 """Whole runs from Python through a binding that was built with sanitizers: see sanitize.sh.
 
-    LD_PRELOAD=libasan.so python tests/native/end_to_end.py FOLDER_OF_THE_BINDING MODEL...
+LD_PRELOAD=libasan.so python tests/native/end_to_end.py FOLDER_OF_THE_BINDING MODEL...
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -48,10 +49,8 @@ def run(path: str, folder: Path) -> None:
         whole = made.run(chunks, process_output=True, **run)
         assert whole.chunk_count == 6
         whole = made.run(chunks, **run)
-        try:
+        with contextlib.suppress(Enough):
             made.run(chunks, checkpoint=checkpoint, progress=enough, **run)
-        except Enough:
-            pass
         assert made.run(chunks, checkpoint=checkpoint, **run) == whole
         checkpoint.unlink()
         made.plan(mtp=mtp)

@@ -31,9 +31,8 @@ case "$kind" in
     flags="-fsanitize=thread"
     runtime="libtsan.so"
     # The engine, OpenMP and the interpreter are not instrumented: how they hand memory from one
-    # thread to another cannot be seen. tsan.supp says what is left of that.
-    supp="$PWD/tests/native/tsan.supp"
-    export TSAN_OPTIONS="ignore_noninstrumented_modules=1:suppressions=$supp:${TSAN_OPTIONS:-}"
+    # thread to another cannot be seen.
+    export TSAN_OPTIONS="ignore_noninstrumented_modules=1:${TSAN_OPTIONS:-}"
     export OMP_NUM_THREADS=1
     ;;
   *)
