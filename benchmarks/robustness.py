@@ -287,7 +287,11 @@ def kill_isolated(ground: Ground, kills: int, rng: random.Random) -> str:
                 who = "the run"
             if who != "the engine":
                 os.kill(pid, signal.SIGKILL)
-            if who != "the run" and engine is not None and child_of(pid, or_orphan=engine) == engine:
+            if (
+                who != "the run"
+                and engine is not None
+                and child_of(pid, or_orphan=engine) == engine
+            ):
                 try:
                     os.kill(engine, signal.SIGKILL)
                 except ProcessLookupError:
