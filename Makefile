@@ -18,7 +18,7 @@ help:
 	@echo "make dev       editable install; again after a change, it takes seconds"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
 	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
-	@echo "make sanitize  the core's tests under ASan and UBSan"
+	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
 	@echo "make fuzz      coverage-guided fuzzing of the readers, and of what opens models; RUNS=N each"
 	@echo "make dist      sdist and wheel into dist/"
 
@@ -67,7 +67,8 @@ quality: dev
 	$(BIN)/python benchmarks/quality.py
 
 sanitize: tools
-	bash tests/native/sanitize.sh
+	bash tests/native/sanitize.sh address
+	bash tests/native/sanitize.sh thread
 
 # found inputs stay in the folder; `tests/fuzz/run.py TARGET` runs one target
 RUNS ?= 100000

@@ -282,29 +282,33 @@ def kill_isolated(ground: Ground, kills: int, rng: random.Random) -> str:
             pid = ground.start(isolate=True)
             time.sleep(rng.uniform(0, seconds))
             engine = child_of(pid)
-            who = rng.choice(["run", "engine", "both"])
+            who = rng.choice(["the run", "the engine", "both"])
             if engine is None:
-                who = "run"
-            if who != "engine":
+                who = "the run"
+            if who != "the engine":
                 os.kill(pid, signal.SIGKILL)
-            if who != "run" and engine is not None and child_of(pid, or_orphan=engine) == engine:
+            if (
+                who != "the run"
+                and engine is not None
+                and child_of(pid, or_orphan=engine) == engine
+            ):
                 try:
                     os.kill(engine, signal.SIGKILL)
                 except ProcessLookupError:
-                    who = "run"
+                    who = "the run"
             if (status := wait(pid)) == 0:
                 break
             log = ground.log()
-            if status not in ((1, 2) if who == "engine" else (-signal.SIGKILL,)):
-                raise Failed(f"exit status {status} after the {who}: {log}")
-            if who == "engine" and "SIGKILL" not in log:
+            if status not in ((1, 2) if who == "the engine" else (-signal.SIGKILL,)):
+                raise Failed(f"exit status {status} after {who}: {log}")
+            if who == "the engine" and "SIGKILL" not in log:
                 raise Failed(f"it does not say what ended the engine: {log}")
             done += 1
             victims[who] += 1
             ground.check()
         ground.finish(isolate=True)
         runs += 1
-    told = ", ".join(f"{n} of the {who}" for who, n in sorted(victims.items()))
+    told = ", ".join(f"{n} of {who}" for who, n in sorted(victims.items()))
     return f"{done} kills in {runs} runs ({told})"
 
 

@@ -83,8 +83,10 @@ bool with_stack(size_t bytes, const std::function<void()> & work) {
 
 Status engine_error(Code code, const std::string & what) {
     const std::string why = first_error();
-    const bool        memory =
-        why.find("allocate") != std::string::npos || why.find("out of memory") != std::string::npos;
+    const auto        has = [&](const char * words) {
+        return why.find(words) != std::string::npos;
+    };
+    const bool memory = has("allocate") || has("out of memory") || has("bad_alloc");
     return Status::failed(memory ? Code::out_of_memory : code,
                           why.empty() ? what : what + ": " + why);
 }

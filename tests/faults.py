@@ -29,6 +29,7 @@ KILL, TEAR, FAIL, FAIL_ON = 1, 2, 3, 4
 SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
 _KINDS = 1 << 16
+_watched: list[Tally] = []
 
 
 class Tally:
@@ -60,6 +61,7 @@ class Tally:
 def watch(folder: Path, tally: Tally) -> None:
     """Count the calls on files in `folder` from here on."""
     library = _library()
+    _watched.append(tally)  # it is written to from here on
     error = library.faults_watch(os.fsencode(os.path.realpath(folder)), tally.address)
     if error:
         raise OSError(error, os.strerror(error), "seccomp")

@@ -475,40 +475,76 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
             assert process.wait(30) == status
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
 @pytest.mark.parametrize(
     ("number", "says"),
     [
-        (signal.SIGABRT, "ended by SIGABRT; what the engine said is above"),
+        (signal.SIGABRT, "SIGABRT"),
         (signal.SIGKILL, "killed (SIGKILL), as the system does where memory runs out"),
     ],
 )
-def test_a_process_of_its_own(
+def test_the_engine_has_a_process_of_its_own(
     number: int, says: str, model: Path, text: Path, run: Run, tmp_path: Path
 ) -> None:
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
     long = tmp_path / "long.txt"
     long.write_text(TEXT * 40, encoding="utf-8")
-    common = [*one_at_a_time(), "-ofreq", 1, "--isolate", "-m", model]
+    common = [*one_at_a_time(), "-ofreq", 1, "-m", model]
     command = [sys.executable, "-m", "imatrix", "collect", *common, "-f", long, "-o", out]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("collecting: chunk 3"):
                 break
-        worker = int((tmp_path / "out.gguf.lock").read_text())
-        assert worker != process.pid
-        os.kill(worker, number)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), number)
         rest = process.stderr.read()
         assert process.wait(60) == 1
-    found = re.search(r"checkpoint holds (\d+) chunk\(s\) and is 0:\d\d old", rest)
-    assert f"error: the run was {says}. " in rest
+    # in the chunk, or while its sums were fetched
+    found = re.search(
+        r", (?:in|before) chunk (\d+)\. (\S+) holds (\d+) chunk\(s\) and is 0:00:\d\d old", rest
+    )
+    assert f"error: the process that ran the engine is gone: {says}, " in rest
+    assert "run the same again to go on from it" in rest
+    assert "Traceback" not in rest
     assert found is not None
-    assert int(found[1]) >= 3
-    # one that goes well is as ever, and so is one that does not
+    assert found[2] == f"{out}.checkpoint"
+    assert int(found[1]) >= int(found[3]) >= 3
+    assert ImportanceMatrix.load(out).chunk_count == int(found[3])
+    # the same without it
     done = spawn("collect", *common, "-f", text, "-o", whole, "--chunks", 2)
     assert (done.returncode, ImportanceMatrix.load(whole).chunk_count) == (0, 2)
+    expected = whole.read_bytes()
+    done = spawn("collect", *common, "--no-isolate", "-f", text, "-o", whole, "--chunks", 2)
+    assert done.returncode == 0
+    assert whole.read_bytes() == expected
     assert spawn("collect", *common, "-f", tmp_path / "none", "-o", whole).returncode == 2
+
+
+def test_an_output_that_was_written_is_not_added_to_again(
+    model: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between writing an output that is an input too and removing the checkpoint."""
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    checkpoint = tmp_path / "out.gguf.checkpoint"
+    common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 2, "-ofreq", 1]
+    run("collect", *common, "-o", out)
+    run("collect", *common, "-o", whole, "--in-file", out)
+    common += ["-o", out, "--in-file", out]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_args, **_kw: None)
+        assert run("collect", *common).status == 0
+    assert checkpoint.exists()
+    assert out.read_bytes() == whole.read_bytes()
+    done = run("collect", *common)
+    assert done.status == 0
+    assert f"{out} is done: the run before this one was ended between" in done.err
+    assert out.read_bytes() == whole.read_bytes()
+    assert not checkpoint.exists()
+    # and the command after that adds, as it is told to
+    assert run("collect", *common).status == 0
+    assert ImportanceMatrix.load(out).chunk_count == 6
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")

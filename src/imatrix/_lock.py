@@ -69,8 +69,9 @@ def locked(path: str | os.PathLike[str], what: str = "output") -> AbstractContex
             break
         os.close(descriptor)  # the one who had it has removed it meanwhile
     _held_here.add(descriptor)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # on a full disk it is held all the same, without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return _held(descriptor, file)
 
 

@@ -1157,7 +1157,9 @@ class Collector:
         """The engine's process is gone, and the sums with it: go back to the checkpoint, and say
         in the error what there is."""
         at = error.chunk
-        ran = "" if at is None else f", in chunk {at}"
+        ran = f", in chunk {at}"
+        if at is None:  # not in one: while its sums were fetched, say
+            ran = f", before chunk {self._skipped + self._done}" if self._done else ""
         if at is not None and self._batch.n_seq > 1:
             ran = f", in one of the chunks {at} to {at + self._batch.n_seq - 1}"
         done = self._done

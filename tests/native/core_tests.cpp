@@ -407,7 +407,7 @@ int main(int argc, char ** argv) {
     for (int i = 1; i < argc; ++i) {
         check_session(argv[i]);
     }
-    CHECK(Session::live() == 0);
+    CHECK(Session::live() == 0 && Sums::live() == 0 && g_live_contexts == 0 && g_live_models == 0);
     std::printf(g_failed == 0 ? "ok\n" : "%d checks failed\n", g_failed);
     return g_failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
