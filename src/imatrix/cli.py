@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _show, atomic
+from imatrix import _check_cli, _evaluate_cli, _files_cli, _show, atomic
 from imatrix._arguments import (
     Commands,
     add_tensor_type,
@@ -35,6 +34,7 @@ from imatrix._arguments import (
 )
 from imatrix._isolate import isolated
 from imatrix._lock import LockedError, locked
+from imatrix._output import check_output
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -44,6 +44,7 @@ from imatrix._terminal import (
     size,
     tensors_told,
 )
+from imatrix.formats import Format, detected
 from imatrix.matrix import ImportanceMatrix
 
 __all__ = ["entry", "main"]
@@ -154,7 +155,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.isolate:
         argv = [arg for arg in args.argv if arg != "--isolate"]
         return isolated(argv, _checkpoint_path(args), terminal)
-    earlier = [ImportanceMatrix.load(path) for path in args.in_file]
+    earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
     text = _text(args)
     if text is None and not earlier:
         raise _Stopped(
@@ -164,7 +165,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL", USAGE)
-    _check_output(args.output, [args.model, args.mtp_model, args.file])
+    check_output(args.output, [args.model, args.mtp_model, args.file])
     try:
         lock = locked(args.output)
     except LockedError as error:
@@ -184,7 +185,7 @@ def _collect_locked(
 ) -> int:
     if text is None:
         matrix = earlier[0].merge(*earlier[1:])
-        _save(matrix, args.output)
+        _save(matrix, args.output, args.output_format)
         terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
         _tell_matrix(matrix, terminal)
         return OK
@@ -252,7 +253,7 @@ def _collect_text(
         _tell_matrix(matrix, terminal)
         if (head_matrix := collector.mtp_matrix) is not None:
             path = saver.head_path
-            _save(head_matrix, path)
+            _save(head_matrix, path, args.output_format)
             terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
         checkpoint.unlink(missing_ok=True)  # all it held is safe now
         if saver.progress is not None:
@@ -346,14 +347,14 @@ class _Saver:
         matrix = self._matrix()
         for path in due:
             try:
-                matrix.save(path)
+                matrix.save(path, format=self._args.output_format)
             except OSError as error:
                 self._terminal.warn(f"cannot write {path} yet: {_told(error)}")
 
     def finish(self) -> ImportanceMatrix:
         """Write the whole matrix."""
         matrix = self._matrix()
-        _save(matrix, self._path)
+        _save(matrix, self._path, self._args.output_format)
         return matrix
 
     @property
@@ -382,13 +383,13 @@ class _Saver:
             matrix = self._matrix()
         except ValueError:
             matrix = own  # the earlier files do not fit, which is the error that brought us here
-        _save(matrix, self._path)
+        _save(matrix, self._path, self._args.output_format)
         self._terminal.note(
             f"saved what was collected so far to {self._path}: {own.chunk_count} chunk(s)"
             + (go_on if checkpoint.exists() else "")
         )
         if (head := self._collector.mtp_matrix) is not None and head:
-            _save(head, self.head_path)
+            _save(head, self.head_path, self._args.output_format)
 
     def _matrix(self) -> ImportanceMatrix:
         own = self._collector.matrix
@@ -421,32 +422,6 @@ def _text(args: argparse.Namespace) -> str | Path | None:
         return Path(args.file)
 
 
-def _check_output(path: str, inputs: list[str | None]) -> None:
-    """Find out before the work whether its result can be written.
-
-    Raises:
-        _Stopped: it cannot, or would replace an input.
-    """
-    target = Path(path)
-    for name in inputs:
-        if name is None or not target.exists() or not Path(name).exists():
-            continue
-        if target.samefile(name):
-            raise _Stopped(f"the output {path} would replace the input {name}", USAGE)
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise _Stopped(f"cannot write {path}: there is no folder {folder}; create it first", USAGE)
-    if target.exists() and not target.is_file():
-        kind = "a folder" if target.is_dir() else "not a regular file"
-        raise _Stopped(f"cannot write {path}: it is {kind}", USAGE)
-    try:
-        # the only sure way to know: permission bits say nothing of read-only file systems
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _Stopped(f"cannot write {path}: {folder}: {error.strerror}", USAGE) from error
-
-
 def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace) -> None:
     """Refuse earlier files of another model now, not when the work is done."""
     tensors = imatrix.ModelFile.read(args.model).tensors
@@ -471,9 +446,9 @@ def _has_gpu() -> bool:
     return any(device.gpu for device in imatrix.backends().devices)
 
 
-def _save(matrix: ImportanceMatrix, path: str) -> None:
+def _save(matrix: ImportanceMatrix, path: str, form: Format) -> None:
     try:
-        matrix.save(path)
+        matrix.save(path, format=form)
     except OSError as error:
         raise _Stopped(f"cannot write {path}: {_told(error)}", FAILED) from error
 
@@ -503,17 +478,18 @@ def _tell_run(progress: imatrix.Progress, terminal: Terminal) -> None:
 
 def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = ImportanceMatrix.load(args.file)
+    form = detected(args.file)
     if args.json:
-        json.dump(_show.as_data(matrix, args.file), sys.stdout, indent=2)
+        json.dump(_show.as_data(matrix, args.file, form), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        _show.render(terminal.out, matrix, args.file, every_weight=args.all)
+        _show.render(terminal.out, matrix, args.file, form, every_weight=args.all)
     sys.stdout.flush()  # here, where a closed pipe is expected
     return OK
 
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
-    _check_output(args.dst, [args.imatrix])
+    check_output(args.dst, [args.imatrix])
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
             args.src,
@@ -553,7 +529,7 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
-    _check_output(args.output, [args.trunk, args.mtp_model])
+    check_output(args.output, [args.trunk, args.mtp_model])
     with StepProgress(terminal, "grafting", bytes_told) as bar:
         report = imatrix.graft_mtp(args.trunk, args.mtp_model, args.output, progress=bar)
     terminal.note(
@@ -752,10 +728,9 @@ def _add_collect(commands: Commands) -> None:
     )
     add(
         "--output-format",
-        metavar="FORMAT",
-        type=_output_format,
+        choices=("gguf", "dat"),
         default="gguf",
-        help="gguf (default)",
+        help="gguf (default), or dat for programs that read only the old format",
     )
     add("--no-mmap", action="store_true", help="read the model instead of mapping it")
     add("--check-tensors", action="store_true", help="look for NaN and Inf in the model's weights")
@@ -838,23 +813,12 @@ def _add_demo(commands: Commands) -> None:
     add_verbose(command)
 
 
-def _output_format(text: str) -> str:
-    if text == "dat":
-        raise argparse.ArgumentTypeError(
-            "this version writes gguf only, which llama-quantize reads. For a program that needs "
-            "the old format, convert the result: llama-imatrix --in-file OUT --output-format dat "
-            "-o OUT.dat"
-        )
-    if text != "gguf":
-        raise argparse.ArgumentTypeError(f"expected gguf, got {text!r}")
-    return text
-
-
 # in the order of the help
 _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _files_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,
