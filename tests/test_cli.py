@@ -139,6 +139,60 @@ def test_earlier_files_go_in_as_there(
     same(earlier, tmp_path / "theirs.gguf")
 
 
+def test_the_old_format(model: Path, text: Path, engine_tool: EngineTool, run: Run,
+                        tmp_path: Path) -> None:  # fmt: skip
+    common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 3, "--no-ppl"]
+    old, new, theirs = (tmp_path / name for name in ("old", "new.gguf", "theirs.dat"))
+    assert run("collect", *common, "-o", old, "--output-format", "dat").status == 0
+    assert run("collect", *common, "-o", new).status == 0
+    command = ["-m", "none", "-c", 64, "--in-file", new, "-o", theirs, "--output-format", "dat"]
+    subprocess.run(
+        [str(part) for part in (engine_tool("llama-imatrix"), *command)],
+        capture_output=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert old.read_bytes() == theirs.read_bytes()
+    done = run("convert", new, tmp_path / "mine.dat")
+    assert done.status == 0
+    assert f"wrote {tmp_path / 'mine.dat'}: dat, 29 weights" in done.err
+    assert (tmp_path / "mine.dat").read_bytes() == theirs.read_bytes()
+    assert ": .dat importance matrix, 29 weights" in run("show", old).out
+    done = run("convert", new, new)
+    assert done.status == 2
+    assert "would replace the input" in done.err
+
+
+def test_merged_in_any_order(head_matrix: Path, run: Run, tmp_path: Path) -> None:
+    half = ImportanceMatrix.load(head_matrix).trunk
+    files = [head_matrix]
+    for number, size in ((1, 64), (2, 32)):
+        path = tmp_path / f"{number}.gguf"
+        ImportanceMatrix(
+            {n: Entry(e.sums / (7 * number), e.counts) for n, e in half.items()},
+            datasets=[f"{9 - number}.txt"], chunk_count=number, chunk_size=size,
+        ).save(path)  # fmt: skip
+        files.append(path)
+    outs = []
+    for number, order in enumerate(([0, 1, 2], [2, 1, 0], [1, 0, 2])):
+        outs.append(tmp_path / f"out{number}.gguf")
+        done = run("merge", *(files[i] for i in order), "-o", outs[-1])
+        assert done.status == 0
+        assert f"wrote {outs[-1]}: gguf, 3 file(s), 41 weights: 29 trunk, 12 head" in done.err
+    assert len({path.read_bytes() for path in outs}) == 1
+    assert run("merge", files[0], files[1], "-o", files[0]).status == 2
+
+
+def test_what_the_old_format_cannot_say_is_told(run: Run, tmp_path: Path) -> None:
+    entries = {
+        "blk.0.ffn_up_exps.weight": Entry(np.ones((3, 4)), [0, 5, 0]),
+        "blk.1.ffn_up_exps.weight": Entry(np.zeros((3, 4)), [0, 0, 0]),
+    }
+    ImportanceMatrix(entries, chunk_count=1, chunk_size=8).save(tmp_path / "m.gguf")
+    done = run("convert", tmp_path / "m.gguf", tmp_path / "m.dat")
+    assert done.status == 0
+    assert "left out, having seen no rows: blk.1.ffn_up_exps.weight" in done.err
+    assert "2 experts of 1 weights saw no rows; .dat cannot say so" in done.err
+
+
 def test_earlier_files_alone_are_combined_without_a_model(
     head_matrix: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -232,9 +286,9 @@ def test_the_file_is_written_every_so_often(
     saved: list[tuple[str, int]] = []
     save = ImportanceMatrix.save
 
-    def counting(self: ImportanceMatrix, path: Any) -> None:
+    def counting(self: ImportanceMatrix, path: Any, **options: Any) -> None:
         saved.append((Path(path).name, self.chunk_count))
-        save(self, path)
+        save(self, path, **options)
 
     monkeypatch.setattr(ImportanceMatrix, "save", counting)
     common = ["-m", model, "-f", text, "-o", tmp_path / "o", *one_at_a_time(), "--chunks", 5]
@@ -754,8 +808,7 @@ def test_earlier_files_that_will_not_do(model: Path, text: Path, run: Run, tmp_p
         (["--chunk", "-1"], "argument --chunk/--from-chunk: must be 0 or more, got -1"),
         (["-ofreq", "-1"], "argument -ofreq/--output-frequency: must be 0 or more, got -1"),
         (["-ngl", "some"], "argument -ngl/--gpu-layers/--n-gpu-layers: expected a whole number"),
-        (["--output-format", "dat"], "this version writes gguf only, which llama-quantize reads"),
-        (["--output-format", "npz"], "argument --output-format: expected gguf, got 'npz'"),
+        (["--output-format", "npz"], "argument --output-format: invalid choice: 'npz'"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 import faults
 import pytest
+from imatrix.demo_model import make_demo_model
 
 import imatrix
-from imatrix.demo_model import make_demo_model
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "robustness.py"
 

@@ -30,6 +30,7 @@ from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import (
         Comparison,
@@ -88,10 +89,12 @@ __all__ = [
     "__version__",
     "add_rpc_server",
     "backends",
+    "convert",
     "coverage",
     "evaluate",
     "extract_mtp",
     "graft_mtp",
+    "merge",
     "quantize",
 ]
 
@@ -126,23 +129,29 @@ _NATIVE = {
     "Quantized": "quantizer",
     "quantize": "quantizer",
 }
+# Plain Python, imported on first use for the sake of a short start.
+_LAZY = {
+    "convert": "conversion",
+    "merge": "conversion",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NATIVE:
+    sources = _NATIVE if name in _NATIVE else _LAZY
+    if name not in sources:
         raise AttributeError(f"module 'imatrix' has no attribute {name!r}")
     import importlib
     import importlib.util
 
-    if importlib.util.find_spec("imatrix._session") is None:
+    if sources is _NATIVE and importlib.util.find_spec("imatrix._session") is None:
         raise ImportError(
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."
         )
-    module = importlib.import_module(f"imatrix.{_NATIVE[name]}")
+    module = importlib.import_module(f"imatrix.{sources[name]}")
     # all that it offers: the import has set imatrix.backends to the module, not the function
-    for each, source in _NATIVE.items():
-        if source == _NATIVE[name]:
+    for each, source in sources.items():
+        if source == sources[name]:
             globals()[each] = getattr(module, each)
     return globals()[name]
 

@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imatrix.formats import Format
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, TextSource
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+
+_FORMATS: Mapping[Format, str] = {"gguf": "GGUF", "dat": ".dat"}
 
 _LEGEND = (
     "mean: squared activation of a channel, on average; peak: the strongest channel / the mean"
@@ -157,7 +160,7 @@ def _plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def as_data(matrix: ImportanceMatrix, file: str) -> dict[str, Any]:
+def as_data(matrix: ImportanceMatrix, file: str, form: Format = "gguf") -> dict[str, Any]:
     """Everything `render` shows, and every weight, for `--json`."""
     head = set(matrix.head)
     found = experts(matrix)
@@ -179,7 +182,7 @@ def as_data(matrix: ImportanceMatrix, file: str) -> dict[str, Any]:
         )
     return {
         "file": file,
-        "format": "gguf",
+        "format": form,
         "datasets": list(matrix.datasets),
         "chunk_count": matrix.chunk_count,
         "chunk_size": matrix.chunk_size,
@@ -195,10 +198,17 @@ def as_data(matrix: ImportanceMatrix, file: str) -> dict[str, Any]:
 
 
 def render(
-    console: Console, matrix: ImportanceMatrix, file: str, *, every_weight: bool = False
+    console: Console,
+    matrix: ImportanceMatrix,
+    file: str,
+    form: Format = "gguf",
+    *,
+    every_weight: bool = False,
 ) -> None:
     """Print a summary, then the trunk's and the head's weights in tables."""
-    title = Text(file, "bold") + Text(f": GGUF importance matrix, {weights_told(matrix)}")
+    title = Text(file, "bold") + Text(
+        f": {_FORMATS[form]} importance matrix, {weights_told(matrix)}"
+    )
     console.print(title, soft_wrap=True)
     for label, text in _facts(matrix).items():
         console.print(Text(f"  {label:<10} ", "dim") + Text(text), soft_wrap=True)

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
 from imatrix._arguments import (
     Commands,
     add_tensor_type,
@@ -37,6 +36,7 @@ from imatrix._arguments import (
     gpu_layers,
 )
 from imatrix._lock import locked
+from imatrix._output import check_output
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -47,7 +47,7 @@ from imatrix._terminal import (
     tensors_told,
 )
 from imatrix.corpus import Texts
-from imatrix.formats import FormatError
+from imatrix.formats import Format, FormatError, detected
 from imatrix.formats.checkpoint import read as read_checkpoint
 from imatrix.formats.checkpoint import write as write_checkpoint
 from imatrix.matrix import ImportanceMatrix
@@ -167,7 +167,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
-    _check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
+    check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
     except imatrix.LockedError as error:
@@ -185,7 +185,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
             )
             return OK
         # under the lock: the output may be one of them
-        earlier = [ImportanceMatrix.load(path) for path in args.in_file]
+        earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
         return _collect_locked(args, text, earlier, terminal)
 
 
@@ -197,7 +197,7 @@ def _collect_locked(
 ) -> int:
     if text is None:
         matrix = earlier[0].merge(*earlier[1:])
-        _save(matrix, args.output)
+        _save(matrix, args.output, args.output_format)
         terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
         _tell_matrix(matrix, terminal)
         return OK
@@ -277,7 +277,7 @@ def _collect_text(
             raise
         if (head_matrix := collector.mtp_matrix) is not None:
             path = saver.head_path
-            _save(head_matrix, path)
+            _save(head_matrix, path, args.output_format)
             terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
         matrix = saver.finish()  # the last of them: where it is, all is done (_is_finished)
         terminal.note(f"wrote {args.output}")
@@ -402,22 +402,23 @@ class _Saver:
         matrix = self._matrix()
         for path in due:
             try:
-                matrix.save(path)
+                matrix.save(path, format=self._args.output_format)
             except OSError as error:
                 self._terminal.warn(f"cannot write {path} yet: {_told(error)}")
 
     def finish(self) -> ImportanceMatrix:
         """Write the whole matrix."""
         matrix = self._matrix()
+        form = self._args.output_format
         if not self._only_at_the_end:
-            _save(matrix, self._path)
+            _save(matrix, self._path, form)
             return matrix
         # The moment at which it is there and the checkpoint is too must not look like one before:
         # the checkpoint says first what the output will be.
         checkpoint = _checkpoint_path(self._args)
         try:
             with atomic.replacing(self._path) as temporary:
-                matrix.save(temporary)
+                matrix.save(temporary, format=form)
                 with contextlib.suppress(FileNotFoundError):  # it could not be written
                     done = replace(read_checkpoint(checkpoint), output=_digest(temporary))
                     write_checkpoint(done, checkpoint)
@@ -451,13 +452,13 @@ class _Saver:
             matrix = self._matrix()
         except ValueError:
             matrix = own  # the earlier files do not fit, which is the error that brought us here
-        _save(matrix, self._path)
+        _save(matrix, self._path, self._args.output_format)
         self._terminal.note(
             f"saved what was collected so far to {self._path}: {own.chunk_count} chunk(s)"
             + (go_on if checkpoint.exists() else "")
         )
         if (head := self._collector.mtp_matrix) is not None and head:
-            _save(head, self.head_path)
+            _save(head, self.head_path, self._args.output_format)
 
     def _matrix(self) -> ImportanceMatrix:
         own = self._collector.matrix
@@ -483,32 +484,6 @@ def _crossed(every: int, before: int, after: int) -> bool:
     return every > 0 and after // every > before // every
 
 
-def _check_output(path: str, inputs: list[str | None]) -> None:
-    """Find out before the work whether its result can be written.
-
-    Raises:
-        _Stopped: it cannot, or would replace an input.
-    """
-    target = Path(path)
-    for name in inputs:
-        if name is None or not target.exists() or not Path(name).exists():
-            continue
-        if target.samefile(name):
-            raise _Stopped(f"the output {path} would replace the input {name}", USAGE)
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise _Stopped(f"cannot write {path}: there is no folder {folder}; create it first", USAGE)
-    if target.exists() and not target.is_file():
-        kind = "a folder" if target.is_dir() else "not a regular file"
-        raise _Stopped(f"cannot write {path}: it is {kind}", USAGE)
-    try:
-        # the only sure way to know: permission bits say nothing of read-only file systems
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _Stopped(f"cannot write {path}: {folder}: {error.strerror}", USAGE) from error
-
-
 def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace) -> None:
     """Refuse earlier files of another model now, not when the work is done."""
     tensors = imatrix.ModelFile.read(args.model).tensors
@@ -529,9 +504,9 @@ def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace)
                 )
 
 
-def _save(matrix: ImportanceMatrix, path: str) -> None:
+def _save(matrix: ImportanceMatrix, path: str, form: Format) -> None:
     try:
-        matrix.save(path)
+        matrix.save(path, format=form)
     except OSError as error:
         raise _Stopped(f"cannot write {path}: {_told(error)}", FAILED) from error
 
@@ -561,17 +536,18 @@ def _tell_run(progress: imatrix.Progress, terminal: Terminal) -> None:
 
 def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = ImportanceMatrix.load(args.file)
+    form = detected(args.file)
     if args.json:
-        json.dump(_show.as_data(matrix, args.file), sys.stdout, indent=2)
+        json.dump(_show.as_data(matrix, args.file, form), sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        _show.render(terminal.out, matrix, args.file, every_weight=args.all)
+        _show.render(terminal.out, matrix, args.file, form, every_weight=args.all)
     sys.stdout.flush()  # here, where a closed pipe is expected
     return OK
 
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
-    _check_output(args.dst, [args.imatrix])
+    check_output(args.dst, [args.imatrix])
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
             args.src,
@@ -611,7 +587,7 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
-    _check_output(args.output, [args.trunk, args.mtp_model])
+    check_output(args.output, [args.trunk, args.mtp_model])
     with StepProgress(terminal, "grafting", bytes_told) as bar:
         report = imatrix.graft_mtp(args.trunk, args.mtp_model, args.output, progress=bar)
     terminal.note(
@@ -810,10 +786,9 @@ def _add_collect(commands: Commands) -> None:
     )
     add(
         "--output-format",
-        metavar="FORMAT",
-        type=_output_format,
+        choices=("gguf", "dat"),
         default="gguf",
-        help="gguf (default)",
+        help="gguf (default), or dat for programs that read only the old format",
     )
     add("--no-mmap", action="store_true", help="read the model instead of mapping it")
     add("--check-tensors", action="store_true", help="look for NaN and Inf in the model's weights")
@@ -900,23 +875,12 @@ def _batch_size(text: str) -> int | str:
     return text if text == "auto" else at_least(1)(text)
 
 
-def _output_format(text: str) -> str:
-    if text == "dat":
-        raise argparse.ArgumentTypeError(
-            "this version writes gguf only, which llama-quantize reads. For a program that needs "
-            "the old format, convert the result: llama-imatrix --in-file OUT --output-format dat "
-            "-o OUT.dat"
-        )
-    if text != "gguf":
-        raise argparse.ArgumentTypeError(f"expected gguf, got {text!r}")
-    return text
-
-
 # in the order of the help
 _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _files_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["Entry", "ImportanceMatrix", "LeftOut", "Provenance", "TextSource"]
+
+# Rows below which a mean is called thin. The mean square of n normal values is off by sqrt(2/n)
+# of itself on average: 25 % at 32 rows, where a quantizer, which only weighs columns against one
+# another, starts to follow the noise. A share of the other experts' rows would not tell: with
+# enough text a rarely chosen expert has all the data it needs.
+THIN = 32
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 _HEAD_BLOCK = re.compile(r"blk\.([0-9]+)\.nextn\.")
@@ -293,13 +300,16 @@ class ImportanceMatrix(Mapping[str, Entry]):
     def merge(self, *others: ImportanceMatrix) -> ImportanceMatrix:
         """The matrix that collecting all of them at once would have given.
 
-        Sums and counts are added in float64 and int64; a weight that only some have is taken
-        over. For two matrices, sums and counts do not depend on the order.
+        Counts are added in int64, and each sum is the exact sum of the parts, rounded once to
+        float64: neither depends on the order of the matrices, to the bit. (Merging step by step
+        rounds at every step, to float64 in memory and to float32 in a file.) A weight that only
+        some have is taken over.
 
         A dense 3-D weight comes in three spellings: one count for all of it; older files with an
         equal count a slice; and, as llama-imatrix writes it, flattened to [1, n_mat * n_in] (see
         collect_imatrix and save_imatrix in tools/imatrix/imatrix.cpp). They go together: the
-        result has [n_mat, n_in] and one count.
+        result has [n_mat, n_in] and one count. A weight of experts that an old file flattened so
+        is added with its one count for each expert, as llama-imatrix adds it.
 
         Dataset names are joined, each once. The chunk size is the first one known; chunks of
         another size are converted to it by their tokens, rounded to the nearest whole chunk.
@@ -317,14 +327,13 @@ class ImportanceMatrix(Mapping[str, Entry]):
         if not others:
             return self
         parts = (self, *others)
-        entries: dict[str, Entry] = {}
+        found: dict[str, list[Entry]] = {}
         for part in parts:
             for name, entry in part._entries.items():
-                have = entries.get(name)
-                entries[name] = entry if have is None else _added(name, have, entry)
+                found.setdefault(name, []).append(entry)
         chunk_size = next((part._chunk_size for part in parts if part._chunk_size), 0)
         return ImportanceMatrix(
-            entries,
+            {name: _added(name, entries) for name, entries in found.items()},
             datasets=tuple(dict.fromkeys(name for part in parts for name in part._datasets)),
             chunk_count=_chunks_of(parts, chunk_size),
             chunk_size=chunk_size,
@@ -336,29 +345,45 @@ class ImportanceMatrix(Mapping[str, Entry]):
             return NotImplemented
         return self.merge(other)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a GGUF file, whatever the extension; see imatrix.formats.gguf.write.
+    def save(
+        self, path: str | os.PathLike[str], *, format: Literal["gguf", "dat"] = "gguf"
+    ) -> None:
+        """Write a file of that format, whatever its name says.
 
         The file is replaced in one step: a failure leaves an earlier one as it was.
 
+        Args:
+            format: "gguf", see imatrix.formats.gguf.write, or "dat" for programs that read
+                nothing else, which keeps less, see imatrix.formats.dat.write.
+
         Raises:
-            ValueError: there is no entry, or one that the format cannot hold.
+            ValueError: there is no entry, or one that the format cannot hold, or the format is
+                another one.
             OSError: the file cannot be written.
         """
-        from imatrix.formats import gguf
+        from imatrix.formats import dat, gguf
 
-        gguf.write(self, path)
+        writers = {"gguf": gguf.write, "dat": dat.write}
+        if format not in writers:
+            raise ValueError(f"format must be 'gguf' or 'dat', got {format!r}")
+        writers[format](self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ImportanceMatrix:
-        """Read a GGUF file made by this package or by llama-imatrix.
+    def load(cls, path: str | os.PathLike[str], *, chunk_size: int = 512) -> ImportanceMatrix:
+        """Read a file made by this package or by llama-imatrix, GGUF or the old .dat format.
+
+        Args:
+            chunk_size: tokens a chunk of a .dat file, which does not tell; see
+                imatrix.formats.dat.read.
 
         Raises:
             FileNotFoundError: there is no such file.
-            imatrix.formats.FormatError: the file is not a GGUF importance matrix, or is damaged.
+            imatrix.formats.FormatError: the file is not an importance matrix, or is damaged.
         """
-        from imatrix.formats import gguf
+        from imatrix.formats import dat, detected, gguf
 
+        if detected(path) == "dat":
+            return dat.read(path, chunk_size=chunk_size)
         return gguf.read(path)
 
     def __eq__(self, other: object) -> bool:
@@ -446,28 +471,68 @@ def _read_only(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     return view
 
 
-def _added(name: str, a: Entry, b: Entry) -> Entry:
-    """The sum of two entries of one weight, their spellings reconciled."""
-    if a.sums.shape == b.sums.shape and a.n_counts == b.n_counts:
-        return Entry(a.sums + b.sums, a.counts + b.counts, name=name)
-    shape = _common_shape(a, b)
-    if shape is None or not (_is_uniform(a) and _is_uniform(b)):
-        raise ValueError(
-            f"{name!r}: cannot merge sums {list(a.sums.shape)} with {a.n_counts} counts and sums "
-            f"{list(b.sums.shape)} with {b.n_counts} counts; are both matrices from the same model?"
-        )
-    return Entry(
-        a.sums.reshape(shape) + b.sums.reshape(shape), a.counts[:1] + b.counts[:1], name=name
-    )
+def _added(name: str, parts: Sequence[Entry]) -> Entry:
+    """The sum of the entries of one weight, their spellings reconciled."""
+    if len(parts) == 1:
+        return parts[0]
+    spelling = _common_spelling(parts)
+    if spelling is None:
+        spellings = dict.fromkeys((tuple(part.sums.shape), part.n_counts) for part in parts)
+        told = " and ".join(f"sums {list(shape)} with {n} counts" for shape, n in spellings)
+        raise ValueError(f"{name!r}: cannot merge {told}; are the matrices from the same model?")
+    shape, n_counts = spelling
+    counts = np.zeros(n_counts, np.int64)
+    for part in parts:
+        counts += part.counts if part.n_counts <= n_counts else part.counts[:1]
+    return Entry(exact_sum([part.sums.reshape(shape) for part in parts]), counts, name=name)
 
 
-def _common_shape(a: Entry, b: Entry) -> tuple[int, int] | None:
-    """[n_mat, n_in] if both have it, or one has it and the other is it flattened to one row."""
-    if a.sums.shape == b.sums.shape or (a.sums.size == b.sums.size and b.n_mat == 1):
-        return a.n_mat, a.n_in
-    if a.sums.size == b.sums.size and a.n_mat == 1:
-        return b.n_mat, b.n_in
-    return None
+def _common_spelling(parts: Sequence[Entry]) -> tuple[tuple[int, int], int] | None:
+    """((n_mat, n_in), n_counts) that all can be brought to; None if there is none."""
+    size = parts[0].sums.size
+    shapes = {(part.n_mat, part.n_in) for part in parts if part.n_mat > 1}
+    if len(shapes) > 1 or any(part.sums.size != size for part in parts):
+        return None
+    shape = shapes.pop() if shapes else (1, size)
+    if len({part.n_counts for part in parts}) == 1:
+        return shape, parts[0].n_counts
+    if all(_is_uniform(part) for part in parts):
+        return shape, 1  # a dense weight
+    # experts: only a flattened entry may stand for all of them with its one count
+    flat = all(part.n_counts > 1 or part.n_mat == 1 for part in parts)
+    return (shape, shape[0]) if flat else None
+
+
+def exact_sum(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The sum of arrays of one shape, element by element, exact but for one rounding at the end.
+
+    So it does not depend on their order. Sums and their rounding errors are added separately,
+    each by Knuth's two-sum (The Art of Computer Programming 2, 4.2.2), whose error is exact; only
+    where the sum of the errors was itself rounded is math.fsum needed.
+    """
+    total = parts[0]
+    if len(parts) == 2:
+        return total + parts[1]  # one addition is rounded right
+    errors = np.zeros_like(total)
+    rounded = np.zeros(total.shape, np.bool_)
+    for part in parts[1:]:
+        total, lost = _two_sum(total, part)
+        errors, again = _two_sum(errors, lost)
+        rounded |= again != 0
+    result: NDArray[np.float64] = total + errors
+    for place in zip(*np.nonzero(rounded & np.isfinite(total)), strict=True):
+        result[place] = math.fsum(float(part[place]) for part in parts)
+    return result
+
+
+def _two_sum(
+    a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(a + b rounded, what the rounding took away)."""
+    with np.errstate(invalid="ignore", over="ignore"):  # an infinite sum is refused by Entry
+        total = a + b
+        rest = total - a
+        return total, (a - (total - rest)) + (b - rest)
 
 
 def _is_uniform(entry: Entry) -> bool:

@@ -22,7 +22,7 @@ from imatrix import _quantize_pybind, _session
 from imatrix._rehearsal import rehearse_quantize
 from imatrix.architectures import check_head, check_trunk
 from imatrix.errors import EngineError, ModelError
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.matrix import THIN, Entry, ImportanceMatrix
 from imatrix.model_file import ModelFile
 from imatrix.quantizer import FTYPES, UNASKED, near, overrides_of
 
@@ -44,12 +44,6 @@ Status = Literal[
 
 # Statuses that stop the quantizer.
 _STOPS: frozenset[Status] = frozenset({"missing", "wrong size", "requantize", "not convertible"})
-
-# Rows below which a mean is called thin. The mean square of n normal values is off by sqrt(2/n)
-# of itself on average: 25 % at 32 rows, where a quantizer, which only weighs columns against one
-# another, starts to follow the noise. A share of the other experts' rows would not tell: with
-# enough text a rarely chosen expert has all the data it needs.
-THIN = 32
 
 # Types that tensor_requires_imatrix in src/llama-quant.cpp refuses to make without data, and
 # q2_K if the file type is Q2_K_S. It never asks for token_embd, per_layer_token_embd and output.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Literal
 
-__all__ = ["FormatError"]
+__all__ = ["Format", "FormatError", "detected"]
+
+Format = Literal["gguf", "dat"]
 
 
 class FormatError(ValueError):
@@ -22,3 +26,17 @@ class FormatError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def detected(path: str | os.PathLike[str]) -> Format:
+    """The format that a file looks like; "gguf" for one that looks like neither, whose reader
+    then says what it expected.
+
+    Raises:
+        FileNotFoundError, OSError: the file cannot be read.
+    """
+    from imatrix.formats import dat
+
+    with Path(path).open("rb") as file:
+        magic = file.read(4)
+    return "dat" if magic != b"GGUF" and dat.looks_like(path) else "gguf"
