@@ -11,7 +11,7 @@ from typing import Any
 
 import faults
 import pytest
-from imatrix.demo_model import make_demo_model
+from random_model import make_random_model
 
 import imatrix
 
@@ -46,7 +46,7 @@ class Ground:
         self.work = folder / "work"
         self.out = self.work / "out.gguf"
         self.checkpoint = self.work / "out.gguf.checkpoint"
-        make_demo_model(self.model)
+        make_random_model(self.model)
         text = Path(imatrix.__file__).with_name("data") / "calibration.txt"
         self.text.write_text(text.read_text(encoding="utf-8")[:3000], encoding="utf-8")
         self.work.mkdir()

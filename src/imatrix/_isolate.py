@@ -8,6 +8,7 @@ done there. Everything else of a run (text, checkpoint, files) stays in the call
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -242,6 +243,15 @@ def _in_fork() -> None:
     # or the worker would outlive the process that it works for, as long as this one holds the pipe
     for engine in list(_engines):
         engine.forget()
+
+
+@atexit.register
+def _at_exit() -> None:
+    # after the runs have ended (_native_thread, which registers later and so comes first): a
+    # thread that still reads from a worker would hold its stream's lock while the interpreter
+    # takes the stream down, which is fatal
+    for engine in list(_engines):
+        engine.close()
 
 
 if hasattr(os, "register_at_fork"):

@@ -310,8 +310,10 @@ cdef class Model:
     def description(self):
         return _text(self._model.get().description())
 
-    def token_text(self, int token):
+    def token_text(self, token):
         """How the vocabulary spells a token; "" for a token that there is not."""
+        if not 0 <= token < 2**31:
+            return ""
         return _text(self._model.get().token_text(token))
 
     def metadata(self, str prefix):
