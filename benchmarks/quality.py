@@ -1,9 +1,8 @@
 """What importance data for an MTP head are worth, by type, kind of data and calibration.
 
     python benchmarks/quality.py             # or: make quality
-    python benchmarks/quality.py --mtp-depth
 
-The first writes benchmarks/results/quality.{md,json,png}: the model that comes with the package,
+It writes benchmarks/results/quality.{md,json,png}: the model that comes with the package,
 quantized in every way below, beside its F16 file on text that neither training nor calibration
 saw. Not the full cross product, which would take half a day:
 
@@ -13,9 +12,6 @@ saw. Not the full cross product, which would take half a day:
 - every calibration text and size for a few low types, collected head data, trunk at Q8_0, both
   texts.
 
-The second compares `Collector.run(mtp_depth=1)` with `mtp_depth=3`, and needs a package that has
-the parameter.
-
 Everything is cached under build/quality/ by a digest of what it was made from: the same command
 goes on where it was stopped. Processes with one thread each do the work.
 """
@@ -23,16 +19,13 @@ goes on where it was stopped. Processes with one thread each do the work.
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import quality_report
-from quality_cells import DEPTH, Cell, Study, Text, cells, run
-
-import imatrix
+from quality_cells import Study, Text, cells, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -53,15 +46,6 @@ def study_of(model: Path, chunks: int | None, sizes: Sequence[int]) -> Study:
     )
 
 
-def depth_cells(study: Study) -> list[Cell]:
-    """Collected head data at depth 1 and at depth 3, trunk at Q8_0."""
-    return [
-        Cell("head", type_, "ours", study.calibration[0].name, study.sizes[-1], depth)
-        for type_ in study.types
-        for depth in (1, DEPTH)
-    ]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     from imatrix.demo import MODEL
 
@@ -80,21 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="calibration sizes, ascending",
     )
-    add("--mtp-depth", action="store_true", help="compare mtp_depth 1 and 3 instead")
     args = parser.parse_args(argv)
 
     study = study_of(args.model, args.chunks, args.calibration_chunks)
-    wanted = cells(study)
-    if args.mtp_depth:
-        if "mtp_depth" not in inspect.signature(imatrix.Collector.run).parameters:
-            parser.error("this package's Collector.run has no mtp_depth")
-        wanted = depth_cells(study)
-    made, references = run(study, wanted, args.folder, args.workers)
+    made, references = run(study, cells(study), args.folder, args.workers)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.mtp_depth:
-        quality_report.write_depths(study, made, references, args.out)
-    else:
-        quality_report.write(study, made, references, args.out)
+    quality_report.write(study, made, references, args.out)
     return 0
 
 

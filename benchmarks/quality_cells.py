@@ -89,7 +89,6 @@ class Cell:
         data: "ours" (collected), "flat" (ones), "borrowed" (of the last trunk block), "none".
         text: calibration text, by name.
         chunks: chunks of it.
-        mtp_depth: how deep the head was collected; 1 is teacher forcing alone.
     """
 
     part: str
@@ -97,7 +96,6 @@ class Cell:
     data: str
     text: str
     chunks: int
-    mtp_depth: int = 1
 
 
 def texts_of(study: Study, part: str, data: str) -> tuple[Text, ...]:
@@ -174,25 +172,20 @@ def _identity(model: Path) -> list[str]:
     return [hashlib.sha256(model.read_bytes()).hexdigest(), imatrix.backends().engine]
 
 
-def collect(
-    model: Path, text: Text, sizes: Sequence[int], mtp_depth: int, folder: Path
-) -> dict[int, Path]:
+def collect(model: Path, text: Text, sizes: Sequence[int], folder: Path) -> dict[int, Path]:
     """Matrices of the first so many chunks of a text: chunks -> file. One run makes them all."""
-    key = [_VERSION, *_identity(model), text.digest, N_CTX, mtp_depth]
+    key = [_VERSION, *_identity(model), text.digest, N_CTX]
     paths = {size: folder / "matrices" / f"{_digest([*key, size])}.gguf" for size in sizes}
     if all(path.exists() for path in paths.values()):
         return paths
     (folder / "matrices").mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {} if mtp_depth == 1 else {"mtp_depth": mtp_depth}
     with imatrix.Collector(model, n_ctx=N_CTX, n_threads=1) as collector:
 
         def keep(progress: imatrix.Progress) -> None:
             if progress.chunks in paths:
                 collector.matrix.save(paths[progress.chunks])
 
-        done = collector.run(
-            text.content, mtp=True, max_chunks=max(sizes), progress=keep, **options
-        )
+        done = collector.run(text.content, mtp=True, max_chunks=max(sizes), progress=keep)
     if done.chunk_count < max(sizes):
         raise ValueError(
             f"the calibration text {text.name!r} has {done.chunk_count} chunks of {N_CTX} tokens "
@@ -395,21 +388,19 @@ def run(
         references = {
             text.name: pool.submit(make_reference, study, text, folder) for text in study.held_out
         }
-        sizes: dict[tuple[str, int], set[int]] = {}
+        sizes: dict[str, set[int]] = {}
         for cell in wanted:
-            sizes.setdefault((cell.text, cell.mtp_depth), set()).add(cell.chunks)
+            sizes.setdefault(cell.text, set()).add(cell.chunks)
         matrices = {
-            key: pool.submit(
-                collect, study.model, _calibration(study, key[0]), sorted(chunks), key[1], folder
+            name: pool.submit(
+                collect, study.model, _calibration(study, name), sorted(chunks), folder
             )
-            for key, chunks in sizes.items()
+            for name, chunks in sizes.items()
         }
-        files = {key: future.result() for key, future in matrices.items()}
+        files = {name: future.result() for name, future in matrices.items()}
         print(f"{time.monotonic() - started:.0f} s: {len(files)} calibrations", flush=True)
         running = [
-            pool.submit(
-                make_cell, study, cell, files[cell.text, cell.mtp_depth][cell.chunks], folder
-            )
+            pool.submit(make_cell, study, cell, files[cell.text][cell.chunks], folder)
             for cell in wanted
         ]
         made = {}

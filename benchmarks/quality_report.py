@@ -381,35 +381,6 @@ def write(study: Study, made: Cells, references: References, out: Path) -> None:
     picture(study, grids[0], references, out / "quality.png")
 
 
-def write_depths(study: Study, made: Cells, references: References, out: Path) -> None:
-    """Write quality-mtp-depth.md into a folder."""
-    lines = [
-        "# Collecting the head at depth 1, or at depths 1 to 3 as it drafts",
-        "",
-        *_about(study, references, "python benchmarks/quality.py --mtp-depth"),
-        "Trunk at Q8_0.",
-        "",
-        f"What `mtp_depth={DEPTH}` gains over `mtp_depth=1`, with 95 % intervals (paired bootstrap "
-        "over chunks); bold where zero is outside. Agreement in percentage points.",
-    ]
-    for text in study.held_out:
-        rows = []
-        for type_ in study.types:
-            one, deep = (
-                made[
-                    Cell("head", type_, "ours", study.calibration[0].name, study.sizes[-1], depth)
-                ].evaluations[text.name]
-                for depth in (1, DEPTH)
-            )
-            gain = gains(deep, one)
-            kl = one.head_kl
-            assert kl is not None
-            rows.append([type_, _nats(kl.value), *(_gain(key, gain[key]) for key in MEASURES)])
-        lines += ["", f"## {text.name}", ""]
-        lines += _table(["type", "KL at depth 1", *MEASURES.values()], rows)
-    _text(out / "quality-mtp-depth.md", lines)
-
-
 def _text(path: Path, lines: Sequence[str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
