@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -20,6 +21,11 @@ from hypothesis import settings
 from random_model import make_random_model
 
 import imatrix
+
+# A shell starts a job in the background with SIGINT ignored, and children would inherit that: those
+# that a test interrupts have to hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # no test measures time, and a busy machine takes more than Hypothesis allows an example
 settings.register_profile("busy", deadline=None)
