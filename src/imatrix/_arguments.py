@@ -9,6 +9,9 @@ from typing import Any
 
 __all__ = [
     "Commands",
+    "add_gpu_layers",
+    "add_parse_special",
+    "add_skipped_chunks",
     "add_tensor_type",
     "add_threads",
     "add_verbose",
@@ -92,6 +95,39 @@ def add_threads(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=threads,
         help="threads (default: the physical cores; 0: all logical ones)",
+    )
+
+
+def add_gpu_layers(command: argparse.ArgumentParser) -> None:
+    """-ngl, into `args.gpu_layers`; None where it is not given."""
+    command.add_argument(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N",
+        type=gpu_layers,
+        help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
+    )
+
+
+def add_skipped_chunks(command: argparse.ArgumentParser) -> None:
+    """--chunk, into `args.chunk`."""
+    command.add_argument(
+        "--chunk",
+        "--from-chunk",
+        metavar="N",
+        type=at_least(0),
+        default=0,
+        help="start with chunk N of the text (default: 0)",
+    )
+
+
+def add_parse_special(command: argparse.ArgumentParser) -> None:
+    """--parse-special, into `args.parse_special`."""
+    command.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="read special tokens that the text spells out as such",
     )
 
 

@@ -6,7 +6,9 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -14,11 +16,13 @@ from rich.table import Table
 import imatrix
 from imatrix._arguments import (
     Commands,
+    add_gpu_layers,
+    add_parse_special,
+    add_skipped_chunks,
     add_threads,
     add_verbose,
     at_least,
     chunks,
-    gpu_layers,
 )
 from imatrix._terminal import CollectProgress, Terminal
 
@@ -83,29 +87,10 @@ def add_parser(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add(
-        "-ngl",
-        "--gpu-layers",
-        "--n-gpu-layers",
-        metavar="N",
-        type=gpu_layers,
-        default=-1,
-        help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
-    )
-    add(
-        "--chunk",
-        "--from-chunk",
-        metavar="N",
-        type=at_least(0),
-        default=0,
-        help="start with chunk N of the text (default: 0)",
-    )
+    add_gpu_layers(command)
+    add_skipped_chunks(command)
     add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
-    add(
-        "--parse-special",
-        action="store_true",
-        help="read special tokens that the text spells out as such",
-    )
+    add_parse_special(command)
     add("--json", action="store_true", help="the figures as JSON")
     add_verbose(command)
 
@@ -144,7 +129,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 max_chunks=args.chunks,
                 skip_chunks=args.chunk,
                 parse_special=args.parse_special,
-                n_gpu_layers=args.gpu_layers,
+                n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
                 n_threads=args.threads,
                 progress=bar,
             )
@@ -199,15 +184,8 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
         table.add_row(name, told[0], told[1], interval, str(figure.n))
 
     add("trunk: perplexity", found.perplexity)
-    add("trunk: NLL (nats)", found.nll)
-    add("trunk: KL to the reference", found.kl)
-    add("trunk: same top token", found.top1, share=True)
-    add("head: NLL (nats)", found.head_nll)
-    add("head: KL to the reference's", found.head_kl)
-    add("head: same top token", found.head_top1, share=True)
-    for depth, agreement in enumerate(found.draft, 1):
-        add(f"draft: agreement at depth {depth}", agreement, share=True)
-    add("draft: accepted tokens", found.accepted_length)
+    for name, figure, share in _figures(found):
+        add(name, figure, share)
     out.print(table)
 
 
@@ -235,16 +213,24 @@ def _render_difference(
         name += " (percentage points)" if points else ""
         table.add_row(name, value, interval, figure.verdict)
 
-    add("trunk: NLL (nats)", difference.nll)
-    add("trunk: KL to the reference", difference.kl)
-    add("trunk: same top token", difference.top1, points=True)
-    add("head: NLL (nats)", difference.head_nll)
-    add("head: KL to the reference's", difference.head_kl)
-    add("head: same top token", difference.head_top1, points=True)
-    for depth, agreement in enumerate(difference.draft, 1):
-        add(f"draft: agreement at depth {depth}", agreement, points=True)
-    add("draft: accepted tokens", difference.accepted_length)
+    for name, figure, points in _figures(difference):
+        add(name, figure, points)
     out.print(table)
+
+
+def _figures(
+    found: imatrix.Evaluation | imatrix.Comparison,
+) -> Iterator[tuple[str, Any, bool]]:
+    """What both have, in the order of a table: name, figure, whether it is a share."""
+    yield "trunk: NLL (nats)", found.nll, False
+    yield "trunk: KL to the reference", found.kl, False
+    yield "trunk: same top token", found.top1, True
+    yield "head: NLL (nats)", found.head_nll, False
+    yield "head: KL to the reference's", found.head_kl, False
+    yield "head: same top token", found.head_top1, True
+    for depth, agreement in enumerate(found.draft, 1):
+        yield f"draft: agreement at depth {depth}", agreement, True
+    yield "draft: accepted tokens", found.accepted_length, False
 
 
 def _named(found: imatrix.Evaluation) -> str:

@@ -336,6 +336,20 @@ cdef class Model:
         return out
 
 
+cdef object _counts_of(const _core.Slot * slot):
+    out = np.empty(slot.total_counts.size(), dtype=np.int64)
+    cdef int64_t[::1] view = out
+    memcpy(&view[0], slot.total_counts.data(), slot.total_counts.size() * sizeof(int64_t))
+    return out
+
+
+cdef object _sums_of(const _core.Slot * slot):
+    out = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
+    cdef double[:, ::1] view = out
+    memcpy(&view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
+    return out
+
+
 cdef class Session:
     """Trunk and head contexts of a model, and the sums that they collect."""
 
@@ -415,22 +429,15 @@ cdef class Session:
         """name -> (sums float64 [n_mat, n_in], counts int64 [n_counts]), copies."""
         out = {}
         cdef const _core.Slot * slot
-        cdef double[:, ::1] sums_view
-        cdef int64_t[::1] counts_view
         cdef size_t w
         for w in range(self._session.get().sums().weights().size()):
             if self._session.get().sums().weights()[w].slot == <size_t>-1:
                 continue
             slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
-            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
-            counts_view = counts
-            memcpy(&counts_view[0], slot.total_counts.data(),
-                   slot.total_counts.size() * sizeof(int64_t))
+            counts = _counts_of(slot)
             if not counts.any():
                 continue  # seen only in chunks that did not count
-            sums = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
-            sums_view = sums
-            memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
+            sums = _sums_of(slot)
             out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
         return out
 
@@ -438,26 +445,18 @@ cdef class Session:
         """name -> counts int64 [n_counts], copies, of every weight that has been seen."""
         out = {}
         cdef const _core.Slot * slot
-        cdef int64_t[::1] view
         cdef size_t w
         for w in range(self._session.get().sums().weights().size()):
             if self._session.get().sums().weights()[w].slot == <size_t>-1:
                 continue
             slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
-            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
-            if slot.total_counts.size() == 0:
-                continue
-            view = counts
-            memcpy(&view[0], slot.total_counts.data(), slot.total_counts.size() * sizeof(int64_t))
-            out[_text(self._session.get().sums().weights()[w].name)] = counts
+            out[_text(self._session.get().sums().weights()[w].name)] = _counts_of(slot)
         return out
 
     def groups(self):
         """[(names, sums float64 [n_mat, n_in], counts int64 [n_counts])], copies: what weights
         fed by one activation share is there once. Weights without rows are left out."""
         cdef const _core.Slot * slot
-        cdef double[:, ::1] sums_view
-        cdef int64_t[::1] counts_view
         names = {}
         for w in range(self._session.get().sums().weights().size()):
             index = self._session.get().sums().weights()[w].slot
@@ -467,15 +466,10 @@ cdef class Session:
         out = []
         for index, shared in names.items():
             slot = &self._session.get().sums().slots()[<size_t>index]
-            counts = np.empty(slot.total_counts.size(), dtype=np.int64)
-            counts_view = counts
-            memcpy(&counts_view[0], slot.total_counts.data(),
-                   slot.total_counts.size() * sizeof(int64_t))
+            counts = _counts_of(slot)
             if not counts.any():
                 continue
-            sums = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
-            sums_view = sums
-            memcpy(&sums_view[0, 0], slot.total.data(), slot.total.size() * sizeof(double))
+            sums = _sums_of(slot)
             out.append((shared, sums, counts))
         return out
 

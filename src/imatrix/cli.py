@@ -28,12 +28,14 @@ import imatrix
 from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
 from imatrix._arguments import (
     Commands,
+    add_gpu_layers,
+    add_parse_special,
+    add_skipped_chunks,
     add_tensor_type,
     add_threads,
     add_verbose,
     at_least,
     chunks,
-    gpu_layers,
 )
 from imatrix._lock import locked
 from imatrix._output import check_output
@@ -703,27 +705,13 @@ def _add_collect(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add(
-        "-ngl",
-        "--gpu-layers",
-        "--n-gpu-layers",
-        metavar="N",
-        type=gpu_layers,
-        help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
-    )
+    add_gpu_layers(command)
     add(
         "--rpc",
         metavar="SERVERS",
         help="compute on ggml-rpc-servers too: host:port,host:port,... (a build with GGML_RPC=ON)",
     )
-    add(
-        "--chunk",
-        "--from-chunk",
-        metavar="N",
-        type=at_least(0),
-        default=0,
-        help="start with chunk N of the text (default: 0)",
-    )
+    add_skipped_chunks(command)
     add(
         "--chunks",
         metavar="N",
@@ -731,11 +719,7 @@ def _add_collect(commands: Commands) -> None:
         help="chunks to collect at most (default: -1, all)",
     )
     add("--process-output", action="store_true", help="collect output.weight too")
-    add(
-        "--parse-special",
-        action="store_true",
-        help="read special tokens that the text spells out as such",
-    )
+    add_parse_special(command)
     add(
         "--ppl",
         action=argparse.BooleanOptionalAction,

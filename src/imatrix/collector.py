@@ -172,9 +172,9 @@ class Collector:
             fraction of a second, once for each kind of run.
         isolate: run the engine in a process of its own, started when it is first needed and ended
             by close(). Should the engine or the system end that one, this one stays: run() raises
-            EngineDiedError, which names the chunk and what there is to go on from. The rehearsal
-            takes place there, so that it costs no other process. Texts, checkpoints and matrices
-            stay in this process; the sums come over for each checkpoint and each `matrix`.
+            EngineDiedError, which names the chunk and what there is to go on from. Texts,
+            checkpoints and matrices stay in this process; the sums come over for each checkpoint
+            and each `matrix`.
         device_sums: sum activations that lie in a device's memory there, where the device can,
             and fetch the sums once a chunk. False copies every activation to the host. Either
             way the sums are float32 within a chunk or less and float64 beyond.
@@ -197,6 +197,7 @@ class Collector:
     _packing: Packing
     _seed: int | None
     _min_expert_rows: int | None
+    _covered: tuple[int, ExpertCoverage | None] | None  # by chunks done
     _ended: Ended
     _ended_by: str | None
     _names: tuple[str, ...]
@@ -778,10 +779,15 @@ class Collector:
             )
 
     def _coverage(self) -> ExpertCoverage | None:
-        """Of the experts, where a number of rows is wanted. Between two steps only."""
+        """Of the experts, where a number of rows is wanted. Between two steps only, and counted
+        once for each: the report and the end of the run both look at it."""
         if self._min_expert_rows is None or self._session is None:
             return None
-        return coverage_of(self._session.counts(), self._min_expert_rows)
+        if self._covered is not None and self._covered[0] == self._done:
+            return self._covered[1]
+        found = coverage_of(self._session.counts(), self._min_expert_rows)
+        self._covered = (self._done, found)
+        return found
 
     def _enough(self) -> bool:
         """Whether the experts have the rows that were wanted. Seen only where a group of chunks
@@ -837,21 +843,13 @@ class Collector:
             if isinstance(error, EngineDiedError):
                 error.args = (f"{error.args[0]}, while it loaded {self._file.path}",)
             elif not isinstance(error, Exception):
-                self._drop_engine()
+                self._free()
             raise
-
-    def _drop_engine(self) -> None:
-        with self._state:
-            self._session = self._model = self._head_model = None
-            self._loaded_mtp = False
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
 
     def _started(self) -> _isolate.Engine:
         """The engine's own process, a new one where the last one has died."""
         if self._engine is not None and not self._engine.alive:
-            self._drop_engine()
+            self._free()
         if self._engine is None:
             self._engine = _isolate.Engine()
         return self._engine
@@ -929,7 +927,7 @@ class Collector:
             *self._files(with_head),
             self._settings(with_head, process_output, perplexity),
             n_gpu_layers=self._n_gpu_layers,
-            mapped=self._use_mmap,
+            mapped=self._maps(self._file),
             most=1 if with_head else min(MAX_SEQ, max(1, MAX_SEQ if total is None else total)),
         )
 
@@ -1064,6 +1062,7 @@ class Collector:
         self._packing = "stream"
         self._seed = None
         self._min_expert_rows = None
+        self._covered = None
         self._ended = "text"
         self._ended_by = None
         self._names = ()
@@ -1167,7 +1166,7 @@ class Collector:
         if keeper is not None and keeper.saved:
             with contextlib.suppress(OSError, FormatError):
                 found = checkpoint_file.read(keeper.path)
-        self._drop_engine()
+        self._free()
         if found is None or keeper is None:
             self._reset_run(self._datasets, self._with_head, self._skipped, self._skip_nonfinite)
             left = (
@@ -1271,15 +1270,14 @@ class Collector:
     def _load(self, head: bool) -> NativeModel:
         """The trunk's model; with `head` the head's is in _head_model, else None is."""
         if self._engine is not None and not self._engine.alive:
-            self._drop_engine()
+            self._free()
         if head:
             check_head(self._head_file)
             check_tables(self._head_file)
         check_tables(self._file)
         bundled = head and self._head_file is self._file
         if self._rehearse and head not in self._rehearsed_loads:
-            separate = self._head_file.path if head and not bundled else None
-            self._tokenizer_fault = rehearse_in_child(self._file.path, separate, {"mtp": head})
+            self._tokenizer_fault = rehearse_in_child(*self._files(head), {"mtp": head})
             self._rehearsed_loads.add(head)
         if self._model is None or (bundled and not self._loaded_mtp):
             self._session = None
@@ -1304,12 +1302,15 @@ class Collector:
         assert not isinstance(self._head_model, _isolate.Model)
         return model, self._head_model
 
+    def _maps(self, file: ModelFile) -> bool:
+        """The engine maps a file only where its tensors are aligned, or ends the process."""
+        return self._use_mmap and file.aligned
+
     def _load_file(self, file: ModelFile, mtp: bool) -> NativeModel:
         options: dict[str, Any] = {
             "mtp": mtp,
             "n_gpu_layers": self._n_gpu_layers,
-            # the engine maps a file only where its tensors are aligned, or ends the process
-            "use_mmap": self._use_mmap and file.aligned,
+            "use_mmap": self._maps(file),
             "check_tensors": self._check_tensors,
         }
         model: NativeModel
