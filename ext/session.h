@@ -5,6 +5,7 @@
 #include "context.h"
 #include "eval_hook.h"
 #include "live.h"
+#include "placement.h"
 #include "status.h"
 #include "sums.h"
 
@@ -28,6 +29,7 @@ struct ModelParams {
     bool        use_mmap      = true;
     bool        check_tensors = false;
     bool        no_alloc      = false; // shapes only: graphs can be built, nothing can run
+    Placement   placement;             // of what is put on devices
 };
 
 // The weights and the tokenizer. Outlives every Session made from it.
