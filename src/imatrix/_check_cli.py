@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imatrix import _hub_cli
 from imatrix._arguments import Commands, add_tensor_type, add_verbose
 from imatrix._terminal import Terminal, size
 from imatrix.collector import Collector, Plan
@@ -42,6 +43,7 @@ def add_parser(commands: Commands) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
+    _hub_cli.add_to_positional(command)
     add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
     add_tensor_type(command)
     add("--allow-requantize", action="store_true", help="start from quantized weights")
@@ -60,6 +62,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Do what `add_parser` describes; the exit status."""
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
+    args.model, _ = _hub_cli.fetched(args.model, args, terminal)
     plan = _plan(args.model) if args.plan else None
     found = coverage(
         args.model,

@@ -550,6 +550,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.dst, [args.imatrix])
+    args.src, _ = _hub_cli.fetched(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
             args.src,
@@ -571,7 +572,10 @@ def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
-    out = args.output or str(Path(args.model).parent)
+    # beside the model, but not among the files of the Hub's cache
+    folder = "." if _hub_cli.is_hub(args.model) else str(Path(args.model).parent)
+    args.model, _ = _hub_cli.fetched(args.model, args, terminal)
+    out = args.output or folder
     with StepProgress(terminal, "extracting", bytes_told) as bar:
         report = imatrix.extract_mtp(args.model, out, trunk_out=args.trunk_out, progress=bar)
     terminal.note(
@@ -590,6 +594,8 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.output, [args.trunk, args.mtp_model])
+    args.trunk, _ = _hub_cli.fetched(args.trunk, args, terminal)
+    args.mtp_model, _ = _hub_cli.fetched(args.mtp_model, args, terminal, first=False)
     with StepProgress(terminal, "grafting", bytes_told) as bar:
         report = imatrix.graft_mtp(args.trunk, args.mtp_model, args.output, progress=bar)
     terminal.note(
@@ -645,7 +651,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="store_true", help="this build: engine, backends, devices"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser
+    )
     for add_parser in _COMMANDS:
         add_parser(commands)
     return parser
@@ -803,6 +811,7 @@ def _add_quantize(commands: Commands) -> None:
     add = command.add_argument
     add("src", metavar="SRC", help="GGUF model, F16 or BF16")
     add("dst", metavar="DST", help="what to write")
+    _hub_cli.add_to_positional(command)
     add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
     add("--imatrix", metavar="FILE", help="importance matrix")
     add_tensor_type(command)
@@ -821,11 +830,13 @@ def _add_mtp_files(commands: Commands) -> None:
     )
     extract.set_defaults(run=_extract)
     extract.add_argument("model", metavar="MODEL", help="GGUF model with a head")
+    _hub_cli.add_to_positional(extract)
     extract.add_argument(
         "-o",
         "--output",
         metavar="OUT",
-        help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL)",
+        help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL, here for "
+        "one from the Hub)",
     )
     extract.add_argument("--trunk-out", metavar="TRUNK", help="write the rest as well")
     add_verbose(extract)
@@ -834,6 +845,7 @@ def _add_mtp_files(commands: Commands) -> None:
     )
     graft.set_defaults(run=_graft)
     graft.add_argument("trunk", metavar="TRUNK", help="GGUF model without a head")
+    _hub_cli.add_to_positional(graft)
     graft.add_argument("mtp_model", metavar="MTP", help="the head's file, or a bundled model")
     graft.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
     add_verbose(graft)
