@@ -25,7 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import (
+    _check_cli,
+    _completion_cli,
+    _evaluate_cli,
+    _files_cli,
+    _hub_cli,
+    _show,
+    _sources_cli,
+    atomic,
+)
 from imatrix._arguments import (
     Commands,
     add_gpu_layers,
@@ -54,7 +63,7 @@ from imatrix.formats.checkpoint import read as read_checkpoint
 from imatrix.formats.checkpoint import write as write_checkpoint
 from imatrix.matrix import ImportanceMatrix
 
-__all__ = ["entry", "main"]
+__all__ = ["entry", "main", "parser"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 TERMINATED = 143
@@ -86,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see the module.
     """
-    parser = _parser()
+    commands = parser()
     try:
-        args = parser.parse_args(argv)
+        args = commands.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
         return stop.code if isinstance(stop.code, int) else USAGE
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
         return _version(terminal)
     if args.command is None:
-        parser.print_help(sys.stderr)
+        commands.print_help(sys.stderr)
         return USAGE
     with terminal.listening():
         return _run(args.run, args, terminal)
@@ -642,21 +651,20 @@ def _version(terminal: Terminal) -> int:
 # --- arguments ---------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    made = argparse.ArgumentParser(
         prog="imatrix",
         description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
         allow_abbrev=False,
     )
-    parser.add_argument(
+    made.add_argument(
         "--version", action="store_true", help="this build: engine, backends, devices"
     )
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser
-    )
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser)
     for add_parser in _COMMANDS:
         add_parser(commands)
-    return parser
+    return made
 
 
 def _add_collect(commands: Commands) -> None:
@@ -881,4 +889,5 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _evaluate_cli.add_parser,
     _add_mtp_files,
     _add_demo,
+    _completion_cli.add_parser,
 )
