@@ -136,6 +136,7 @@ def choose_in_child(
     settings: dict[str, Any],
     *,
     n_gpu_layers: int,
+    placement: _session.PlacementData,
     mapped: bool,
     most: int,
 ) -> Batch:
@@ -143,7 +144,7 @@ def choose_in_child(
 
     Args:
         model, mtp_model, settings: as for the rehearsal; the batch in `settings` is not looked at.
-        n_gpu_layers, mapped, most: as the model will be loaded, and see choose().
+        n_gpu_layers, placement, mapped, most: as the model will be loaded, and see choose().
 
     Raises:
         ModelError: the engine ends the process on this model.
@@ -154,12 +155,14 @@ def choose_in_child(
             "n_batch='auto' (-b auto) plans in a child process, and this interpreter does not know "
             "its own executable: give the number of tokens"
         )
-    gpus = any(device.gpu for device in devices.backends().devices)
+    # with isolate=True the servers are known here by name only
+    gpus = bool(devices.rpc_servers()) or any(d.gpu for d in devices.backends().devices)
     work = {
         "model": str(model),
         "mtp_model": mtp_model and str(mtp_model),
         "settings": settings,
         "n_gpu_layers": n_gpu_layers if gpus else 0,
+        "placement": placement,
         "rpc": devices.rpc_servers(),
         "host": available_memory(),
         "mapped": mapped,
@@ -190,6 +193,7 @@ def _main() -> None:
             use_mmap=False,
             check_tensors=False,
             no_alloc=True,
+            placement=work["placement"],
         )
 
     separate = work["mtp_model"]

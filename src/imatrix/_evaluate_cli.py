@@ -14,10 +14,9 @@ from rich import box
 from rich.table import Table
 
 import imatrix
-from imatrix import _hub_cli
+from imatrix import _hub_cli, _placement_cli
 from imatrix._arguments import (
     Commands,
-    add_gpu_layers,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
@@ -89,7 +88,7 @@ def add_parser(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add_gpu_layers(command)
+    _placement_cli.add_arguments(command)
     add_skipped_chunks(command)
     add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
     add_parse_special(command)
@@ -115,6 +114,12 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         with Path(path).open("rb"):
             pass
 
+    _placement_cli.use_servers(args, isolate=False)
+    placement = _placement_cli.arguments(args)
+    _placement_cli.warn_of_no_device(
+        args, terminal, lambda: any(device.gpu for device in imatrix.backends().devices)
+    )
+
     def evaluated(model: str, mtp_model: str | None) -> imatrix.Evaluation:
         name = f"evaluating {Path(model).name}" if args.against else "evaluating"
         with CollectProgress(terminal, name, every=10) as bar:
@@ -132,7 +137,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 max_chunks=args.chunks,
                 skip_chunks=args.chunk,
                 parse_special=args.parse_special,
-                n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
+                **placement,
                 n_threads=args.threads,
                 progress=bar,
             )

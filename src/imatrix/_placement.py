@@ -10,7 +10,15 @@ from typing import Literal, get_args
 
 from imatrix import _session
 
-__all__ = ["MAX_DEVICES", "Placement", "SplitMode", "experts_of_blocks", "parse_overrides"]
+__all__ = [
+    "MAX_DEVICES",
+    "Overrides",
+    "Placement",
+    "SplitMode",
+    "experts",
+    "experts_of_blocks",
+    "parse_overrides",
+]
 
 SplitMode = Literal["none", "layer", "row", "tensor"]
 Overrides = Mapping[str, str] | Sequence[tuple[str, str]]

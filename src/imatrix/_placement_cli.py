@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import Any, get_args
 
 import imatrix
 from imatrix._arguments import add_gpu_layers, at_least, whole
 from imatrix._placement import SplitMode, experts, experts_of_blocks, parse_overrides
 from imatrix._terminal import Terminal, size
+
+_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 __all__ = ["add_arguments", "arguments", "use_servers", "warn_of_no_device"]
 
@@ -112,8 +115,14 @@ def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:
         (name_rpc_server if isolate else imatrix.add_rpc_server)(args.rpc)
 
 
-def warn_of_no_device(args: argparse.Namespace, terminal: Terminal) -> None:
-    """Where there is no device but the CPU: which flags mean nothing."""
+def warn_of_no_device(
+    args: argparse.Namespace, terminal: Terminal, has_gpu: Callable[[], bool]
+) -> None:
+    """Where there is no device but the CPU: which flags mean nothing.
+
+    Args:
+        has_gpu: asked only where such a flag is given.
+    """
     given = {
         "-ngl": args.gpu_layers not in (None, 0),
         "-sm": args.split_mode is not None,
@@ -121,24 +130,22 @@ def warn_of_no_device(args: argparse.Namespace, terminal: Terminal) -> None:
         "-mg": args.main_gpu is not None,
         "-ot, -cmoe, -ncmoe": any(buffer == "CPU" for _, buffer in args.override_tensor or ()),
     }
-    if flags := [flag for flag, is_given in given.items() if is_given]:
-        told = "is" if len(flags) == 1 and "," not in flags[0] else "are"
-        terminal.warn(
-            f"there is no GPU in this build or machine: {', '.join(flags)} {told} ignored"
-        )
+    flags = [flag for flag, is_given in given.items() if is_given]
+    if flags and not has_gpu():
+        are = "is" if ", " not in ", ".join(flags) else "are"
+        terminal.warn(f"there is no GPU in this build or machine: {', '.join(flags)} {are} ignored")
 
 
 def _shares(text: str) -> list[float]:
     shares = re.split(r"[,/]+", text)
     if len(shares) > 1 and not shares[-1]:
         shares.pop()  # llama.cpp's iterator gives none behind the last separator
-    try:
-        found = [float(share) for share in shares]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected each GPU's share, as 3,1 or 0.7,0.3, got {text!r}"
-        ) from None
-    return found
+    for share in shares:
+        if _NUMBER.fullmatch(share) is None:
+            raise argparse.ArgumentTypeError(
+                f"expected each GPU's share, as 3,1 or 0.7,0.3, got {share!r} in {text!r}"
+            )
+    return [float(share) for share in shares]
 
 
 def _devices(text: str) -> list[str]:

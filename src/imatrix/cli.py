@@ -31,13 +31,13 @@ from imatrix import (
     _evaluate_cli,
     _files_cli,
     _hub_cli,
+    _placement_cli,
     _show,
     _sources_cli,
     atomic,
 )
 from imatrix._arguments import (
     Commands,
-    add_gpu_layers,
     add_parse_special,
     add_skipped_chunks,
     add_tensor_type,
@@ -214,11 +214,7 @@ def _collect_locked(
         return OK
     if earlier:
         _check_same_model(earlier, args)
-    if args.rpc is not None:
-        # a server that goes away must not take this process with it
-        from imatrix.devices import name_rpc_server
-
-        (name_rpc_server if args.isolate else imatrix.add_rpc_server)(args.rpc)
+    _placement_cli.use_servers(args, isolate=args.isolate)
     return _collect_text(args, text, earlier, terminal)
 
 
@@ -247,14 +243,13 @@ def _collect_text(
         n_batch=n_batch,
         n_ubatch=args.ubatch_size,
         n_seq=n_seq,
-        n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
+        **_placement_cli.arguments(args),
         n_threads=args.threads,
         use_mmap=not args.no_mmap,
         check_tensors=args.check_tensors,
         isolate=args.isolate,
     ) as collector:
-        if args.gpu_layers not in (None, 0) and not collector.has_gpu:
-            terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
+        _placement_cli.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
         saver = _Saver(args, collector, earlier, terminal)
@@ -721,12 +716,7 @@ def _add_collect(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add_gpu_layers(command)
-    add(
-        "--rpc",
-        metavar="SERVERS",
-        help="compute on ggml-rpc-servers too: host:port,host:port,... (a build with GGML_RPC=ON)",
-    )
+    _placement_cli.add_arguments(command)
     add_skipped_chunks(command)
     add(
         "--chunks",

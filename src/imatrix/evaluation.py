@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _session, corpus
+from imatrix._placement import Overrides, SplitMode
 from imatrix.collector import Collector, Perplexity, Progress
 from imatrix.errors import ModelError
 
@@ -484,6 +485,13 @@ def evaluate(
     skip_chunks: int = 0,
     parse_special: bool = False,
     n_gpu_layers: int = -1,
+    split_mode: SplitMode = "layer",
+    tensor_split: Sequence[float] | None = None,
+    main_gpu: int = 0,
+    devices: Sequence[str] | None = None,
+    override_tensor: Overrides = (),
+    cpu_moe: bool = False,
+    n_cpu_moe: int = 0,
     n_threads: int | None = None,
     use_mmap: bool = True,
     rehearse: bool = True,
@@ -512,6 +520,8 @@ def evaluate(
         n_ubatch: tokens a graph.
         max_chunks, skip_chunks, parse_special: as in Collector.run.
         n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
+        split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: as in
+            Collector, for all the models alike.
         progress: called with a Progress after every chunk, in this thread.
 
     Returns:
@@ -544,6 +554,13 @@ def evaluate(
                     mtp_model=head,
                     n_ctx=n_ctx,
                     n_gpu_layers=n_gpu_layers,
+                    split_mode=split_mode,
+                    tensor_split=tensor_split,
+                    main_gpu=main_gpu,
+                    devices=devices,
+                    override_tensor=override_tensor,
+                    cpu_moe=cpu_moe,
+                    n_cpu_moe=n_cpu_moe,
                     n_threads=n_threads,
                     use_mmap=use_mmap,
                     rehearse=rehearse,
