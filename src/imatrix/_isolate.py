@@ -108,8 +108,12 @@ class Engine:
         self._listener.start()
         self._writer.start()
         _engines.add(self)
-        for endpoint in devices.rpc_servers():
-            self.ask("rpc", endpoint=endpoint)
+        try:
+            for endpoint in devices.rpc_servers():
+                self.ask("rpc", endpoint=endpoint)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:

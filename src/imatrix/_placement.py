@@ -12,6 +12,7 @@ from imatrix import _session
 
 __all__ = [
     "MAX_DEVICES",
+    "NO_TENSOR_MODE",
     "Overrides",
     "Placement",
     "SplitMode",
@@ -22,6 +23,15 @@ __all__ = [
 
 SplitMode = Literal["none", "layer", "row", "tensor"]
 Overrides = Mapping[str, str] | Sequence[tuple[str, str]]
+
+# A stretch of the graph that ends with a product of which each device has a part loses the sum over
+# the devices (ggml-backend-meta.cpp: the last subgraph is not reduced), and looking at activations
+# cuts the graph behind such products.
+NO_TENSOR_MODE = (
+    "split_mode 'tensor' (-sm tensor) cannot be collected with: where this engine's graph is looked "
+    "at, that mode leaves out sums over the devices, and every activation after that is wrong (it "
+    "is so in llama-imatrix too). Take 'layer', or 'row'; imatrix evaluate can use it"
+)
 
 # llama_max_devices() in src/llama.cpp
 MAX_DEVICES = 16
