@@ -149,21 +149,25 @@ def choose_in_child(
     Raises:
         ModelError: the engine ends the process on this model.
         EngineError: the engine could not plan it.
+        ValueError: there are RPC servers.
     """
     if not sys.executable:
         raise EngineError(
             "n_batch='auto' (-b auto) plans in a child process, and this interpreter does not know "
             "its own executable: give the number of tokens"
         )
-    # with isolate=True the servers are known here by name only
-    gpus = bool(devices.rpc_servers()) or any(d.gpu for d in devices.backends().devices)
+    if devices.rpc_servers():
+        raise ValueError(
+            "n_batch='auto' (-b auto) plans in a child process, and a ggml-rpc-server serves one "
+            "process at a time: give the number of tokens"
+        )
+    gpus = any(device.gpu for device in devices.backends().devices)
     work = {
         "model": str(model),
         "mtp_model": mtp_model and str(mtp_model),
         "settings": settings,
         "n_gpu_layers": n_gpu_layers if gpus else 0,
         "placement": placement,
-        "rpc": devices.rpc_servers(),
         "host": available_memory(),
         "mapped": mapped,
         "most": most,
@@ -182,8 +186,6 @@ def choose_in_child(
 def _main() -> None:
     work = json.loads(sys.argv[1])
     settings = work["settings"]
-    for endpoint in work["rpc"]:
-        devices.add_rpc_server(endpoint)
 
     def load(path: str, mtp: bool) -> _session.Model:
         return _session.Model(
