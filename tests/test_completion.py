@@ -73,7 +73,7 @@ def test_bash_completes(
         return set(done.stdout.splitlines())
 
     (commands,) = (
-        action.choices for action in cli.parser()._actions
+        action.choices for action in cli._parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )  # fmt: skip
     assert complete("") >= set(commands)
@@ -110,7 +110,7 @@ def test_every_file_argument_is_found() -> None:
             else:
                 yield action.dest
 
-    assert set(dests(cli.parser())) >= _NO_FILES  # no name there is out of date
+    assert set(dests(cli._parser())) >= _NO_FILES  # no name there is out of date
 
 
 def test_without_the_library(

@@ -48,7 +48,7 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 def parsed(flags: str) -> dict[str, Any]:
     """What Collector takes, of flags as llama.cpp has them."""
     return _placement_cli.arguments(
-        cli.parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
+        cli._parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
     )
 
 
@@ -59,12 +59,12 @@ TAKEN = [
     "-ts .5,1e3", "--tensor-split " + ",".join("1" * 15), "-mg 1", "-mg -1", "--main-gpu 0",
     "-dev none", "-ot exps=CPU", "-ot a=CPU,b=CPU", "-ot a=CPU -ot b=CPU", "-ot =CPU",
     "--override-tensor 'blk\\.[01]\\.=CPU'", "-cmoe", "--cpu-moe", "-ncmoe 2", "-ncmoe 0",
-    "--n-cpu-moe 999",
+    "--n-cpu-moe 999", "-ncffn 2", "--n-cpu-ffn 0",
 ]  # fmt: skip
 REFUSED = [
     "-sm rows", "-sm ''", "-ts ,1", "-ts x", "-ts ''", "-ts " + ",".join("1" * 16), "-mg x",
     "-dev CPU", "-dev CUDA99", "-dev none,none", "-dev ''", "-ot exps", "-ot exps=CUDA99",
-    "-ot a=CPU,", "-ot a==CPU", "-ot ''", "-ncmoe -1", "-ncmoe x",
+    "-ot a=CPU,", "-ot a==CPU", "-ot ''", "-ncmoe -1", "-ncmoe x", "-ncffn x",
 ]  # fmt: skip
 # llama.cpp takes numbers up to their first other character, shares that are none, and finds a bad
 # expression when it loads the model
@@ -95,17 +95,20 @@ def test_flags_as_llama_imatrix_takes_them(
 
 
 def test_overrides_in_the_order_of_the_command_line() -> None:
-    found = parsed("-ot a=CPU -ncmoe 2 -ot b=CUDA0 -cmoe -ot c=CPU,d=CPU")["override_tensor"]
-    assert [pattern for pattern, _ in found[::2]] == ["a", "b", "c"]
-    assert [buffer for _, buffer in found] == ["CPU", "CPU", "CUDA0", "CPU", "CPU", "CPU"]
-    # of the names that llama.cpp's own patterns for these flags are made for (common/common.h)
-    names = [f"blk.{n}.ffn_{kind}" for n in (0, 1, 2, 10) for kind in (
-        "up_exps.weight", "down_chexps.weight", "gate_up_exps.weight", "up.weight", "up_shexp.weight",
-    )]  # fmt: skip
+    flags = "-ot a=CPU -ncmoe 2 -ot b=CUDA0 -cmoe -ot c=CPU,d=CPU -ncffn 1"
+    found = parsed(flags)["override_tensor"]
+    assert [found[n][0] for n in (0, 2, 4, 5)] == ["a", "b", "c", "d"]
+    assert [buffer for _, buffer in found] == ["CPU", "CPU", "CUDA0", "CPU", "CPU", "CPU", "CPU"]
+    # names, and which of them llama.cpp's own patterns for these flags find (common/common.h)
+    names = [
+        f"blk.{block}.ffn_{kind}.weight"
+        for block in (0, 1, 2, 10)
+        for kind in ("up_exps", "down_chexps", "gate_up_exps", "up", "up_shexp")
+    ]
     routed = [name for name in names if "exps" in name]
     in_first = [name for name in routed if name.startswith(("blk.0.", "blk.1."))]
-    for (pattern, _), want in ((found[1], in_first), (found[3], routed)):
-        assert [name for name in names if _session.find_name(pattern, [name])] == want
+    for n, want in ((1, in_first), (3, routed), (6, ["blk.0.ffn_up.weight"])):
+        assert [name for name in names if _session.find_name(found[n][0], [name])] == want
 
 
 def test_what_no_machine_has(model: Path) -> None:
@@ -214,6 +217,8 @@ def test_the_same_sums_wherever_tensors_lie(
         "-ngl 99 -sm none -mg 1",
         f"-ngl 99 -ts 1,1 -ot attn_q=CPU,ffn_down={second} -ot 'blk.0.ffn_up={first}'",
     ]
+    if arch == "llama":
+        flags += ["-ngl 99 -ncffn 1 -ts 1,1"]
     if arch == "glm4moe":
         flags += ["-ngl 99 -ts 1,1 -cmoe", f"-ngl 99 -ncmoe 2 -ot exps={second} -cmoe -ts 1,1"]
     text = np.random.default_rng(3).integers(0, spec.tokenizer.n_vocab, 3 * N_CTX).tolist()

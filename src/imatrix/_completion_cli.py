@@ -45,9 +45,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace, _terminal: Terminal) -> int:
     """Do what `add_parser` describes; the exit status."""
-    from imatrix.cli import parser
+    from imatrix.cli import _parser
 
-    sys.stdout.write(script(parser(), args.shell))
+    sys.stdout.write(script(_parser(), args.shell))
     sys.stdout.flush()
     return 0
 

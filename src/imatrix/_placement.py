@@ -16,8 +16,7 @@ __all__ = [
     "Overrides",
     "Placement",
     "SplitMode",
-    "experts",
-    "experts_of_blocks",
+    "on_cpu",
     "parse_overrides",
 ]
 
@@ -39,8 +38,10 @@ MAX_DEVICES = 16
 # LLAMA_MAX_LAYERS in src/llama-hparams.h
 _MAX_LAYERS = 512
 
-# Weights of routed experts, as -cmoe has them (LLM_FFN_EXPS_REGEX in common/common.h)
+# Weights of routed experts and of dense feed-forward networks, as -cmoe and -ncffn have them
+# (LLM_FFN_EXPS_REGEX and LLM_FFN_DENSE_REGEX in common/common.h)
 _EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+_DENSE = r"\.ffn_(up|down|gate)\."
 _CPU = "CPU"  # ggml_backend_cpu_buffer_type()'s name
 
 
@@ -107,9 +108,8 @@ class Placement:
             except ValueError as error:
                 raise ValueError(f"override_tensor: {error}") from None
         if cpu_moe:
-            every.append((_EXPERTS, _CPU))
-        if n_cpu_moe:
-            every.append((experts_of_blocks(n_cpu_moe), _CPU))
+            every += on_cpu("experts")
+        every += on_cpu("experts", n_cpu_moe)
         names = None if devices is None else tuple(devices)
         return cls(split_mode, shares, main_gpu, () if names == ("none",) else names, tuple(every))
 
@@ -142,15 +142,14 @@ class Placement:
                 )
 
 
-def experts() -> tuple[str, str]:
-    """The override that keeps all experts on the CPU (-cmoe)."""
-    return _EXPERTS, _CPU
-
-
-def experts_of_blocks(n: int) -> str:
-    """A pattern that finds the experts of the first `n` blocks (-ncmoe)."""
-    blocks = "|".join(map(str, range(min(n, _MAX_LAYERS))))
-    return rf"blk\.({blocks}){_EXPERTS}"
+def on_cpu(kind: Literal["experts", "dense"], n_blocks: int | None = None) -> list[tuple[str, str]]:
+    """The overrides that keep feed-forward weights on the CPU (-cmoe, -ncmoe, -ncffn): those of
+    all blocks, or of the first `n_blocks`."""
+    pattern = _EXPERTS if kind == "experts" else _DENSE
+    if n_blocks is None:
+        return [(pattern, _CPU)]
+    blocks = "|".join(map(str, range(min(n_blocks, _MAX_LAYERS))))
+    return [(rf"blk\.({blocks}){pattern}", _CPU)] if blocks else []
 
 
 def parse_overrides(text: str) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
-"""Flags that say on which devices a model lies: -ngl, -sm, -ts, -mg, -dev, -ot, -cmoe, -ncmoe and
---rpc, with llama.cpp's names and syntax (common/arg.cpp)."""
+"""Flags that say on which devices a model lies: -ngl, -sm, -ts, -mg, -dev, -ot, -cmoe, -ncmoe, -ncffn
+and --rpc, with llama.cpp's names and syntax (common/arg.cpp)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import imatrix
 from imatrix._arguments import add_gpu_layers, at_least, whole
-from imatrix._placement import SplitMode, experts, experts_of_blocks, parse_overrides
+from imatrix._placement import SplitMode, on_cpu, parse_overrides
 from imatrix._terminal import Terminal, size
 
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -71,7 +71,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         dest="override_tensor",
         action=_Override,
         nargs=0,
-        const=[experts()],
+        const=on_cpu("experts"),
         help="keep all experts on the CPU",
     )
     add(
@@ -80,8 +80,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         dest="override_tensor",
         metavar="N",
         action=_Override,
-        type=_experts_of_blocks,
+        type=lambda text: on_cpu("experts", at_least(0)(text)),
         help="keep the experts of the first N blocks on the CPU",
+    )
+    add(
+        "-ncffn",
+        "--n-cpu-ffn",
+        dest="override_tensor",
+        metavar="N",
+        action=_Override,
+        type=lambda text: on_cpu("dense", at_least(0)(text)),
+        help="keep the feed-forward weights of the first N blocks on the CPU, but for experts",
     )
     add(
         "--rpc",
@@ -128,7 +137,9 @@ def warn_of_no_device(
         "-sm": args.split_mode is not None,
         "-ts": args.tensor_split is not None,
         "-mg": args.main_gpu is not None,
-        "-ot, -cmoe, -ncmoe": any(buffer == "CPU" for _, buffer in args.override_tensor or ()),
+        "-ot, -cmoe, -ncmoe, -ncffn": any(
+            buffer == "CPU" for _, buffer in args.override_tensor or ()
+        ),
     }
     flags = [flag for flag, is_given in given.items() if is_given]
     if flags and not has_gpu():
@@ -157,12 +168,6 @@ def _overrides(text: str) -> list[tuple[str, str]]:
         return parse_overrides(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _experts_of_blocks(text: str) -> list[tuple[str, str]]:
-    n = at_least(0)(text)
-    _, cpu = experts()
-    return [(experts_of_blocks(n), cpu)] if n else []
 
 
 class _Override(argparse.Action):

@@ -63,7 +63,7 @@ from imatrix.formats.checkpoint import read as read_checkpoint
 from imatrix.formats.checkpoint import write as write_checkpoint
 from imatrix.matrix import ImportanceMatrix
 
-__all__ = ["entry", "main", "parser"]
+__all__ = ["entry", "main"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 TERMINATED = 143
@@ -95,16 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see the module.
     """
-    commands = parser()
+    parser = _parser()
     try:
-        args = commands.parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
         return stop.code if isinstance(stop.code, int) else USAGE
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
         return _version(terminal)
     if args.command is None:
-        commands.print_help(sys.stderr)
+        parser.print_help(sys.stderr)
         return USAGE
     with terminal.listening():
         return _run(args.run, args, terminal)
@@ -646,20 +646,21 @@ def _version(terminal: Terminal) -> int:
 # --- arguments ---------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    made = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="imatrix",
         description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
         allow_abbrev=False,
     )
-    made.add_argument(
+    parser.add_argument(
         "--version", action="store_true", help="this build: engine, backends, devices"
     )
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser
+    )
     for add_parser in _COMMANDS:
         add_parser(commands)
-    return made
+    return parser
 
 
 def _add_collect(commands: Commands) -> None:
