@@ -340,6 +340,25 @@ def test_the_commands(
         assert abs(value - float(found[1])) <= 1e-4 * float(found[1])
 
 
+@needs_rpc
+def test_why_tensor_mode_is_refused(
+    endpoints: list[str], model: Path, text: Path, engine_tool: EngineTool, tmp_path: Path
+) -> None:
+    """The engine's own collector goes wrong in it: where this fails, NO_TENSOR_MODE may go."""
+    found = []
+    for mode in ("layer", "tensor"):
+        tool = [
+            engine_tool("llama-imatrix"), "-m", model, "-f", text, "-o", tmp_path / "out.gguf",
+            "-c", "64", "-b", "64", "--chunks", "2", "-t", "1", "-ngl", "99", "-fit", "off",
+            "--rpc", ",".join(endpoints), "-sm", mode,
+        ]  # fmt: skip
+        log = until_told("Final estimate", lambda tool=tool: run_tool(*tool))
+        figure = re.search(r"Final estimate: PPL = ([\d.]+)", log)
+        assert figure is not None
+        found.append(float(figure[1]))
+    assert abs(found[1] - found[0]) > 0.01 * found[0]
+
+
 # --- servers that are none ----------------------------------------------------------
 
 

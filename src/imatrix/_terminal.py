@@ -72,11 +72,13 @@ class Terminal:
 # The head's tensors are unused whenever the trunk runs alone. Contexts get somewhat more room than
 # chunks need, in multiples of 256 (llama_context), which may be more than the model was trained
 # on: of chunks that are, Collector warns. Overrides are what the user asked for (llama-quant.cpp).
+# What is better with tensors on the CPU is --no-mmap here (docs/backends.md).
 _NO_NEWS = (
     "unused tensor",
     "n_ctx is not divisible by n_seq_max",
     "possible training context overflow",
     "applying manual override",
+    "tensor overrides to CPU are used with mmap",
 )
 
 
