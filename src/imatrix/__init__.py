@@ -45,6 +45,15 @@ if TYPE_CHECKING:
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
     from imatrix.run_report import ExpertCoverage, Report
+    from imatrix.weight_stats import (
+        ExpertStatistics,
+        LayerStatistics,
+        PartStatistics,
+        Statistics,
+        WeightStatistics,
+        expert_statistics,
+        statistics,
+    )
 
 __all__ = [
     "Backends",
@@ -63,17 +72,20 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExpertCoverage",
+    "ExpertStatistics",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LayerStatistics",
     "LeftOut",
     "LockedError",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
+    "PartStatistics",
     "Perplexity",
     "Plan",
     "Predictions",
@@ -83,19 +95,23 @@ __all__ = [
     "Report",
     "RowsMissingError",
     "Source",
+    "Statistics",
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightStatistics",
     "__version__",
     "add_rpc_server",
     "backends",
     "convert",
     "coverage",
     "evaluate",
+    "expert_statistics",
     "extract_mtp",
     "graft_mtp",
     "merge",
     "quantize",
+    "statistics",
 ]
 
 # A module must not bear the name of a function here: importing it would replace the function.
@@ -133,6 +149,13 @@ _NATIVE = {
 _LAZY = {
     "convert": "conversion",
     "merge": "conversion",
+    "ExpertStatistics": "weight_stats",
+    "LayerStatistics": "weight_stats",
+    "PartStatistics": "weight_stats",
+    "Statistics": "weight_stats",
+    "WeightStatistics": "weight_stats",
+    "expert_statistics": "weight_stats",
+    "statistics": "weight_stats",
 }
 
 
