@@ -25,7 +25,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import (
+    _adapt_cli,
+    _check_cli,
+    _diff_cli,
+    _evaluate_cli,
+    _files_cli,
+    _hub_cli,
+    _show,
+    _sources_cli,
+    atomic,
+)
 from imatrix._arguments import (
     Commands,
     add_gpu_layers,
@@ -865,6 +875,8 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _check_cli.add_parser,
     _add_show,
     _files_cli.add_parser,
+    _diff_cli.add_parser,
+    _adapt_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,
