@@ -86,7 +86,7 @@ def _render(console: Console, found: Adapted, *, every: bool) -> None:
 
     changed = found.changed
     kept = len(found.placed) - len(changed)
-    say(f"{len(changed)} weights adapted, {kept} as they were")
+    say(f"{_show.plural(len(changed), 'weight')} adapted, {kept} as they were")
     lines = [(place.name, _told(place)) for place in found.placed] if every else _by_kind(changed)
     width = max((len(name) for name, _ in lines), default=0)
     for name, told in lines:

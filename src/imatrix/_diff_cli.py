@@ -199,7 +199,7 @@ def _render(
 def _summary(weights: Sequence[WeightComparison], tolerance: float) -> str:
     differing = sum(not weight.within(tolerance) for weight in weights)
     cosines = [w.worst_cosine for w in weights if w.worst_cosine is not None]
-    text = f"{len(weights)} weights in both, {differing} differ"
+    text = f"{_show.plural(len(weights), 'weight')} in both, {differing} differ"
     if cosines:
         text += f"; cosine {_cosine(min(cosines))} at worst, {_cosine(_median(cosines))} the median"
     return text
@@ -247,7 +247,7 @@ def _list(
     if not names:
         return
     n_head = sum(name.split(" ")[0] in head for name in names)
-    counted = f"{len(names)} weights" if len(names) > 1 else "1 weight"
+    counted = _show.plural(len(names), "weight")
     told = f"{label}: {counted}" + (f", {n_head} of the head" if n_head else "")
     console.print()
     console.print(Text(told))

@@ -245,7 +245,12 @@ class _Adaptation:
             base, expert = apart[1], int(apart[2])
             n_expert = self._experts[block, base]
             found = self._derived(block, f"{base}_exps", n_in, n_expert)
-            return None if found is None else _cut(found, expert)
+            if found is not None and "stacked" not in found.steps:
+                return _cut(found, expert)
+            if base not in _GATES:
+                return None
+            found = self._own(f"blk.{block}.{_GATES[base]}.{expert}.weight", n_in, 1)
+            return None if found is None else found.after("shared")
         return self._collected(block, kind, n_in, n_mat) or self._derived(block, kind, n_in, n_mat)
 
     def _own(self, name: str, n_in: int, n_mat: int) -> _Found | None:
