@@ -343,6 +343,17 @@ class TestRefusals:
             "blk.1.attn_q.weight and blk.1.attn_v.weight were not fed the same rows"
         )
 
+    def test_a_matmul_of_gate_and_up_that_reported_up(self, model: Path, prose_file: Path) -> None:
+        """As ik_llama.cpp's fused ones do."""
+        matrix = collected(model, prose_file, mtp=True)
+        rest = {name: entry for name, entry in matrix.items() if ".ffn_gate" not in name}
+        assert len(rest) == len(matrix) - 7  # with the experts' ffn_gate_inp of two blocks
+        found = imatrix.adapt(ImportanceMatrix(rest), model)
+        assert {place.steps for place in found.changed} == {("shared",)}
+        assert set(found.matrix) == {name for name in matrix if "ffn_gate_inp" not in name}
+        for place in found.changed:
+            assert found.matrix[place.name] == matrix[place.name]
+
     def test_a_head_without_a_place(self, forged: Forged, prose_file: Path) -> None:
         with_head = forged("glm4moe", seed=1, n_nextn=1).path
         trunk = forged("glm4moe", seed=1).path

@@ -29,8 +29,7 @@ SAME, DIFFERENT = 0, 1
 _ROWS = 12  # of a table, unless all are asked for
 
 _LEGEND = (
-    "cosine, distance (relative L2, from A) and rank (Spearman) of the means of the squared "
-    "activations; of a weight with experts the worst one's"
+    "distance: relative L2, from A; rank: Spearman's; of a weight with experts the worst one's"
 )
 
 
@@ -238,7 +237,8 @@ def _gaps(weight: WeightComparison) -> list[Text]:
 
 def _cosine(value: float) -> str:
     """Not rounded up to 1, which would say that nothing differs in shape."""
-    return f"{value:.4f}" if value == 1 or value < 0.99995 else f"1 - {1 - value:.0e}"
+    away = 1 - value
+    return f"1 - {away:.0e}" if 1e-12 < away < 5e-5 else f"{value:.4f}"  # below: float64's rounding
 
 
 def _list(
