@@ -244,8 +244,8 @@ class _Adaptation:
         if apart := _APART.fullmatch(kind):
             base, expert = apart[1], int(apart[2])
             n_expert = self._experts[block, base]
-            found = self._derived(block, f"{base}_exps", n_in, n_expert)
-            if found is not None and "stacked" not in found.steps:
+            found = self._derived(block, f"{base}_exps", n_in, n_expert, stack=False)
+            if found is not None:
                 return _cut(found, expert)
             if base not in _GATES:
                 return None
@@ -263,8 +263,11 @@ class _Adaptation:
         own = self._own(f"blk.{block}.{kind}.weight", n_in, n_mat)
         return own or self._stacked(block, kind, n_in, n_mat)
 
-    def _derived(self, block: str, kind: str, n_in: int, n_mat: int) -> _Found | None:
-        """The data of a weight that takes the same rows."""
+    def _derived(
+        self, block: str, kind: str, n_in: int, n_mat: int, *, stack: bool = True
+    ) -> _Found | None:
+        """The data of a weight that takes the same rows. `stack`: also of experts that the matrix
+        has apart."""
         if (own := self._own(f"blk.{block}.{kind}.weight", n_in, n_mat)) is not None:
             return own  # of all experts, where one of them is asked for
         if kind in self._fused:
@@ -277,7 +280,11 @@ class _Adaptation:
             if found is not None:
                 return found.after("split")
         if kind in _GATES:
-            found = self._collected(block, _GATES[kind], n_in, n_mat)
+            up = _GATES[kind]
+            if stack:
+                found = self._collected(block, up, n_in, n_mat)
+            else:
+                found = self._own(f"blk.{block}.{up}.weight", n_in, n_mat)
             if found is not None:
                 return found.after("shared")
         return None
@@ -292,7 +299,7 @@ class _Adaptation:
             int(number): name
             for name in self._matrix
             if name.startswith(prefix)
-            and (number := name[len(prefix) :].removesuffix(".weight")).isdigit()
+            and (number := name[len(prefix) :].removesuffix(".weight")).isdecimal()
         }
         if not names:
             return None
