@@ -29,6 +29,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
+    from imatrix.adaptation import Adapted, Placed, adapt
     from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Adapted",
     "Backends",
     "Chat",
     "ChatOptions",
@@ -81,12 +84,14 @@ __all__ = [
     "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixComparison",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
     "PartStatistics",
     "Perplexity",
+    "Placed",
     "Plan",
     "Predictions",
     "Progress",
@@ -99,10 +104,13 @@ __all__ = [
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightComparison",
     "WeightStatistics",
     "__version__",
+    "adapt",
     "add_rpc_server",
     "backends",
+    "compare_matrices",
     "convert",
     "coverage",
     "evaluate",
@@ -118,6 +126,9 @@ __all__ = [
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
+    "Adapted": "adaptation",
+    "Placed": "adaptation",
+    "adapt": "adaptation",
     "Backends": "devices",
     "Device": "devices",
     "add_rpc_server": "devices",
@@ -147,6 +158,9 @@ _NATIVE = {
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
+    "MatrixComparison": "matrix_comparison",
+    "WeightComparison": "matrix_comparison",
+    "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
     "ExpertStatistics": "weight_stats",
