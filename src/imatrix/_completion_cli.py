@@ -25,6 +25,7 @@ _NO_FILES = {
     "hf_token",
     "prompt",
     "rpc",
+    "sort",
     "text_field",
 }
 
