@@ -77,12 +77,16 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
             action.choices = sorted(FTYPES)
         elif action.metavar == "DIR":
             action.complete = shtab.DIRECTORY
-        elif action.type in (None, Path) and not action.choices and action.dest not in _NO_FILES:
+        elif action.dest not in _NO_FILES and not action.choices and _is_file(action):
             action.complete = shtab.FILE
         if isinstance(action.metavar, str) and re.search(r"[^\w=,./-]", action.metavar):
             action.metavar = action.dest  # a colon or bracket would end it, in zsh's script
     text = shtab.complete(parser, shell)
     return text if text.endswith("\n") else text + "\n"
+
+
+def _is_file(action: argparse.Action) -> bool:
+    return action.type in (None, Path) or str(action.metavar).startswith("FILE")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--split-mode",
         choices=get_args(SplitMode),
         help="how a model is divided over several GPUs: none, one GPU only (-mg); layer, by blocks "
-        "(default); row and tensor, within the weights, where the backend can",
+        "(default); row, within the weights, where the backend can; tensor, for evaluate only",
     )
     add(
         "-ts",
@@ -137,11 +137,9 @@ def warn_of_no_device(
         "-sm": args.split_mode is not None,
         "-ts": args.tensor_split is not None,
         "-mg": args.main_gpu is not None,
-        "-ot, -cmoe, -ncmoe, -ncffn": any(
-            buffer == "CPU" for _, buffer in args.override_tensor or ()
-        ),
     }
     flags = [flag for flag, is_given in given.items() if is_given]
+    flags += dict.fromkeys(getattr(args, "override_flags", ()))
     if flags and not has_gpu():
         are = "is" if ", " not in ", ".join(flags) else "are"
         terminal.warn(f"there is no GPU in this build or machine: {', '.join(flags)} {are} ignored")
@@ -182,6 +180,7 @@ class _Override(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest) or []
         setattr(namespace, self.dest, [*before, *(values or self.const or [])])
+        namespace.override_flags = [*getattr(namespace, "override_flags", ()), option_string]
 
 
 class _ListDevices(argparse.Action):
@@ -202,11 +201,11 @@ class _ListDevices(argparse.Action):
         out = Terminal().out
         out.print("devices for -dev, and the buffer types of -ot:")
         for device in devices:
-            free = f", {size(device.memory_free)} free" if device.memory_total else ""
-            name = f"{device.name}:" if device.backend != "CPU" else "-"
-            out.print(
-                f"  {name:8} {device.description}{free}; buffer type {device.buffer_type}",
-                markup=False,
-                soft_wrap=True,
+            memory = f", {size(device.memory_free)} free" if device.memory_total else ""
+            told = (
+                f"  {device.name}: {device.description}{memory}, buffer type {device.buffer_type}"
             )
+            if device.backend == "CPU":
+                told += " (not for -dev)"
+            out.print(told, markup=False, soft_wrap=True)
         parser.exit()
