@@ -772,7 +772,7 @@ def _draw_spread(page: Page, grid: Grid, box: tuple[float, float, float, float])
         axes.axhline(THIN, color=page.look.muted, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.set(xlim=(-0.5, len(part.columns) - 0.5), ylim=(low, high))
         _block_ticks(axes, part, w / len(part.columns), shown=True)
-        number_ticks(axes, low, high, 4, shown=n == 0)
+        number_ticks(axes, low, high, height, axis="y", shown=n == 0)
     for text, colour, (x, y) in _spread_words(page.look, width)[0]:
         page.text(left + x, top - 0.2 - y, text, SMALL, color=colour)
     page.text(left + width / 2, top + height + 0.22, "block", SMALL, ha="center",
@@ -919,7 +919,7 @@ def _draw_channels(
         axes.fill_between(starts, least, most, color=page.look.line, lw=0.4)
         what = f"channel (a column: the least to the largest of {per})"
     axes.set(xlim=(-0.01 * n - 0.5, 1.01 * n - 0.5), ylim=(low, high))
-    number_ticks(axes, low, high, 6, shown=True)
+    number_ticks(axes, low, high, box[3], axis="y", shown=True)
     axes.set_ylabel("mean square", size=SMALL, color=page.look.muted)
     axes.set_xlabel(fitted(what, box[2], SMALL), size=SMALL, color=page.look.muted)
     _channel_ticks(axes, n, box[2])
@@ -1011,8 +1011,8 @@ def _draw_sorted(
         label="heaviest",
     )  # fmt: skip
     axes.set(xlim=(0.8, len(found.values) * 1.25), ylim=(low, high))
-    number_ticks(axes, low, high, 6, shown=labels)
-    number_ticks(axes, 0.8, n * 1.25, 5, shown=True, axis="x")
+    number_ticks(axes, low, high, box[3], axis="y", shown=labels)
+    number_ticks(axes, *axes.get_xlim(), box[2], axis="x", shown=True)
     if labels:
         axes.set_ylabel("mean square", size=SMALL, color=page.look.muted)
     axes.set_xlabel("rank (dashed: mean)", size=SMALL, color=page.look.muted)
