@@ -97,6 +97,8 @@ def drawing() -> Iterator[None]:
         "text.parse_math": False,  # a weight's name is not a formula
         "hatch.linewidth": 0.7,
         "font.size": TEXT,
+        # the first comes with matplotlib; the others are for a browser that has it not
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
     }
     with _LOCK, mpl.rc_context(ours), warnings.catch_warnings():
         # names may be in any script; what the font lacks is drawn as a box
