@@ -467,6 +467,10 @@ class TestCompare:
         }
         assert {name for name, hatch in marks.items() if hatch == "/"} == {"token_embd.weight"}
         assert {name for name, hatch in marks.items() if hatch == "+"} == {"blk.0.attn_k.weight"}
+        assert {name: hatch for name, hatch in marks.items() if hatch in "xo"} == {
+            "blk.1.attn_k.weight": "o",  # zeros
+            "blk.2.attn_k.weight": "x",  # no rows
+        }
         said = " ".join(text.get_text() for text in figure.texts)
         assert f"{len(head) + 1} weights with rows only in one; 1 weight with rows only in" in said
         norm = axes_of(figure, "difference trunk").images[0].norm
@@ -482,7 +486,7 @@ class TestCompare:
             (s, c), (t, d) = one[name], two[name]
             seen = [n for n in range(len(s)) if c[n] > 0 and d[n] > 0]
             return float(
-                np.mean(
+                np.max(
                     [
                         1 - s[n] @ t[n] / np.sqrt((s[n] @ s[n]) * (t[n] @ t[n]))  # counts cancel
                         for n in seen
@@ -495,8 +499,18 @@ class TestCompare:
             for name in one
             if name in two and one[name][0].shape == two[name][0].shape and one[name][0].any()
         }
+        expected["blk.1.attn_k.weight"] = 1e-6  # zeros in both
         # 1 - cosine loses digits here, not there: 2^-53 of 1 each
         assert cells(figure, "difference ") == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+    def test_flattened(self) -> None:
+        """llama-imatrix writes a dense 3-D weight flattened; its values are the same."""
+        sums = np.exp(np.random.default_rng(5).normal(0, 1, (3, 8)))
+        one = ImportanceMatrix({"blk.0.attn_k_b.weight": Entry(sums, [7])})
+        two = ImportanceMatrix({"blk.0.attn_k_b.weight": Entry(sums.reshape(1, -1), [7])})
+        for matrices in ((one, two), (two, one)):
+            figure = pictures.compare(*matrices, difference="cosine")
+            assert cells(figure, "difference ") == {"blk.0.attn_k_b.weight": 1e-6}
 
     def test_equal(self, both: tuple[ImportanceMatrix, ImportanceMatrix]) -> None:
         """Equal matrices: no ratio, and the lowest colour for the cosine."""

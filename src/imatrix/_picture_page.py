@@ -24,6 +24,7 @@ __all__ = [
     "MARGIN",
     "SMALL",
     "TEXT",
+    "TITLE",
     "Look",
     "Page",
     "Style",
