@@ -25,7 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import (
+    _check_cli,
+    _evaluate_cli,
+    _files_cli,
+    _hub_cli,
+    _report_cli,
+    _show,
+    _sources_cli,
+    atomic,
+)
 from imatrix._arguments import (
     Commands,
     add_gpu_layers,
@@ -864,6 +873,7 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _report_cli.add_parser,
     _files_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
