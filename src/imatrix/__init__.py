@@ -29,7 +29,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
-    from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import (
@@ -123,9 +123,9 @@ _NATIVE = {
     "add_rpc_server": "devices",
     "backends": "devices",
     "Collector": "collector",
-    "Perplexity": "collector",
+    "Perplexity": "run_report",
     "Plan": "collector",
-    "Progress": "collector",
+    "Progress": "run_report",
     "Comparison": "evaluation",
     "Difference": "evaluation",
     "Estimate": "evaluation",
