@@ -13,9 +13,9 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,8 @@ from imatrix.run_report import coverage_of
 from imatrix.weight_stats import LayerStatistics, WeightStatistics, statistics
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from imatrix.matrix_comparison import MatrixComparison
     from imatrix.preflight import Coverage, TensorCoverage
 
@@ -48,6 +50,7 @@ Level = Literal["good", "warn", "bad", "note"]
 Part = Literal["trunk", "head"]
 
 _PARTS: tuple[Part, ...] = ("trunk", "head")
+_STYLES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 _FORMATS: dict[Format | None, str] = {"gguf": "GGUF", "dat": ".dat", None: ""}
 
 # Rows of a table that nobody reads to its end; below it stands how many more there are.
@@ -55,6 +58,18 @@ _ROWS = 25
 
 # Lines of a fix to paste. More of them, for a matrix of another model, help nobody.
 _FIX_LINES = 64
+
+# Inches, and up to which width of the screen the narrow drawing is the one to show.
+_PHONE = 3.6
+_NARROW = "(max-width: 40rem)"
+
+# CSS pixels an inch: text of 8 points is then as large as it is in the tables' notes.
+_PIXELS = 112
+
+# What matplotlib measures the texts with, then what is as wide.
+_FONT = "font-family: 'DejaVu Sans', 'Bitstream Vera Sans', Verdana, sans-serif"
+
+_DASH = "\N{EN DASH}"
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -196,22 +211,36 @@ class Heavy:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """One drawing of a picture.
+
+    Attributes:
+        media: when it is the one to show, a media query; "" for always.
+        address: data:, an SVG file.
+        width, height: in CSS pixels.
+    """
+
+    media: str
+    address: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A picture as an SVG file, for light pages and for dark ones.
+    """A picture, drawn for phones and for larger screens, in light and in dark.
 
     Attributes:
         alt: what it shows, for those who do not see it.
         caption: how to read it.
-        light, dark: data: addresses.
-        width, height: in CSS pixels.
+        drawings: the first whose query holds is shown; the last one has none.
+        refusal: why there are no drawings; else "".
     """
 
     alt: str
     caption: str
-    light: str
-    dark: str
-    width: int
-    height: int
+    drawings: tuple[Drawing, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,6 +267,7 @@ class _Page:
         self.comparison: MatrixComparison | None = None
         self.against = ""
         self.pictures: dict[str, Picture] = {}
+        self._other: ImportanceMatrix | None = None
         self._form = form
         self._made = matrix.provenance or Provenance()
         self._head = frozenset(matrix.head)
@@ -254,9 +284,86 @@ class _Page:
 
         self.comparison = compare_matrices(self.matrix, other)
         self.against = name
+        self._other = other
 
     def draw(self) -> None:
-        pass
+        from imatrix import pictures
+
+        matrix = self.matrix
+        numbers = "The tables have the numbers."
+        self._draw(
+            "layers",
+            partial(pictures.layers, matrix),
+            "Heat map: mean squared activation of each weight, kinds of weights against blocks. "
+            + numbers,
+            "Mean squared activation, on a logarithmic scale. Hatched: in the file, without a row.",
+        )
+        self._draw(
+            "concentration",
+            partial(pictures.layers, matrix, statistic="top"),
+            "Heat map: share of the sum that the heaviest 1 % of channels hold, kinds of weights "
+            f"against blocks. {numbers}",
+            "How much of its sum a weight has in the heaviest 1 % of its channels.",
+        )
+        if coverage := self.experts:
+            block, expert, rows = coverage.thinnest
+            self._draw(
+                "experts",
+                partial(pictures.experts, matrix),
+                f"Map of the rows that each of {coverage.n_experts:,} experts saw, experts against "
+                f"blocks. {coverage.n_unseen:,} saw none; the fewest has {block} expert {expert}: "
+                f"{rows:,}. {numbers}",
+                "Rows of each expert, on a logarithmic scale. A dot: no row. A circle: the fewest.",
+            )
+        if chosen := self._profiled():
+            self._draw(
+                "channels",
+                partial(pictures.channels, matrix, chosen),
+                "Profiles: mean squared activation by channel, of the weights with the heaviest "
+                f"ones: {', '.join(chosen)}. {numbers}",
+                "Left, or above: channels in their order, the heaviest named with their share of "
+                "the sum. Right, or below: sorted.",
+            )
+
+        if self._other is not None:
+            self._draw(
+                "against",
+                partial(
+                    pictures.compare,
+                    matrix,
+                    self._other,
+                    names=(self.name, self.against),
+                    difference="cosine",
+                ),
+                "Three heat maps, kinds of weights against blocks: mean squared activation in this "
+                f"matrix and in the other, and how far apart they are. {numbers}",
+                "1 - cosine similarity of the channels' importance, on a logarithmic scale: 0.01 "
+                "is close, 1 is nothing in common.",
+            )
+
+    def _profiled(self) -> list[str]:
+        """Weights whose channels are drawn: those of the trunk and the head with the heaviest."""
+        found = {part: [each for each in self.heavy if each.part == part] for part in _PARTS}
+        n_head = min(2, len(found["head"]))
+        chosen = found["trunk"][: 4 - n_head] + found["head"][:n_head]
+        return [each.name for each in chosen]
+
+    def _draw(self, key: str, make: Callable[..., Figure], alt: str, caption: str) -> None:
+        drawings = []
+        for narrow in (True, False):
+            for style in _STYLES:
+                query = [_NARROW] if narrow else []
+                if style == "dark":
+                    query.append("(prefers-color-scheme: dark)")
+                try:
+                    figure = make(style=style, width=_PHONE if narrow else None)
+                except ValueError as error:  # too many kinds, names that are no blocks
+                    self.pictures[key] = Picture(alt, caption, refusal=str(error))
+                    return
+                drawings.append(_drawing(figure, " and ".join(query)))
+        # the most particular query first
+        drawings.sort(key=lambda each: -each.media.count("("))
+        self.pictures[key] = Picture(alt, caption, tuple(drawings))
 
     def render(self) -> str:
         style, script = ((_FOLDER / name).read_text("utf-8") for name in ("report.css", "sort.js"))
@@ -343,7 +450,7 @@ class _Page:
             return Verdict(
                 "warn",
                 "gaps",
-                f"{coverage.n_unseen} of {coverage.n_experts} experts saw no row: their columns "
+                f"{coverage.n_unseen:,} of {coverage.n_experts:,} experts saw no row: their columns "
                 "weigh all the same.",
             )
         if without:
@@ -355,11 +462,13 @@ class _Page:
             return Verdict(
                 "warn",
                 "thin",
-                f"{few} of {coverage.n_experts} experts saw fewer than {THIN} rows.",
+                f"{few:,} of {coverage.n_experts:,} experts saw fewer than {THIN} rows.",
             )
         if self.few_rows:
             return Verdict(
-                "warn", "thin", f"{_plural(len(self.few_rows), 'weight')} saw fewer than {THIN} rows."
+                "warn",
+                "thin",
+                f"{_plural(len(self.few_rows), 'weight')} saw fewer than {THIN} rows.",
             )
         if self.blind:
             return Verdict(
@@ -395,7 +504,7 @@ class _Page:
         return found
 
     def _cut(self) -> str:
-        if not self.matrix.chunk_size:
+        if not self.matrix.chunk_size or self._form == "dat":
             return "of unknown size"
         told = "up to " if self._made.packing == "document" else ""
         return f"of {told}{self.matrix.chunk_size:,} tokens"
@@ -436,7 +545,8 @@ class _Page:
             head = Fact("MTP head", "in the file" if self._head else "not in the file")
         else:
             head = Fact("MTP head", "collected" if made.mtp else "not collected")
-        n_ctx = made.n_ctx or matrix.chunk_size
+        # read() gave it the size that it was told
+        n_ctx = made.n_ctx or (0 if self._form == "dat" else matrix.chunk_size)
         return [
             *([Fact("File", f"{self.format} importance matrix")] if self.format else []),
             Fact("Collected by", made.collector or ""),
@@ -504,13 +614,11 @@ class _Page:
         if needed is None:
             return (
                 f"No text reached {coverage.n_unseen:,} of them in {self.tokens:,} tokens; more of "
-                "the same may not either. Add text of another kind: code, other languages, chats. "
-                f"imatrix collect --min-expert-rows {THIN} goes on until every expert has its rows."
+                "the same may not either. Add text of another kind: code, other languages, chats."
             )
         return (
             f"About {needed:,} tokens of such text would do, {needed - self.tokens:,} more; text "
-            "of another kind may reach the thin ones sooner. "
-            f"imatrix collect --min-expert-rows {THIN} goes on until every expert has its rows."
+            "of another kind may reach the thin ones sooner."
         )
 
     @cached_property
@@ -552,9 +660,7 @@ class _Page:
     def blind(self) -> list[str]:
         """Weights of experts with one count for all of them."""
         return [
-            name
-            for name, entry in self.matrix.items()
-            if "_exps." in name and entry.n_counts == 1
+            name for name, entry in self.matrix.items() if "_exps." in name and entry.n_counts == 1
         ]
 
     @cached_property
@@ -629,8 +735,15 @@ class _Page:
 
     @staticmethod
     def without_data(check: Coverage) -> list[TensorCoverage]:
-        """Tensors that would be quantized without the data that they would have used."""
-        return [tensor for tensor in check.without_data if tensor.uses_data]
+        """Tensors that would be quantized without the data that they would have used; but for
+        embeddings, for which no run collects any: rows are looked up in them."""
+        from imatrix.quantizer import UNASKED
+
+        return [
+            tensor
+            for tensor in check.without_data
+            if tensor.uses_data and tensor.name not in UNASKED[:2]
+        ]
 
     @classmethod
     def told(cls, check: Coverage) -> bool:
@@ -643,11 +756,28 @@ class _Page:
         found = []
         for fix in check.fixes:
             words, _, paste = fix.partition("\n")
+            if not paste and ": imatrix " in words:
+                words, _, command = words.rpartition(": imatrix ")
+                words, paste = f"{words}:", f"imatrix {command}"
             told = paste.splitlines()
-            found.append(
-                Fix(words, "\n".join(told[:_FIX_LINES]), max(0, len(told) - _FIX_LINES))
-            )
+            found.append(Fix(words, "\n".join(told[:_FIX_LINES]), max(0, len(told) - _FIX_LINES)))
         return found
+
+
+def _drawing(figure: Figure, media: str) -> Drawing:
+    from imatrix import pictures
+
+    text = pictures.svg(figure, background=False)
+    # a file of its own may say once what matplotlib says of every text
+    text = re.sub(r"font-family: 'DejaVu Sans', [^<>;\"]*sans-serif(?:; |(?=\"))", "", text)
+    text = text.replace(">", f"><style>text {{ {_FONT} }}</style>", 1)
+    width, height = figure.get_size_inches()
+    return Drawing(
+        media,
+        "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode(),
+        round(float(width) * _PIXELS),
+        round(float(height) * _PIXELS),
+    )
 
 
 def _few(values: Sequence[object], n: int = 4) -> str:
@@ -666,7 +796,9 @@ def _plural(n: int, noun: str, plural: str | None = None) -> str:
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
     "\ufdd0-\ufdef\ufeff"
-    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000))
+    + "".join(
+        f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0, 0x110000, 0x10000)
+    )
     + "]"
 )
 
@@ -700,23 +832,23 @@ def _breaking(value: str) -> Markup:
 def _number(value: float | None) -> str:
     """Four digits; a dash for what is not there."""
     if value is None or math.isnan(value):
-        return "–"
+        return _DASH
     return f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
     if value is None or math.isnan(value):
-        return "–"
+        return _DASH
     return f"{100 * value:.1f} %"
 
 
 def _whole(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
+    return _DASH if value is None else f"{value:,.0f}"
 
 
 def _ranged(values: tuple[int, int]) -> str:
     low, high = values
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    return f"{low:,}" if low == high else f"{low:,}{_DASH}{high:,}"
 
 
 def _environment() -> Environment:

@@ -76,7 +76,7 @@ _SIDEWAYS = """() => {
 }"""
 
 _UNSEEN = """() => [...document.images].filter((i) => !i.complete || !i.naturalWidth || !i.alt)
-  .map((i) => i.alt || "a picture without a text")"""
+  .map((i) => i.alt.slice(0, 60) || "a picture without a text")"""
 
 
 def check(browser: Browser, path: Path, pictures: Path | None) -> list[str]:
