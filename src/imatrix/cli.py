@@ -33,6 +33,7 @@ from imatrix import (
     _report_cli,
     _show,
     _sources_cli,
+    _stats_cli,
     atomic,
 )
 from imatrix._arguments import (
@@ -873,6 +874,7 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _stats_cli.add_parser,
     _report_cli.add_parser,
     _files_cli.add_parser,
     _add_quantize,

@@ -329,9 +329,7 @@ def to_frame(
         "float": "float64",
     }
     frame = pandas.DataFrame.from_records(records, columns=columns)
-    frame = frame.astype(
-        {each.name: types.get(str(each.type), "object") for each in fields(kind)}, copy=False
-    )
+    frame = frame.astype({each.name: types.get(str(each.type), "object") for each in fields(kind)})
     return frame.set_index(index)
 
 
@@ -434,7 +432,7 @@ def _engine_figures(values: _F32) -> dict[str, float]:
             p = p[p > 0]
             # The C library's log2f is right but for rare last bits; NumPy's float32 one is not.
             logs = np.log2(p.astype(np.float64)).astype(np.float32)
-            entropy = _in_turn(-(p * logs)) if p.size else entropy
+            entropy = entropy + _in_turn(-(p * logs)) if p.size else entropy
         above = np.count_nonzero((values - mean) / stddev > 1) if stddev > 0 else 0
     bits = math.log2(values.size)
     return {
