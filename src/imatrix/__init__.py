@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.html_report import report_page
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -111,6 +112,7 @@ __all__ = [
     "graft_mtp",
     "merge",
     "quantize",
+    "report_page",
     "statistics",
 ]
 
@@ -149,6 +151,7 @@ _NATIVE = {
 _LAZY = {
     "convert": "conversion",
     "merge": "conversion",
+    "report_page": "html_report",
     "ExpertStatistics": "weight_stats",
     "LayerStatistics": "weight_stats",
     "PartStatistics": "weight_stats",
