@@ -29,6 +29,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
+    from imatrix.adaptation import Adapted, Placed, adapt
     from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         evaluate,
     )
     from imatrix.html_report import report_page
+    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Adapted",
     "Backends",
     "Chat",
     "ChatOptions",
@@ -82,12 +85,14 @@ __all__ = [
     "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixComparison",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
     "PartStatistics",
     "Perplexity",
+    "Placed",
     "Plan",
     "Predictions",
     "Progress",
@@ -100,10 +105,13 @@ __all__ = [
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightComparison",
     "WeightStatistics",
     "__version__",
+    "adapt",
     "add_rpc_server",
     "backends",
+    "compare_matrices",
     "convert",
     "coverage",
     "evaluate",
@@ -120,6 +128,9 @@ __all__ = [
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
+    "Adapted": "adaptation",
+    "Placed": "adaptation",
+    "adapt": "adaptation",
     "Backends": "devices",
     "Device": "devices",
     "add_rpc_server": "devices",
@@ -149,6 +160,9 @@ _NATIVE = {
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
+    "MatrixComparison": "matrix_comparison",
+    "WeightComparison": "matrix_comparison",
+    "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
     "report_page": "html_report",

@@ -26,7 +26,9 @@ from pathlib import Path
 
 import imatrix
 from imatrix import (
+    _adapt_cli,
     _check_cli,
+    _diff_cli,
     _evaluate_cli,
     _files_cli,
     _hub_cli,
@@ -877,6 +879,8 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _stats_cli.add_parser,
     _report_cli.add_parser,
     _files_cli.add_parser,
+    _diff_cli.add_parser,
+    _adapt_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,
