@@ -88,7 +88,7 @@ class State(IntEnum):
     NO_ROWS = 2
     """In the matrix, without a row."""
     ZERO = 3
-    """Rows of nothing but zeros, which have no place on a logarithmic scale."""
+    """Rows of nothing but zeros."""
     FIRST = 4
     """In the first of two matrices only."""
     SECOND = 5
@@ -140,7 +140,7 @@ class Quantity:
     Attributes:
         title: what it is, to begin a title with.
         label: the same with its unit, for a scale.
-        of: the number of an entry that has rows.
+        of: the number of an entry that has rows; 0 only where these are all zeros.
         log: whether its scale is logarithmic.
         limits: (least, most) of its scale, None where the values say.
     """
@@ -330,7 +330,7 @@ def layer_grid(
         if not entry.counts.any():
             return State.NO_ROWS, np.nan
         value = statistic.of(entry)
-        return (State.ZERO, np.nan) if statistic.log and value <= 0 else (State.VALUE, value)
+        return (State.VALUE, value) if value > 0 else (State.ZERO, np.nan)
 
     return weight_grid(
         matrix if names is None else names,
@@ -348,15 +348,18 @@ class Contrast:
 
     Attributes:
         title: what it is, to begin a title with.
-        label: the same with its unit, for a scale.
+        label: the same with its unit, for a scale; {0} and {1} are the matrices' names.
         of: the number of two entries that have rows; None where there is none.
-        centred: whether 0 is in the middle of its scale.
+        centred: whether 0 is in the middle of its scale; else the scale is logarithmic.
+        least: what smaller values are taken for, of a logarithmic scale; of a centred one what
+            it reaches to at least, so that rounding does not look like a difference.
     """
 
     title: str
     label: str
     of: Callable[[Entry, Entry], float | None]
     centred: bool
+    least: float
 
 
 def _log_ratio(first: Entry, second: Entry) -> float | None:
@@ -386,15 +389,17 @@ def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 DIFFERENCES: dict[str, Contrast] = {
     "ratio": Contrast(
         "Ratio of the means",
-        "log2 of the second's mean squared activation / the first's",
+        "log2 (mean squared activation of {1} / of {0})",
         _log_ratio,
         centred=True,
+        least=0.1,
     ),
     "cosine": Contrast(
         "Cosine distance",
         "1 - cosine similarity of the channels' importance (log scale)",
         _cosine_distance,
         centred=False,
+        least=1e-6,
     ),
 }
 
@@ -412,7 +417,9 @@ def compared(first: ImportanceMatrix, second: ImportanceMatrix, contrast: Contra
         if one.sums.shape != other.sums.shape:
             return State.SHAPE, np.nan
         value = contrast.of(one, other)
-        return (State.ZERO, np.nan) if value is None else (State.VALUE, value)
+        if value is None:
+            return State.ZERO, np.nan
+        return State.VALUE, value if contrast.centred else max(value, contrast.least)
 
     return weight_grid({**first, **second}, first.head_blocks | second.head_blocks, cell)
 
