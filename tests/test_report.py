@@ -406,7 +406,7 @@ def test_the_preflight_stops_where_llama_quantize_does(
             assert failing[0]["tensor"] == named
             assert int(row["would fail"]) == len(failing)
     assert set(by_type) == {"IQ2_XXS", "Q4_K_M"}
-    assert "would not quantize to IQ2_XXS: blk.4." in verdicts(tree)[0]
+    assert "would not quantize to IQ2_XXS: it stops at blk.4." in verdicts(tree)[0]
     assert "imatrix collect -m" in told(tree)
 
 

@@ -300,10 +300,10 @@ class _Page:
         )
         self._draw(
             "concentration",
-            partial(pictures.layers, matrix, statistic="top"),
-            "Heat map: share of the sum that the heaviest 1 % of channels hold, kinds of weights "
-            f"against blocks. {numbers}",
-            "How much of its sum a weight has in the heaviest 1 % of its channels.",
+            partial(pictures.layers, matrix, statistic="peak"),
+            "Heat map: the heaviest channel of each weight divided by the mean of its matrix, "
+            f"kinds of weights against blocks. {numbers}",
+            "How many times the mean the heaviest channel of a weight is, on a logarithmic scale.",
         )
         if coverage := self.experts:
             block, expert, rows = coverage.thinnest
@@ -438,7 +438,7 @@ class _Page:
         first = failing[0].failing[0]
         types = ", ".join(check.ftype for check in failing)
         why = self.stop(first, failing[0])
-        text = f"{model} would not quantize to {types}: {first.name}, {why}"
+        text = f"{model} would not quantize to {types}: it stops at {first.name} ({why})"
         if ready := [check.ftype for check in self.checks if check.ready]:
             text += f". Ready: {', '.join(ready)}"
         return Verdict("bad", "would fail", f"{text}.")
@@ -478,7 +478,7 @@ class _Page:
                 "file does.",
             )
         what = "expert" if coverage else "weight"
-        return Verdict("good", "covered", f"Every {what} saw {THIN} rows or more.")
+        return Verdict("good", "covered", f"Every {what} in it saw {THIN} rows or more.")
 
     @property
     def tiles(self) -> list[Fact]:
