@@ -116,8 +116,10 @@ def report_page(
     if model is not None:
         page.check(model, types or COMMON_TYPES)
     if against is not None:
-        other, _, called = _loaded(against, None, chunk_size)
-        page.compare(other, called)
+        if isinstance(against, ImportanceMatrix):
+            page.compare(against, "the other matrix")
+        else:
+            page.compare(*_loaded(against, None, chunk_size)[::2])
     if pictures:
         page.draw()
     return page.render()
