@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.matrix_comparison import same_shapes
 
 __all__ = [
     "DIFFERENCES",
@@ -95,6 +96,8 @@ class State(IntEnum):
     """In the second of two matrices only."""
     SHAPE = 6
     """In both, with other shapes."""
+    NONE = 7
+    """In both, with nothing to compare: zeros, or no expert with rows in both."""
 
 
 @dataclass(frozen=True)
@@ -369,20 +372,24 @@ def _log_ratio(first: Entry, second: Entry) -> float | None:
 
 def _cosine_distance(first: Entry, second: Entry) -> float | None:
     both = _seen(first) & _seen(second)
-    one, other = first.importance[both], second.importance[both]
-    nonzero = one.any(axis=1) & other.any(axis=1)
-    if not nonzero.any():
+    if not both.any():
         return None
+    one, other = first.importance[both], second.importance[both]
+    zero = ~one.any(axis=1), ~other.any(axis=1)
+    one, other = _unit(one), _unit(other)
     # 1 - cosine as half the squared distance of the unit vectors: exact down to 0, where the
     # subtraction would leave nothing but rounding
-    one, other = (_unit(each[nonzero]) for each in (one, other))
-    distance = 0.5 * ((one - other) ** 2).sum(axis=1)
-    return float(distance.mean())
+    distance = np.where(zero[0] ^ zero[1], 1.0, 0.5 * ((one - other) ** 2).sum(axis=1))
+    return float(distance.max())
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    rows = rows / rows.max(axis=1, keepdims=True)  # squares of large values might overflow
-    unit: NDArray[np.float64] = rows / np.sqrt((rows**2).sum(axis=1, keepdims=True))
+    """Each row divided by its length; rows of zeros as they are."""
+    most = rows.max(axis=1, keepdims=True)
+    rows = rows / np.where(most > 0, most, 1.0)  # squares of large values might overflow
+    unit: NDArray[np.float64] = rows / np.maximum(
+        np.sqrt((rows**2).sum(axis=1, keepdims=True)), 1.0
+    )
     return unit
 
 
@@ -396,7 +403,7 @@ DIFFERENCES: dict[str, Contrast] = {
     ),
     "cosine": Contrast(
         "Cosine distance",
-        "1 - cosine similarity of the channels' importance (log scale)",
+        "1 - cosine similarity of the importance, worst expert (log scale)",
         _cosine_distance,
         centred=False,
         least=1e-6,
@@ -414,11 +421,12 @@ def compared(first: ImportanceMatrix, second: ImportanceMatrix, contrast: Contra
             if one is not None:
                 return State.FIRST, np.nan
             return (State.SECOND if other is not None else State.NO_ROWS), np.nan
-        if one.sums.shape != other.sums.shape:
+        pair = same_shapes(one, other)
+        if pair is None:
             return State.SHAPE, np.nan
-        value = contrast.of(one, other)
+        value = contrast.of(*pair)
         if value is None:
-            return State.ZERO, np.nan
+            return State.NONE, np.nan
         return State.VALUE, value if contrast.centred else max(value, contrast.least)
 
     return weight_grid({**first, **second}, first.head_blocks | second.head_blocks, cell)

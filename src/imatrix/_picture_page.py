@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "MARGIN",
     "SMALL",
     "TEXT",
+    "TITLE",
     "Look",
     "Page",
     "Style",
@@ -96,6 +98,8 @@ def drawing() -> Iterator[None]:
         "text.parse_math": False,  # a weight's name is not a formula
         "hatch.linewidth": 0.7,
         "font.size": TEXT,
+        # the first comes with matplotlib; the others are for a browser that has it not
+        "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
     }
     with _LOCK, mpl.rc_context(ours), warnings.catch_warnings():
         # names may be in any script; what the font lacks is drawn as a box
@@ -110,7 +114,7 @@ def _shows(key: str) -> bool:
 @dataclass(frozen=True)
 class Look:
     """Colours. Those of the lines are of Okabe and Ito's set, which colour-blind people tell
-    apart (jfly.uni-koeln.de/color)."""
+    apart (jfly.uni-koeln.de/color), the vermilion darker on white, for text."""
 
     paper: str
     ink: str
@@ -132,7 +136,7 @@ LOOKS = {
         frame="#aab1b9",
         absent="#d8dce1",
         first="#0072b2",
-        second="#d55e00",
+        second="#b34700",
         line="#0072b2",
         colours="viridis",
         diverging=("#08519c", "#6baed6", "#fafafa", "#f4a261", "#b35806"),
@@ -259,17 +263,24 @@ def step_of(least: float) -> int:
 
 
 def number_ticks(
-    axes: Axes, low: float, high: float, most: int, *, shown: bool, axis: str = "y"
+    axes: Axes, low: float, high: float, length: float, *, axis: Literal["x", "y"], shown: bool
 ) -> None:
-    from matplotlib.ticker import NullFormatter, NullLocator
+    """Ticks of a logarithmic axis that is `length` inches long, as many as their labels fit."""
+    from matplotlib.ticker import NullLocator
 
-    ticks = log_ticks(low, high, most)
+    def fit(ticks: Sequence[float]) -> bool:
+        inches = length / math.log10(high / low)
+        places = [inches * math.log10(tick / low) for tick in ticks]
+        if axis == "x":
+            return _fit(places, ticks)
+        return all(upper - lower >= 0.2 for lower, upper in pairwise(places))
+
+    ticks = next(filter(fit, _log_choices(low, high)), [])
     one = axes.yaxis if axis == "y" else axes.xaxis
     one.set_minor_locator(NullLocator())
-    one.set_minor_formatter(NullFormatter())
     one.set_ticks(ticks, [number(tick) if shown else "" for tick in ticks])
     if not shown:
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis=axis, length=0)
 
 
 def add_scale(
@@ -281,6 +292,8 @@ def add_scale(
 ) -> None:
     """A colour bar with its label above it; place: (left, width)."""
     left, width = place
+    # half of a label may stand right of the bar
+    width = min(width, page.width - MARGIN - 0.12 - left)
     lines = wrapped(label, width, SMALL)
     top = page.take(0.1 + 0.16 * len(lines) + 0.13 + 0.22) + 0.1
 
@@ -306,9 +319,6 @@ def add_scale(
         )
         axes.set_xlim(0, 1)
         axes.set_xticks([float(norm(tick)) for tick in ticks], [number(tick) for tick in ticks])
-        for tick, text in zip(ticks, axes.get_xticklabels(), strict=True):
-            if float(norm(tick)) * width + width_of(number(tick), SMALL) / 2 > width + 0.1:
-                text.set_ha("right")  # else it would leave the page
 
     page.add(draw)
 
@@ -335,8 +345,9 @@ def colour_map(style: Style, name: str | None = None) -> Colormap:
 def _fit(places: Sequence[float], ticks: Sequence[float]) -> bool:
     """Whether the ticks' labels, centred on these places in inches, have room side by side."""
     halves = [width_of(number(tick), SMALL) / 2 for tick in ticks]
+    rooms = [one + other + 0.06 for one, other in pairwise(halves)]
     return all(
-        places[n + 1] - places[n] >= halves[n] + halves[n + 1] + 0.06 for n in range(len(ticks) - 1)
+        right - left >= room for (left, right), room in zip(pairwise(places), rooms, strict=True)
     )
 
 
@@ -366,11 +377,6 @@ def _log_choices(low: float, high: float) -> Iterator[list[float]]:
         yield ticks
     for step in range(2, len(ticks)):
         yield ticks[::step]
-
-
-def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """The first of these with no more than `most` ticks."""
-    return next((ticks for ticks in _log_choices(low, high) if len(ticks) <= most), [low, high])
 
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -175,7 +175,7 @@ def compare_matrices(
     head = frozenset(name for name in (*first, *second) if name.startswith(prefixes))
     weights, mismatched = [], {}
     for name in (name for name in first if name in second):
-        pair = _alike(first[name], second[name])
+        pair = same_shapes(first[name], second[name])
         if pair is None:
             mismatched[name] = (_shape(first[name]), _shape(second[name]))
         else:
@@ -193,7 +193,7 @@ def _shape(entry: Entry) -> tuple[int, int]:
     return entry.n_mat, entry.n_in
 
 
-def _alike(a: Entry, b: Entry) -> tuple[Entry, Entry] | None:
+def same_shapes(a: Entry, b: Entry) -> tuple[Entry, Entry] | None:
     """Both with the same [n_mat, n_in]; None if that cannot be."""
     if _shape(a) == _shape(b):
         return a, b

@@ -47,6 +47,7 @@ from imatrix._picture_page import (
     MARGIN,
     SMALL,
     TEXT,
+    TITLE,
     Look,
     Page,
     Style,
@@ -153,13 +154,9 @@ def layers(
         cmap, norm = _scale(grid.values, chosen, style)
         n_columns = sum(len(part.columns) for part in grid.parts)
         labels = labels_width(grid.rows)
+        title, notes = f"{chosen.title} by block and weight", [_about(matrix, name)]
         wanted = 2 * MARGIN + labels + within(0.26 * n_columns + 0.4, 3.4, 8.4)
-        page = Page(
-            style,
-            width or wanted,
-            f"{chosen.title} by block and weight",
-            [_about(matrix, name)],
-        )
+        page = Page(style, width or max(wanted, _heading_width(title, notes)), title, notes)
         plot = max(page.width - 2 * MARGIN - labels, _LEAST_PLOT)
         left = page.width - MARGIN - plot
         height = len(grid.rows) * _ROW
@@ -208,9 +205,8 @@ def experts(
         n_columns = sum(len(part.columns) for part in grid.parts)
         labels = max(labels_width(grid.rows), labels_width(["10000"])) + 0.2
         wanted = 2 * MARGIN + labels + within(0.22 * n_columns + 0.4, 3.6, 8.4)
-        page = Page(
-            style, width or wanted, "Rows each expert saw", [_about(matrix, name), _experts(matrix)]
-        )
+        title, notes = "Rows each expert saw", [_about(matrix, name), _experts(matrix)]
+        page = Page(style, width or max(wanted, _heading_width(title, notes)), title, notes)
         plot = max(page.width - 2 * MARGIN - labels, _LEAST_PLOT)
         left = page.width - MARGIN - plot
         height = within(0.16 * len(grid.rows), 1.4, 6.6)
@@ -320,9 +316,10 @@ def compare(
         names: what to call them.
         statistic: what the first two maps show, as for `layers`.
         difference: what the third shows. "ratio": log2 of the second's mean squared activation
-            over the first's; the scale reaches to 0.1 (7 %) at least. "cosine": 1 - cosine similarity of the importance by channel, of each
-            matrix (expert) that has rows in both, and the mean of them; logarithmic, from 1e-6. It
-            does not see a common factor, and neither does a quantizer.
+            over the first's; the scale reaches to 0.1 (7 %) at least. "cosine": 1 - cosine
+            similarity of the importance by channel, of the matrix (expert) with rows in both that
+            is the least alike, as `compare_matrices` has it; logarithmic, from 1e-6. It does not
+            see a common factor, and neither does a quantizer.
         style: "light" or "dark".
         width: as for `layers`; below 8 inches the maps stand one above the other.
 
@@ -500,6 +497,7 @@ _HATCHES = {
     State.FIRST: "\\\\\\\\\\",
     State.SECOND: "/////",
     State.SHAPE: "+++++",
+    State.NONE: "ooo",
 }
 _WORDS = {
     State.ABSENT: "not in the matrix",
@@ -508,6 +506,7 @@ _WORDS = {
     State.FIRST: "in the first only",
     State.SECOND: "in the second only",
     State.SHAPE: "shapes differ",
+    State.NONE: "nothing to compare",
 }
 _UNSEEN = "unseen"
 _THINNEST = "thinnest"
@@ -772,7 +771,7 @@ def _draw_spread(page: Page, grid: Grid, box: tuple[float, float, float, float])
         axes.axhline(THIN, color=page.look.muted, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.set(xlim=(-0.5, len(part.columns) - 0.5), ylim=(low, high))
         _block_ticks(axes, part, w / len(part.columns), shown=True)
-        number_ticks(axes, low, high, 4, shown=n == 0)
+        number_ticks(axes, low, high, height, axis="y", shown=n == 0)
     for text, colour, (x, y) in _spread_words(page.look, width)[0]:
         page.text(left + x, top - 0.2 - y, text, SMALL, color=colour)
     page.text(left + width / 2, top + height + 0.22, "block", SMALL, ha="center",
@@ -919,7 +918,7 @@ def _draw_channels(
         axes.fill_between(starts, least, most, color=page.look.line, lw=0.4)
         what = f"channel (a column: the least to the largest of {per})"
     axes.set(xlim=(-0.01 * n - 0.5, 1.01 * n - 0.5), ylim=(low, high))
-    number_ticks(axes, low, high, 6, shown=True)
+    number_ticks(axes, low, high, box[3], axis="y", shown=True)
     axes.set_ylabel("mean square", size=SMALL, color=page.look.muted)
     axes.set_xlabel(fitted(what, box[2], SMALL), size=SMALL, color=page.look.muted)
     _channel_ticks(axes, n, box[2])
@@ -1011,8 +1010,8 @@ def _draw_sorted(
         label="heaviest",
     )  # fmt: skip
     axes.set(xlim=(0.8, len(found.values) * 1.25), ylim=(low, high))
-    number_ticks(axes, low, high, 6, shown=labels)
-    number_ticks(axes, 0.8, n * 1.25, 5, shown=True, axis="x")
+    number_ticks(axes, low, high, box[3], axis="y", shown=labels)
+    number_ticks(axes, *axes.get_xlim(), box[2], axis="x", shown=True)
     if labels:
         axes.set_ylabel("mean square", size=SMALL, color=page.look.muted)
     axes.set_xlabel("rank (dashed: mean)", size=SMALL, color=page.look.muted)
@@ -1092,6 +1091,15 @@ def _contrast_scale(
     most = float(np.abs(values).max(initial=contrast.least))
     cmap = LinearSegmentedColormap.from_list("difference", look.diverging)
     return cmap.with_extremes(bad=look.absent), Normalize(-most, most)
+
+
+def _heading_width(title: str, notes: Sequence[str]) -> float:
+    """A width at which the heading has few lines."""
+    wanted = [
+        width_of(clean(title), TITLE, bold=True),
+        *(width_of(clean(note), SMALL) for note in notes),
+    ]
+    return 2 * MARGIN + 0.05 + min(max(wanted), 5.6)
 
 
 def _about(matrix: ImportanceMatrix, name: str) -> str:
