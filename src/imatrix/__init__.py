@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.html_report import report_page
     from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
@@ -119,6 +120,7 @@ __all__ = [
     "graft_mtp",
     "merge",
     "quantize",
+    "report_page",
     "statistics",
 ]
 
@@ -163,6 +165,7 @@ _LAZY = {
     "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
+    "report_page": "html_report",
     "ExpertStatistics": "weight_stats",
     "LayerStatistics": "weight_stats",
     "PartStatistics": "weight_stats",

@@ -22,7 +22,7 @@ from imatrix.errors import ModelError
 from imatrix.matrix import ImportanceMatrix
 from imatrix.preflight import THIN, Coverage, TensorCoverage, coverage
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "run", "stop_told"]
 
 READY, WOULD_FAIL = 0, 1
 
@@ -197,6 +197,11 @@ def _verdict(console: Console, found: Coverage) -> None:
 
 def _stop(tensor: TensorCoverage, found: Coverage) -> tuple[str, str, str]:
     """(name, type, why) of a tensor that stops the quantizer."""
+    return tensor.name, f"{tensor.source_type} -> {tensor.target_type}", stop_told(tensor, found)
+
+
+def stop_told(tensor: TensorCoverage, found: Coverage) -> str:
+    """Why a tensor stops the quantizer, in a few words."""
     words: dict[str, str] = {
         "missing": "no data" if found.has_matrix else "no matrix",
         "wrong size": "an entry of another size",
@@ -204,8 +209,7 @@ def _stop(tensor: TensorCoverage, found: Coverage) -> tuple[str, str, str]:
     }
     word = words.get(tensor.status, tensor.status)
     never = "no run can reach it" if tensor.collectable is False else ""
-    details = "; ".join(part for part in (word, tensor.detail, never) if part)
-    return tensor.name, f"{tensor.source_type} -> {tensor.target_type}", details
+    return "; ".join(part for part in (word, tensor.detail, never) if part)
 
 
 def _summary(found: Coverage) -> Table:
