@@ -18,7 +18,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> StandIns:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_blocks_of_a_page(path: Path, files: StandIns, tmp_path: Path) -> None:
-    run(parse(path), tmp_path, files)
+    failure = None
+    try:
+        run(parse(path), tmp_path, files)
+    except BlockError as error:
+        failure = str(error)
+    if failure is not None:
+        pytest.fail(failure, pytrace=False)
 
 
 # --- the checks themselves -----------------------------------------------------------------------
