@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -60,6 +60,7 @@ class Block:
     not_run: str = ""
     exit_status: int = 0
     numbers_vary: bool = False
+    wrapped: bool = False
     output: str | None = None
 
 
@@ -117,28 +118,30 @@ def _block(
     where: str, line: int, info: str, text: str, asked: list[tuple[str, str]]
 ) -> Block | None:
     """The block; None for what the one before it printed."""
+    if any(comment == "output" for _, comment in asked):
+        return None
     language = info.split()[0] if info.split() else ""
     if language not in (*RUN, *SHOWN) and not re.fullmatch(r"\{[\w-]+\}", language):
         raise BlockError(
             f"{where}: a block needs a language, one of {', '.join((*RUN, *SHOWN))}; this one has "
             f"{language!r}"
         )
-    not_run, status, vary = "", 0, False
+    not_run, status, vary, wrapped = "", 0, False, False
     for place, comment in asked:
         word, _, rest = (part.strip() for part in comment.partition(":"))
-        if comment == "output":
-            return None
         if word == "not run" and rest:
             not_run = rest
         elif word == "exit" and rest.isdigit():
             status = int(rest)
         elif comment == "numbers vary":
             vary = True
+        elif comment == "wrapped":
+            wrapped = True
         else:
             raise BlockError(f"{place}: a comment above a block that means nothing: {comment!r}")
     if asked and language not in RUN:
         raise BlockError(f"{where}: a {language} block is not run; what is asked of it?")
-    return Block(where, line, language, text, not_run, status, vary)
+    return Block(where, line, language, text, not_run, status, vary, wrapped)
 
 
 def _attach(
@@ -148,17 +151,14 @@ def _attach(
     before = next((s for s in reversed(steps) if isinstance(s, Block)), None)
     if before is None or before.language not in ("bash", "python") or before.output is not None:
         raise BlockError(f"{where}: output of what? There is no bash or python block before it")
-    vary = before.numbers_vary or any(comment == "numbers vary" for _, comment in asked)
-    index = steps.index(before)
-    steps[index] = Block(
-        before.where,
-        before.line,
-        before.language,
-        before.text,
-        before.not_run,
-        before.exit_status,
-        vary,
-        text,
+    comments = {comment for _, comment in asked}
+    if comments - {"output", "numbers vary", "wrapped"}:
+        raise BlockError(f"{where}: a comment above output that means nothing: {comments}")
+    steps[steps.index(before)] = replace(
+        before,
+        output=text,
+        numbers_vary=before.numbers_vary or "numbers vary" in comments,
+        wrapped=before.wrapped or "wrapped" in comments,
     )
 
 
@@ -190,11 +190,11 @@ def run(page: Page, folder: Path, stand_ins: StandIns) -> None:
                 python = _Python(folder, environment) if python is None else python
                 found = python.run(step, page.name)
                 if step.output is not None:
-                    compare(step.where, step.output, found, step.numbers_vary)
+                    compare(step, step.output, found)
             elif step.language == "bash":
                 found = _shell(step.text, step.where, folder, environment, step.exit_status)
                 if step.output is not None:
-                    compare(step.where, step.output, found, step.numbers_vary)
+                    compare(step, step.output, found)
             else:
                 _console(step, folder, environment)
     finally:
@@ -250,7 +250,7 @@ def _console(block: Block, folder: Path, environment: Mapping[str, str]) -> None
         status = block.exit_status if i + 1 == len(commands) else 0
         found = _shell(command, block.where, folder, environment, status)
         if shown.strip():
-            compare(block.where, shown, found, block.numbers_vary)
+            compare(block, shown, found)
 
 
 def console_commands(block: Block) -> list[tuple[str, str]]:
@@ -330,7 +330,7 @@ _NUMBER = r"[-+]?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?"
 _ANY = re.compile(r"…|\.\.\.")
 
 
-def compare(where: str, shown: str, found: str, numbers_vary: bool = False) -> None:
+def compare(block: Block, shown: str, found: str) -> None:
     """Whether what a page shows is what there is.
 
     … (or ...) alone on a line stands for any lines, inside a line for any characters. Spaces at
@@ -339,19 +339,21 @@ def compare(where: str, shown: str, found: str, numbers_vary: bool = False) -> N
     Raises:
         BlockError: it is not.
     """
-    expected = _tidied(shown, numbers_vary).splitlines()
+    any_lines, end = r"(?:.*\n)*", r"\n"
+    expected, got = _tidied(shown, block).splitlines(), _tidied(found, block) + "\n"
     pattern = "".join(
-        r"(?:.*\n)*" if _ANY.fullmatch(line.strip()) else _line(line, numbers_vary) + r"\n"
+        any_lines if _ANY.fullmatch(line.strip()) else _line(line, block.numbers_vary) + end
         for line in expected
     )
-    got = _tidied(found, numbers_vary) + "\n"
     if re.fullmatch(pattern, got) is None:
-        raise BlockError(f"{where}: the page shows\n\n{shown}\n\nbut it is\n\n{found}")
+        raise BlockError(f"{block.where}: the page shows\n\n{shown}\n\nbut it is\n\n{found}")
 
 
-def _tidied(text: str, numbers_vary: bool) -> str:
+def _tidied(text: str, block: Block) -> str:
     lines = [line.rstrip() for line in text.splitlines()]
-    if numbers_vary:  # the columns of a table are as wide as their figures
+    if block.wrapped:
+        lines = [" ".join(text.split())]
+    elif block.numbers_vary:  # the columns of a table are as wide as their figures
         lines = [re.sub("─+", "─", " ".join(line.split())) for line in lines]
     return "\n".join(lines).strip("\n")
 

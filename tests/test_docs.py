@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from docs_blocks import BlockError, Page, StandIns, compare, parse, run, stand_ins
+from docs_blocks import Block, BlockError, Page, StandIns, compare, parse, run, stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -43,6 +43,7 @@ def page(tmp_path: Path, text: str) -> Page:
         ("```sh\nls\n```\n", "needs a language"),
         ("<!-- not run -->\n\n```bash\nls\n```\n", "means nothing"),
         ("<!-- ouput -->\n```text\nx\n```\n", "means nothing"),
+        ("```bash\nls\n```\n<!-- output -->\n<!-- vary -->\n```text\nx\n```\n", "means nothing"),
         ("<!-- output -->\n```text\nx\n```\n", "output of what"),
         ("<!-- exit: 1 -->\n```text\nx\n```\n", "is not run"),
         ("```bash\nfalse\n```\n", "exit status 1, expected 0"),
@@ -121,24 +122,28 @@ hidd...
 
 
 @pytest.mark.parametrize(
-    ("shown", "found", "vary", "same"),
+    ("shown", "found", "asked", "same"),
     [
-        ("a  \nb", "\na\nb\n\n", False, True),
-        ("a\n…\nd", "a\nb\nc\nd", False, True),
-        ("a\n…\nd", "a\nd", False, True),
-        ("a … c", "a b c", False, True),
-        ("a … c", "a\nc", False, False),
-        ("a 1", "a 2", False, False),
-        ("a 1.5 s", "a 12 s", True, True),
-        ("a 1.5 s", "a 12 ms", True, False),
-        ("+0.5 to -1e-3", "-0.25 to +2.5", True, True),
-        ("│ 1 │\n────", "│   100 │\n──────", True, True),
-        ("a", "a\nb", False, False),
+        ("a  \nb", "\na\nb\n\n", {}, True),
+        ("a\n…\nd", "a\nb\nc\nd", {}, True),
+        ("a\n…\nd", "a\nd", {}, True),
+        ("a … c", "a b c", {}, True),
+        ("a … c", "a\nc", {}, False),
+        ("a 1", "a 2", {}, False),
+        ("a 1.5 s", "a 12 s", {"numbers_vary": True}, True),
+        ("a 1.5 s", "a 12 ms", {"numbers_vary": True}, False),
+        ("+0.5 to -1e-3", "-0.25 to +2.5", {"numbers_vary": True}, True),
+        ("│ 1 │\n────", "│   100 │\n──────", {"numbers_vary": True}, True),
+        ("a\nb … d", "a b\nc d\n", {"wrapped": True}, True),
+        ("a\nb", "a b", {}, False),
+        ("a\nb", "a c", {"wrapped": True}, False),
+        ("a", "a\nb", {}, False),
     ],
 )
-def test_what_is_compared(shown: str, found: str, vary: bool, same: bool) -> None:
+def test_what_is_compared(shown: str, found: str, asked: dict[str, bool], same: bool) -> None:
+    block = Block("page.md:1", 1, "bash", "", **asked)
     if same:
-        compare("page.md:1", shown, found, vary)
+        compare(block, shown, found)
     else:
         with pytest.raises(BlockError):
-            compare("page.md:1", shown, found, vary)
+            compare(block, shown, found)
