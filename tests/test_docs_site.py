@@ -64,3 +64,13 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
     ids = Found(site / "docs" / "api.html").ids
     public = [name for name in imatrix.__all__ if not name.startswith("__")]
     assert [name for name in public if f"imatrix.{name}" not in ids] == []
+
+
+def test_the_recipes_quote_the_study() -> None:
+    """Rows of the study's table stand in docs/recipes.md as they are in its report."""
+    study = (ROOT / "benchmarks" / "results" / "quality.md").read_text(encoding="utf-8")
+    section = study.split("## Trunk at Q8_0, in-domain")[1].split("\n## ")[0].splitlines()
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    quoted = [line for line in page if line.startswith("|")]
+    assert len(quoted) > 10
+    assert [line for line in quoted if line not in section] == []
