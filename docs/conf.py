@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from docutils import nodes
 from markdown_it import MarkdownIt
 from sphinx.application import Sphinx
 
@@ -33,6 +34,7 @@ include_patterns = ["docs/*.md", "benchmarks/results/*.md", "CHANGELOG.md", "CON
 exclude_patterns = [".*", "build", "dist", "src", "tests", "vendor"]
 
 myst_heading_anchors = 4  # page.md#heading, as on a forge
+smartquotes = False  # -- is a flag's
 default_role = "literal"  # `x` in docstrings is code
 
 autodoc_member_order = "bysource"
@@ -103,7 +105,15 @@ def _docstring(
         lines[i] = "".join(pieces)
 
 
+def _dashes(_app: Sphinx, tree: nodes.document) -> None:
+    """Sphinx writes " -- " behind the name of an argument."""
+    for text in list(tree.findall(nodes.Text)):
+        if text.astext() == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> None:
     """What Sphinx calls."""
     app.connect("source-read", _navigation)
+    app.connect("doctree-read", _dashes)
     app.connect("autodoc-process-docstring", _docstring, priority=100)  # before napoleon

@@ -1,7 +1,7 @@
 """Runs the fenced blocks of a Markdown page; docs/writing-docs.md says how a page asks for what.
 
-    page = parse(path)              # what is to be done, in the order of the page
-    run(page, folder, stand_ins)    # does it there; BlockError where a block does not do as shown
+page = parse(path)              # what is to be done, in the order of the page
+run(page, folder, stand_ins)    # does it there; BlockError where a block does not do as shown
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Page:
 
     @property
     def name(self) -> str:
-        return self.path.relative_to(ROOT).as_posix() if ROOT in self.path.parents else str(self.path)
+        return (
+            self.path.relative_to(ROOT).as_posix() if ROOT in self.path.parents else str(self.path)
+        )
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -216,6 +218,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "DATA": str(DATA),
         "REPO": str(ROOT),
+        "SECONDS_A_BLOCK": str(TIMEOUT),
     }
 
 
@@ -312,7 +315,7 @@ names = {"__name__": "__main__"}
 for request in sys.stdin:
     text, page, line = json.loads(request)
     out, error = io.StringIO(), ""
-    signal.alarm(%d)
+    signal.alarm(int(os.environ["SECONDS_A_BLOCK"]))
     try:
         with contextlib.redirect_stdout(out):
             exec(compile("\\n" * (line - 1) + text, page, "exec"), names)
@@ -321,7 +324,8 @@ for request in sys.stdin:
     signal.alarm(0)
     replies.write(json.dumps({"out": out.getvalue(), "error": error}) + "\\n")
     replies.flush()
-""" % TIMEOUT
+"""
+)
 
 
 # --- what is shown and what there is -------------------------------------------------------------

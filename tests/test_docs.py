@@ -59,9 +59,7 @@ def page(tmp_path: Path, text: str) -> Page:
         ("<!-- setup\nexit 3\n-->\n", "exit status 3"),
     ],
 )
-def test_a_page_that_is_wrong_fails(
-    text: str, why: str, files: StandIns, tmp_path: Path
-) -> None:
+def test_a_page_that_is_wrong_fails(text: str, why: str, files: StandIns, tmp_path: Path) -> None:
     with pytest.raises(BlockError, match=why):
         run(page(tmp_path, text), tmp_path, files)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -22,7 +23,7 @@ def quoted() -> list[str]:
     tokens = MarkdownIt("commonmark").parse(PAGE.read_text(encoding="utf-8"))
     return [
         child.content
-        for token, text in zip(tokens, tokens[1:], strict=False)
+        for token, text in pairwise(tokens)
         if token.type == "heading_open" and token.tag == "h3"
         for child in text.children or ()
     ]

@@ -6,6 +6,7 @@ import argparse
 import csv
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -66,7 +67,7 @@ def chunks(text: str) -> int | None:
 def files(text: str) -> list[str]:
     """One file, or several with commas between them, as llama.cpp takes it (parse_csv_row in
     common/arg.cpp); a file that has a comma in its name is one file all the same."""
-    return [text] if os.path.exists(text) else next(csv.reader([text]))
+    return [text] if Path(text).exists() else next(csv.reader([text]))
 
 
 def gpu_layers(text: str) -> int:
