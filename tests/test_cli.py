@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from random_model import make_random_model
 
 import imatrix
-from imatrix import cli
+from imatrix import _run, cli
 from imatrix.matrix import Entry, ImportanceMatrix
 
 EngineTool = Callable[[str], Path]
@@ -418,14 +418,14 @@ def test_ctrl_c_before_the_first_chunk(
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, chunks: int, signal_: int) -> None:
     """Send this process a signal when a run has so many chunks."""
-    collect = imatrix.Collector._collect
+    collect = _run.Run.collect
 
-    def and_signal(self: imatrix.Collector, *args: Any) -> None:
+    def and_signal(self: _run.Run, *args: Any) -> None:
         collect(self, *args)
-        if self._chunks == chunks:
+        if self.chunks == chunks:
             signal.raise_signal(signal_)
 
-    monkeypatch.setattr(imatrix.Collector, "_collect", and_signal)
+    monkeypatch.setattr(_run.Run, "collect", and_signal)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -55,7 +55,7 @@ imatrix.add_rpc_server(endpoint)
 assert any(device.backend == "RPC" and device.gpu for device in imatrix.backends().devices)
 with imatrix.Collector(model, **collector) as made:
     made.run([text], mtp=mtp, max_chunks=3).save(out)
-    print(json.dumps(made._session.counters))
+    print(json.dumps(dict(made.counters)))
 """
 
 

@@ -29,7 +29,8 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
-    from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.adaptation import Adapted, Placed, adapt
+    from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import (
@@ -40,13 +41,24 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
     from imatrix.run_report import ExpertCoverage, Report
+    from imatrix.weight_stats import (
+        ExpertStatistics,
+        LayerStatistics,
+        PartStatistics,
+        Statistics,
+        WeightStatistics,
+        expert_statistics,
+        statistics,
+    )
 
 __all__ = [
+    "Adapted",
     "Backends",
     "Chat",
     "ChatOptions",
@@ -63,18 +75,23 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExpertCoverage",
+    "ExpertStatistics",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixComparison",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
+    "PartStatistics",
     "Perplexity",
+    "Placed",
     "Plan",
     "Predictions",
     "Progress",
@@ -83,33 +100,43 @@ __all__ = [
     "Report",
     "RowsMissingError",
     "Source",
+    "Statistics",
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightComparison",
+    "WeightStatistics",
     "__version__",
+    "adapt",
     "add_rpc_server",
     "backends",
+    "compare_matrices",
     "convert",
     "coverage",
     "evaluate",
+    "expert_statistics",
     "extract_mtp",
     "graft_mtp",
     "merge",
     "quantize",
+    "statistics",
 ]
 
 # A module must not bear the name of a function here: importing it would replace the function.
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
+    "Adapted": "adaptation",
+    "Placed": "adaptation",
+    "adapt": "adaptation",
     "Backends": "devices",
     "Device": "devices",
     "add_rpc_server": "devices",
     "backends": "devices",
     "Collector": "collector",
-    "Perplexity": "collector",
+    "Perplexity": "run_report",
     "Plan": "collector",
-    "Progress": "collector",
+    "Progress": "run_report",
     "Comparison": "evaluation",
     "Difference": "evaluation",
     "Estimate": "evaluation",
@@ -131,8 +158,18 @@ _NATIVE = {
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
+    "MatrixComparison": "matrix_comparison",
+    "WeightComparison": "matrix_comparison",
+    "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
+    "ExpertStatistics": "weight_stats",
+    "LayerStatistics": "weight_stats",
+    "PartStatistics": "weight_stats",
+    "Statistics": "weight_stats",
+    "WeightStatistics": "weight_stats",
+    "expert_statistics": "weight_stats",
+    "statistics": "weight_stats",
 }
 
 
