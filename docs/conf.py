@@ -109,7 +109,7 @@ def _dashes(_app: Sphinx, tree: nodes.document) -> None:
     """Sphinx writes " -- " behind the name of an argument."""
     for text in list(tree.findall(nodes.Text)):
         if text.astext() == " -- ":
-            text.parent.replace(text, nodes.Text(" – "))
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
 def setup(app: Sphinx) -> None:

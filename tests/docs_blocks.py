@@ -303,7 +303,11 @@ class _Python:
         return str(told["out"])
 
     def close(self) -> None:
-        self._process.communicate(timeout=TIMEOUT)
+        try:
+            self._process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
 
 # What blocks print is kept apart from the replies: those have the descriptor that was stdout.
@@ -325,7 +329,6 @@ for request in sys.stdin:
     replies.write(json.dumps({"out": out.getvalue(), "error": error}) + "\\n")
     replies.flush()
 """
-)
 
 
 # --- what is shown and what there is -------------------------------------------------------------
