@@ -139,6 +139,25 @@ def test_earlier_files_go_in_as_there(
     same(earlier, tmp_path / "theirs.gguf")
 
 
+def test_earlier_files_with_commas(
+    head_matrix: Path, engine_tool: EngineTool, run: Run, tmp_path: Path
+) -> None:
+    trunk = tmp_path / "trunk, alone.gguf"
+    ImportanceMatrix.load(head_matrix).trunk.save(trunk)
+    flags = ["-c", 64, "--in-file", f'{head_matrix},"{trunk}"']
+    theirs(engine_tool("llama-imatrix"), "-m", "none", *flags, "-o", tmp_path / "theirs.gguf")
+    assert run("collect", *flags, "--in-file", trunk, "-o", tmp_path / "ours.gguf").status == 0
+    once = ImportanceMatrix.load(trunk)
+    expected = ImportanceMatrix.load(tmp_path / "theirs.gguf").merge(once)
+    found = ImportanceMatrix.load(tmp_path / "ours.gguf")
+    assert set(found) == set(expected)
+    for name in found:
+        assert found[name].counts.tolist() == expected[name].counts.tolist(), name
+        np.testing.assert_allclose(  # theirs are rounded to float32 once more
+            found[name].sums, expected[name].sums.reshape(found[name].sums.shape), rtol=3e-7
+        )
+
+
 def test_the_old_format(model: Path, text: Path, engine_tool: EngineTool, run: Run,
                         tmp_path: Path) -> None:  # fmt: skip
     common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 3, "--no-ppl"]

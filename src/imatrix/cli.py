@@ -50,6 +50,7 @@ from imatrix._arguments import (
     add_verbose,
     at_least,
     chunks,
+    files,
 )
 from imatrix._lock import locked
 from imatrix._output import check_output
@@ -740,10 +741,12 @@ def _add_collect(commands: Commands) -> None:
     )
     add(
         "--in-file",
-        metavar="FILE",
-        action="append",
+        metavar="FILE,...",
+        action="extend",
+        type=files,
         default=[],
-        help="earlier matrix to add to; may be repeated. Without a text: combine only",
+        help="earlier matrix to add to; several with commas between them, or with the flag "
+        "repeated. Without a text: combine only",
     )
     add(
         "-ofreq",
