@@ -333,6 +333,9 @@ class Session:
         found, _ = self._engine.ask("step", [tokens, lengths], object=self._number)
         return [(nll, nll_sq, n) for nll, nll_sq, n in found["scores"]]
 
+    def clear_sums(self) -> None:
+        self._engine.ask("clear_sums", object=self._number)
+
     def cancel(self) -> None:
         self._engine.tell("cancel", self._number)
 

@@ -127,6 +127,10 @@ class Worker:
         self._objects[request["object"]].restore(request["names"], *arrays)
         return {}, []
 
+    def _do_clear_sums(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        self._objects[request["object"]].clear_sums()
+        return {}, []
+
     def _do_counters(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         return {"counters": self._objects[request["object"]].counters}, []
 

@@ -1,0 +1,293 @@
+"""Blocks of chunks, collected from zero by the workers of a cluster: see imatrix.cluster.
+
+What a worker runs, and how what comes back is added. Imported by the scheduler too, which unpacks
+what it passes on: nothing native is imported before a block runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix.errors import ClusterError, EngineDiedError, NonFiniteError
+from imatrix.formats.checkpoint import Group, Setting
+
+if TYPE_CHECKING:
+    from imatrix.collector import Collector
+
+__all__ = ["Block", "BlockSums", "Work", "collect_block", "release"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker has to know to collect a block. One is loaded in a process at a time.
+
+    Attributes:
+        owner: whose it is, for release().
+        collector: arguments of Collector; paths may hold environment variables.
+        mtp, process_output, perplexity: as in Collector.run.
+        identity: what decides the numbers, and so must be the same everywhere, by name.
+    """
+
+    owner: str
+    collector: tuple[tuple[str, Any], ...]
+    mtp: bool
+    process_output: bool
+    perplexity: bool
+    identity: tuple[tuple[str, Setting], ...]
+
+
+@dataclass
+class Block:
+    """What came of a block.
+
+    Attributes:
+        groups: its sums and counts, by weights that were fed by the same rows.
+        scores: (nll, nll_sq, n_scored) of each chunk; None for one that had a NaN, whose sums do
+            not count.
+        nonfinite: of those chunks, by their place in the block: the error.
+        refusal: why this worker cannot take part; all else is empty then.
+        machine: what the worker computes with, in words.
+        seconds: that the chunks took there.
+        loading: seconds that it took to load the model, 0 where it was loaded.
+    """
+
+    groups: list[Group] = field(default_factory=list)
+    scores: list[tuple[float, float, int] | None] = field(default_factory=list)
+    nonfinite: dict[int, NonFiniteError] = field(default_factory=dict)
+    refusal: Exception | None = None
+    machine: str = ""
+    seconds: float = 0.0
+    loading: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums and counts."""
+        return sum(sums.nbytes + counts.nbytes for _, sums, counts in self.groups)
+
+
+class BlockSums:
+    """Sums and counts by weight, added block by block; to the rest of a run, a session."""
+
+    def __init__(self) -> None:
+        # by the weights that share them; arrays are our own
+        self._groups: dict[tuple[str, ...], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+        self._group_of: dict[str, tuple[str, ...]] = {}
+
+    def check(self, groups: Iterable[Group]) -> None:
+        """See that a block can be added, before anything of it is.
+
+        Raises:
+            ClusterError: it has other shapes than those before it.
+        """
+        for names, sums, counts in groups:
+            for name in names:
+                if (key := self._group_of.get(name)) is None:
+                    continue
+                have = [array.shape for array in self._groups[key]]
+                if have != [sums.shape, counts.shape]:
+                    raise ClusterError(
+                        f"{name}: a worker sent sums {sums.shape} and counts {counts.shape}, the "
+                        f"blocks before it had {have[0]} and {have[1]}"
+                    )
+
+    def add(self, groups: Iterable[Group]) -> None:
+        """Add a block's. Weights that share their rows in one block and do not in another get
+        sums of their own."""
+        for names, sums, counts in groups:
+            key = tuple(names)
+            if key in self._groups:
+                self._add(key, sums, counts)
+                continue
+            if not any(name in self._group_of for name in names):
+                self._put(key, sums.copy(), counts.copy())
+                continue
+            for name in names:
+                self._ungroup(name)
+                if (name,) in self._groups:
+                    self._add((name,), sums, counts)
+                else:
+                    self._put((name,), sums.copy(), counts.copy())
+
+    def _add(
+        self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
+    ) -> None:
+        have_sums, have_counts = self._groups[key]
+        have_sums += sums
+        have_counts += counts
+
+    def _put(
+        self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
+    ) -> None:
+        self._groups[key] = (sums, counts)
+        self._group_of.update(dict.fromkeys(key, key))
+
+    def _ungroup(self, name: str) -> None:
+        key = self._group_of.get(name)
+        if key is None or len(key) == 1:
+            return
+        sums, counts = self._groups.pop(key)
+        for each in key:
+            self._put((each,), sums.copy(), counts.copy())
+
+    def restore(
+        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
+    ) -> None:
+        """As _session.Session.restore."""
+        self._put(tuple(names), sums.copy(), counts.copy())
+
+    def groups(self) -> list[Group]:
+        """As _session.Session.groups."""
+        return [
+            (list(names), sums.copy(), counts.copy())
+            for names, (sums, counts) in self._groups.items()
+        ]
+
+    def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+        """As _session.Session.snapshot."""
+        return {
+            name: (sums.copy(), counts.copy())
+            for names, (sums, counts) in self._groups.items()
+            for name in names
+        }
+
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        """As _session.Session.counts."""
+        return {
+            name: counts.copy() for names, (_, counts) in self._groups.items() for name in names
+        }
+
+
+# --- on a worker ---------------------------------------------------------------------------------
+
+
+class _Loaded:
+    """The model that this process has loaded."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()  # one block at a time, whatever threads Dask has
+        self.owner = ""
+        self.work: Work | None = None
+        self.collector: Collector | None = None
+        self.session: Any = None
+        self.machine = ""
+
+    def take(self, work: Work) -> None:
+        """Load what this work needs, unless it is loaded."""
+        if self.work == work and self.collector is not None:
+            return
+        self.drop()
+        self.owner = work.owner
+        from imatrix.collector import Collector
+
+        collector = Collector(**dict(work.collector))
+        self.collector = collector  # for release(), while it loads
+        try:
+            self.session = collector._block_session(
+                dict(work.identity),
+                mtp=work.mtp,
+                process_output=work.process_output,
+                perplexity=work.perplexity,
+            )
+            self.machine = collector._machine()
+        except BaseException:
+            self.drop()
+            raise
+        self.work = work
+
+    def drop(self) -> None:
+        """Free it."""
+        collector, self.collector = self.collector, None
+        self.work = self.session = None
+        if collector is not None:
+            collector.close()
+
+
+_loaded = _Loaded()
+
+
+def collect_block(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Block:
+    """Collect chunks from zero; what a worker runs.
+
+    Args:
+        tokens: [sum of lengths] int32, one chunk behind the other.
+        lengths: [n chunks] int32.
+
+    Raises:
+        EngineDiedError, MemoryError, OSError: may not happen again, or not on another machine.
+            Of an EngineDiedError `chunk` is the place in the block of the (first) chunk that ran.
+    """
+    with _loaded.turn:
+        started = time.monotonic()
+        try:
+            _loaded.take(work)
+            loading = time.monotonic() - started
+            block = _collect(work, tokens, lengths)
+            return _finished(block, loading, time.monotonic() - started - loading)
+        except FileNotFoundError as error:
+            return Block(refusal=error)
+        except (EngineDiedError, MemoryError, OSError):
+            _loaded.drop()  # from zero the next time
+            raise
+        except Exception as error:
+            _loaded.drop()
+            return Block(refusal=error)
+
+
+def _finished(block: Block, loading: float, seconds: float) -> Block:
+    block.machine = _loaded.machine
+    block.loading, block.seconds = loading, seconds
+    return block
+
+
+def _collect(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Block:
+    session = _loaded.session
+    session.clear_sums()
+    n_seq = dict(work.collector)["n_seq"]
+    chunks = np.split(tokens, np.cumsum(lengths)[:-1])
+    block = Block()
+    for at in range(0, len(chunks), n_seq):
+        try:
+            _step(session, chunks[at : at + n_seq], at, block)
+        except EngineDiedError as error:
+            error.chunk = at
+            raise
+    block.groups = session.groups()
+    return block
+
+
+def _step(session: Any, group: list[NDArray[np.int32]], at: int, block: Block) -> None:
+    lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
+    try:
+        block.scores += session.step(np.concatenate(group), lengths)
+    except NonFiniteError as error:
+        if len(group) > 1:  # which of them it was shows when each runs by itself
+            for i, chunk in enumerate(group):
+                _step(session, [chunk], at + i, block)
+            return
+        block.nonfinite[at] = error
+        block.scores.append(None)
+
+
+def release(owner: str) -> None:
+    """Free what is loaded for an owner. A block that is on its way ends with an error."""
+    # not in turn: it shall not wait for the block
+    if _loaded.owner == owner:
+        collector, _loaded.collector = _loaded.collector, None
+        if collector is not None:
+            collector.close()  # the engine's process ends at once
+
+
+def differing(wanted: Mapping[str, Setting], found: Mapping[str, Setting]) -> str:
+    """What of `wanted` is otherwise in `found`, in words; "" for nothing."""
+    return "; ".join(
+        f"{name} is {found.get(name, 'absent')} there and {value} here"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    )
