@@ -6,22 +6,24 @@ what it passes on: nothing native is imported before a block runs.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imatrix._version import __version__
 from imatrix.errors import ClusterError, EngineDiedError, NonFiniteError
 from imatrix.formats.checkpoint import Group, Setting
 
 if TYPE_CHECKING:
     from imatrix.collector import Collector
 
-__all__ = ["Block", "BlockSums", "Work", "collect_block", "release"]
+__all__ = ["Block", "BlockSums", "Work", "collect_block", "differing", "release"]
 
 
 @dataclass(frozen=True)
@@ -80,61 +82,61 @@ class BlockSums:
         self._groups: dict[tuple[str, ...], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
         self._group_of: dict[str, tuple[str, ...]] = {}
 
-    def check(self, groups: Iterable[Group]) -> None:
-        """See that a block can be added, before anything of it is.
+    def add(self, groups: list[Group]) -> None:
+        """Add a block's: all of it or, after an error, nothing. Weights that share their rows in
+        one block and do not in another get sums of their own.
 
         Raises:
-            ClusterError: it has other shapes than those before it.
+            ClusterError: it has other shapes than the blocks before it.
+            MemoryError: no room for weights that those did not have.
         """
         for names, sums, counts in groups:
-            for name in names:
-                if (key := self._group_of.get(name)) is None:
-                    continue
-                have = [array.shape for array in self._groups[key]]
-                if have != [sums.shape, counts.shape]:
-                    raise ClusterError(
-                        f"{name}: a worker sent sums {sums.shape} and counts {counts.shape}, the "
-                        f"blocks before it had {have[0]} and {have[1]}"
-                    )
-
-    def add(self, groups: Iterable[Group]) -> None:
-        """Add a block's. Weights that share their rows in one block and do not in another get
-        sums of their own."""
+            self._check(names, sums, counts)
         for names, sums, counts in groups:
+            self._make_room(tuple(names), sums, counts)
+        for names, sums, counts in groups:  # from here on nothing can fail
             key = tuple(names)
-            if key in self._groups:
-                self._add(key, sums, counts)
-                continue
-            if not any(name in self._group_of for name in names):
-                self._put(key, sums.copy(), counts.copy())
-                continue
-            for name in names:
-                self._ungroup(name)
-                if (name,) in self._groups:
-                    self._add((name,), sums, counts)
-                else:
-                    self._put((name,), sums.copy(), counts.copy())
+            for each in (key,) if key in self._groups else [(name,) for name in names]:
+                have_sums, have_counts = self._groups[each]
+                have_sums += sums
+                have_counts += counts
 
-    def _add(
+    def _check(
+        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
+    ) -> None:
+        for name in names:
+            if (key := self._group_of.get(name)) is None:
+                continue
+            have = [array.shape for array in self._groups[key]]
+            if have != [sums.shape, counts.shape]:
+                raise ClusterError(
+                    f"{name}: a worker sent sums {sums.shape} and counts {counts.shape}, the "
+                    f"blocks before it had {have[0]} and {have[1]}"
+                )
+
+    def _make_room(
         self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
     ) -> None:
-        have_sums, have_counts = self._groups[key]
-        have_sums += sums
-        have_counts += counts
+        """Zeros for weights that are new, and each by itself where they do not share as here."""
+        if key in self._groups:
+            return
+        if not any(name in self._group_of for name in key):
+            self._put(key, np.zeros_like(sums), np.zeros_like(counts))
+            return
+        for name in key:
+            together = self._group_of.get(name, ())
+            if not together:
+                self._put((name,), np.zeros_like(sums), np.zeros_like(counts))
+            elif len(together) > 1:
+                have_sums, have_counts = self._groups.pop(together)
+                for each in together:
+                    self._put((each,), have_sums.copy(), have_counts.copy())
 
     def _put(
         self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
     ) -> None:
         self._groups[key] = (sums, counts)
         self._group_of.update(dict.fromkeys(key, key))
-
-    def _ungroup(self, name: str) -> None:
-        key = self._group_of.get(name)
-        if key is None or len(key) == 1:
-            return
-        sums, counts = self._groups.pop(key)
-        for each in key:
-            self._put((each,), sums.copy(), counts.copy())
 
     def restore(
         self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
@@ -147,6 +149,7 @@ class BlockSums:
         return [
             (list(names), sums.copy(), counts.copy())
             for names, (sums, counts) in self._groups.items()
+            if counts.any()
         ]
 
     def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
@@ -154,6 +157,7 @@ class BlockSums:
         return {
             name: (sums.copy(), counts.copy())
             for names, (sums, counts) in self._groups.items()
+            if counts.any()
             for name in names
         }
 
@@ -184,18 +188,28 @@ class _Loaded:
             return
         self.drop()
         self.owner = work.owner
+        wanted = dict(work.identity)
+        here = f"imatrix {__version__}"
+        if wanted["collector"] != here:  # before its arguments, which may be others
+            raise ClusterError(
+                f"{here} is installed there, the run was started with {wanted['collector']}"
+            )
         from imatrix.collector import Collector
 
-        collector = Collector(**dict(work.collector))
+        arguments = dict(work.collector)
+        for name in ("model", "mtp_model"):
+            if arguments[name] is not None:
+                arguments[name] = os.path.expandvars(arguments[name])
+        collector = Collector(**arguments)
         self.collector = collector  # for release(), while it loads
         try:
             self.session = collector._block_session(
-                dict(work.identity),
+                wanted,
                 mtp=work.mtp,
                 process_output=work.process_output,
                 perplexity=work.perplexity,
             )
-            self.machine = collector._machine()
+            self.machine = collector._models.machine
         except BaseException:
             self.drop()
             raise

@@ -38,7 +38,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def connected(args: argparse.Namespace, terminal: Terminal) -> AbstractContextManager[Cluster | None]:
+def connected(
+    args: argparse.Namespace, terminal: Terminal
+) -> AbstractContextManager[Cluster | None]:
     """The cluster that the flags name; None for none.
 
     Raises:

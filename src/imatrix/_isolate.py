@@ -371,6 +371,13 @@ def has_gpu(engine: Engine) -> bool:
     return any(device["gpu"] for device in found["devices"])
 
 
+def machine(engine: Engine) -> tuple[str, list[dict[str, Any]]]:
+    """What the worker computes with: instruction sets and build, in the engine's words, and
+    its devices."""
+    found, _ = engine.ask("devices")
+    return found["features"], found["devices"]
+
+
 def _cause(log: str, status: int) -> str:
     if hasattr(signal, "SIGKILL") and status == -signal.SIGKILL:
         return "killed (SIGKILL), as the system does where memory runs out"

@@ -12,12 +12,14 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -62,7 +64,7 @@ class ClusterUse:
         seconds: that workers spent on their chunks, together.
         loading: that workers spent on loading the model, together.
         waited: that this process waited for a block to come.
-        adding: that this process spent on adding them.
+        adding: that this process spent on adding them, checkpoints and progress included.
     """
 
     blocks: int = 0
@@ -233,28 +235,33 @@ class Cluster:
             )
         return self._block
 
-    def _work(
-        self, arguments: dict[str, Any], threads: int | None, **rest: Any
-    ) -> Work:
-        """For Collector's `arguments`; `threads` where they were given."""
+    def _work(self, arguments: Mapping[str, Any], **rest: Any) -> Work:
+        """For Collector's `arguments`."""
         arguments = {
             **arguments,
-            "model": self._model or os.path.abspath(arguments["model"]),
-            "n_threads": threads or self._threads,
+            "model": self._model or os.fspath(Path(arguments["model"]).absolute()),
+            "n_threads": arguments["n_threads"] or self._threads,
+            "mtp": None,
+            # the rehearsal was here; and the engine may end its process, but not Dask's
+            "rehearse": False,
+            "isolate": True,
         }
         if arguments["mtp_model"] is not None:
-            arguments["mtp_model"] = self._mtp_model or os.path.abspath(arguments["mtp_model"])
+            arguments["mtp_model"] = self._mtp_model or os.fspath(
+                Path(arguments["mtp_model"]).absolute()
+            )
         return Work(owner=self._owner, collector=tuple(arguments.items()), **rest)
 
-    def _collected(
+    @contextmanager
+    def _collecting(
         self,
         work: Work,
         blocks: Iterator[list[Chunk]],
         *,
         first: int,
         look: Callable[[int], None],
-    ) -> Iterator[tuple[list[Chunk], Block]]:
-        """Have blocks collected, and give each with what came of it, in their order.
+    ) -> Iterator[Iterator[tuple[list[Chunk], Block]]]:
+        """Have blocks collected: an iterator of each with what came of it, in their order.
 
         Args:
             blocks: chunks of each; taken as workers come free, so that no more of the text is
@@ -263,37 +270,49 @@ class Cluster:
             look: called about once a second while a block is waited for, with the number of
                 chunks that are collected and wait for their turn; what it raises ends the run.
 
-        Raises:
+        The iterator raises:
             ClusterError: a worker cannot take part, a block ended one engine or one worker after
                 the other, or the scheduler is gone.
-            What a worker raised.
         """
         self._use = ClusterUse()
         waiting: deque[_Sent] = deque()
         try:
-            while True:
-                room = _AHEAD * max(1, self.n_workers) - len(waiting)
-                for chunks in itertools.islice(blocks, max(0, room)):
-                    waiting.append(self._send(work, chunks, first))
-                    first += len(chunks)
-                if not waiting:
-                    return
-                sent = waiting[0]
-                block = self._result(sent, waiting, look)
-                waiting.popleft()
-                self._check(block)
-                self._use = replace(
-                    self._use,
-                    blocks=self._use.blocks + 1,
-                    nbytes=self._use.nbytes + block.nbytes,
-                    seconds=self._use.seconds + block.seconds,
-                    loading=self._use.loading + block.loading,
-                )
-                yield sent.chunks, block
+            yield self._in_order(work, blocks, first, look, waiting)
         finally:
             if waiting:
                 with contextlib.suppress(Exception):  # the scheduler may be gone
                     self._client.cancel([sent.future for sent in waiting])
+
+    def _in_order(
+        self,
+        work: Work,
+        blocks: Iterator[list[Chunk]],
+        first: int,
+        look: Callable[[int], None],
+        waiting: deque[_Sent],
+    ) -> Iterator[tuple[list[Chunk], Block]]:
+        while True:
+            room = _AHEAD * max(1, self.n_workers) - len(waiting)
+            for chunks in itertools.islice(blocks, max(0, room)):
+                waiting.append(self._send(work, chunks, first))
+                first += len(chunks)
+            if not waiting:
+                return
+            started = time.monotonic()
+            block = self._result(waiting[0], waiting, look)
+            sent = waiting.popleft()
+            self._check(block)
+            came = time.monotonic()
+            yield sent.chunks, block
+            self._use = replace(
+                self._use,
+                blocks=self._use.blocks + 1,
+                nbytes=self._use.nbytes + block.nbytes,
+                seconds=self._use.seconds + block.seconds,
+                loading=self._use.loading + block.loading,
+                waited=self._use.waited + came - started,
+                adding=self._use.adding + time.monotonic() - came,
+            )
 
     def _send(self, work: Work, chunks: list[Chunk], first: int) -> _Sent:
         number = next(self._numbers)
@@ -309,9 +328,7 @@ class Cluster:
         )
         return _Sent(chunks, first, future)
 
-    def _result(
-        self, sent: _Sent, waiting: deque[_Sent], look: Callable[[int], None]
-    ) -> Block:
+    def _result(self, sent: _Sent, waiting: deque[_Sent], look: Callable[[int], None]) -> Block:
         distributed = _distributed()
         lonely = 0.0
         while True:
@@ -348,13 +365,9 @@ class Cluster:
                 f"chunk {at}: {error.cause}. {_AND_NOW}"
             )
         if isinstance(error, distributed.KilledWorker):
-            return ClusterError(
-                f"{sent} ended one worker after the other: {error} {_AND_NOW}"
-            )
+            return ClusterError(f"{sent} ended one worker after the other: {error} {_AND_NOW}")
         if isinstance(error, distributed.CancelledError):
-            return ClusterError(
-                f"the scheduler went away, and {sent} with it: {error}. {_AND_NOW}"
-            )
+            return ClusterError(f"the scheduler went away, and {sent} with it: {error}. {_AND_NOW}")
         if isinstance(error, MemoryError):
             return ClusterError(f"no memory on a worker for {sent}: {error}. {_AND_NOW}")
         return ClusterError(
