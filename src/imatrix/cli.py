@@ -25,7 +25,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import (
+    _check_cli,
+    _cluster_cli,
+    _evaluate_cli,
+    _files_cli,
+    _hub_cli,
+    _show,
+    _sources_cli,
+    atomic,
+)
 from imatrix._arguments import (
     Commands,
     add_gpu_layers,
@@ -210,7 +219,11 @@ def _collect_locked(
         from imatrix.devices import name_rpc_server
 
         (name_rpc_server if args.isolate else imatrix.add_rpc_server)(args.rpc)
-    return _collect_text(args, text, earlier, terminal)
+    if args.output_frequency is None:
+        # blocks of a cluster may come several times a second, and their sums be large
+        args.output_frequency = 10 if args.dask is None else 0
+    with _cluster_cli.connected(args, terminal) as cluster:
+        return _collect_text(args, text, earlier, terminal, cluster)
 
 
 def _collect_text(
@@ -218,6 +231,7 @@ def _collect_text(
     text: Texts,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
+    cluster: imatrix.Cluster | None,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
     text_arguments = _sources_cli.run_arguments(args)
@@ -244,7 +258,7 @@ def _collect_text(
         check_tensors=args.check_tensors,
         isolate=args.isolate,
     ) as collector:
-        if args.gpu_layers not in (None, 0) and not collector.has_gpu:
+        if args.gpu_layers not in (None, 0) and cluster is None and not collector.has_gpu:
             terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
@@ -273,6 +287,7 @@ def _collect_text(
                     checkpoint_every=args.output_frequency,
                     restart=args.restart,
                     progress=on_step,
+                    cluster=cluster,
                 )
         except BaseException as error:
             saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
@@ -288,6 +303,8 @@ def _collect_text(
         _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
+        if cluster is not None:
+            _cluster_cli.tell(cluster, terminal)
     return OK
 
 
@@ -711,6 +728,7 @@ def _add_collect(commands: Commands) -> None:
         metavar="SERVERS",
         help="compute on ggml-rpc-servers too: host:port,host:port,... (a build with GGML_RPC=ON)",
     )
+    _cluster_cli.add_arguments(command)
     add_skipped_chunks(command)
     add(
         "--chunks",
@@ -738,9 +756,8 @@ def _add_collect(commands: Commands) -> None:
         "--output-frequency",
         metavar="N",
         type=at_least(0),
-        default=10,
-        help="write OUT and OUT.checkpoint every N chunks (default: 10; 0: OUT at the end only, "
-        "OUT.checkpoint every three minutes)",
+        help="write OUT and OUT.checkpoint every N chunks (default: 10, with --dask 0; 0: OUT at the "
+        "end only, OUT.checkpoint every three minutes)",
     )
     add(
         "--save-frequency",
