@@ -40,6 +40,7 @@ BLOCK = 16
 # lost. More would be more sums that wait in the workers' memory.
 _AHEAD = 4
 
+_CONNECT = "20s"
 _LOOK = 1.0  # seconds between two looks around while a block is waited for
 _LONELY = 30.0  # seconds without a worker before that is told
 
@@ -192,7 +193,7 @@ class Cluster:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 # the model is in the engine's process, which Dask does not see
                 memory_limit=0,
             )
@@ -204,7 +205,7 @@ class Cluster:
 
     def _client_of(self, distributed: Any, cluster: Any, where: str) -> Any:
         try:
-            client = distributed.Client(cluster, timeout="20s", set_as_default=False)
+            client = distributed.Client(cluster, timeout=_CONNECT, set_as_default=False)
         except OSError as error:
             raise ClusterError(
                 f"no Dask scheduler answers at {where}: {error}. Start one with `dask scheduler`, "
