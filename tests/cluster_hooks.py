@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from distributed import WorkerPlugin
 
 from imatrix import _blocks
 
@@ -58,9 +61,26 @@ def engine_dies(tokens: list[int], marker: str | None) -> None:
     _before_step(act)
 
 
+class Deadly(WorkerPlugin):
+    """Every worker is killed at the chunk of these tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def setup(self, worker: Any) -> None:
+        def act(group: list[Any], _at: int) -> None:
+            if group[0].tolist() == self.tokens:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _before_step(act)
+
+
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
 def slow(seconds: float) -> None:
     """Every chunk takes that long."""
-    import time
 
     def act(_group: list[Any], _at: int) -> None:
         time.sleep(seconds)

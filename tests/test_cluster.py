@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cluster_hooks as hooks
+import dask
+import distributed
 import numpy as np
 import pytest
 from conftest import Forged
@@ -273,13 +274,13 @@ def test_documents_and_experts(
             n
             for n in range(BLOCK, 30, BLOCK)
             if all(
-                (entry.counts >= 12).all()
+                (entry.counts >= 6).all()
                 for entry in made.run(chunks[:n], mtp=True).values()
                 if len(entry.counts) > 1
             )
         )
         assert enough < 30 - BLOCK
-        found = made.run(chunks, mtp=True, min_expert_rows=12, cluster=cluster)
+        found = made.run(chunks, mtp=True, min_expert_rows=6, cluster=cluster)
         assert made.report.ended == "min_expert_rows"
         assert found.chunk_count == enough
         assert_is(found, by_hand(made, chunks[:enough], mtp=True))
@@ -291,8 +292,7 @@ def test_chunks_side_by_side_at_another_path(
     """The model has another path on the workers, and what is in their environment counts."""
     chunks = token_chunks(headed, 8)
     (tmp_path / "there.gguf").write_bytes(headed.path.read_bytes())
-    workers.run(os.putenv, "UNUSED", "")
-    workers.run(os.environ.__setitem__, "IMATRIX_TEST_MODELS", str(tmp_path))
+    workers.run(hooks.set_variable, "IMATRIX_TEST_MODELS", str(tmp_path))
     with collector(headed, n_seq=2) as made:
         whole = made.run(chunks)
         with Cluster(workers, model="$IMATRIX_TEST_MODELS/there.gguf", block=4) as there:
@@ -383,11 +383,49 @@ def test_a_batch_that_goes_by_memory_is_refused(headed: ModelSpec, cluster: Clus
         made.run(token_chunks(headed, 2), cluster=cluster)
 
 
-def test_jobs_of_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_are_not_alike(workers: Any) -> None:
+    with Cluster(workers) as some:
+        some._check(_blocks.Block(machine="AVX2 = 1"))
+        with pytest.warns(UserWarning, match="not alike: .* AVX2 = 1; another with AVX512 = 1"):
+            some._check(_blocks.Block(machine="AVX512 = 1"))
+
+
+def test_a_cluster_without_workers_is_waited_for(
+    headed: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONELY", 2.0)
+    chunks = token_chunks(headed, 2)
+    with (
+        distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
+        distributed.Client(empty, set_as_default=False) as client,
+        Cluster(client) as some,
+        collector(headed) as made,
+    ):
+        looks = itertools.count()
+
+        def on_progress(_: Progress) -> None:
+            if next(looks) == 2:
+                empty.scale(1)
+
+        with pytest.warns(UserWarning, match="has had no worker for 2 s"):
+            matrix = made.run(chunks, cluster=some, progress=on_progress)
+    assert matrix.chunk_count == 2
+
+
+def test_a_block_that_ends_every_worker(headed: ModelSpec, tmp_path: Path) -> None:
+    chunks = token_chunks(headed, N_CHUNKS)
+    path = tmp_path / "checkpoint"
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}), collector(headed) as made:
+        with Cluster("local:1", block=BLOCK) as one:
+            one.client.register_plugin(hooks.Deadly(chunks[7]))
+            with pytest.raises(ClusterError, match="chunks 6 to 8 ended one worker after the oth"):
+                made.run(chunks, cluster=one, checkpoint=path)
+        assert file.read(path).done == 6
+
+
+def test_jobs_of_a_queue() -> None:
     """The script that would be submitted: one worker a job, whatever the configuration says of
     its cores, and the last --nthreads counts."""
-    import dask
-
     config = {
         "jobqueue.slurm.cores": 16,
         "jobqueue.slurm.memory": "64GB",
@@ -491,11 +529,3 @@ def test_the_command(
     ):
         assert main([*collect, *flags]) == 2
         assert message in capsys.readouterr().err
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    for _ in range(600):
-        if done():
-            return
-        time.sleep(0.05)
-    pytest.fail("it did not come to that")

@@ -10,7 +10,7 @@ from imatrix._arguments import at_least
 from imatrix._terminal import Terminal, size
 from imatrix.cluster import BLOCK, Cluster
 
-__all__ = ["add_arguments", "connected", "tell"]
+__all__ = ["add_arguments", "check", "connected", "tell"]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -38,20 +38,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def connected(
-    args: argparse.Namespace, terminal: Terminal
-) -> AbstractContextManager[Cluster | None]:
-    """The cluster that the flags name; None for none.
+def check(args: argparse.Namespace) -> None:
+    """That the flags go together.
 
     Raises:
-        ValueError: flags that do not go together, or no cluster is called that.
-        ImportError, ClusterError: as Cluster does.
+        ValueError: they do not.
     """
     if args.dask is None:
         for name in ("dask_model", "dask_mtp_model", "dask_block"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for a run with --dask")
-        return contextlib.nullcontext()
+        return
     if args.rpc is not None:
         raise ValueError(
             "--dask gives each machine its part of the text, --rpc each its part of the model: "
@@ -62,6 +59,18 @@ def connected(
             "--no-isolate is not for --dask: on a worker the engine always has a process of its "
             "own, so that Dask's is there to tell what ended it"
         )
+
+
+def connected(
+    args: argparse.Namespace, terminal: Terminal
+) -> AbstractContextManager[Cluster | None]:
+    """The cluster that the flags name; None for none.
+
+    Raises:
+        ValueError, ImportError, ClusterError: as Cluster does.
+    """
+    if args.dask is None:
+        return contextlib.nullcontext()
     cluster = Cluster(
         args.dask, model=args.dask_model, mtp_model=args.dask_mtp_model, block=args.dask_block
     )

@@ -178,6 +178,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    _cluster_cli.check(args)
     check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
