@@ -162,8 +162,13 @@ class Cluster:
 
     @property
     def n_workers(self) -> int:
-        """Workers that are there now."""
-        return len(self._client.nthreads())
+        """Workers that are there now.
+
+        Raises:
+            ClusterError: the scheduler does not answer.
+        """
+        with _scheduler():
+            return len(self._client.nthreads())
 
     # --- connecting --------------------------------------------------------
 
@@ -215,6 +220,8 @@ class Cluster:
 
     def _release(self) -> None:
         """Free what the workers have loaded for this object, as far as they answer."""
+        if self._client.status != "running":
+            return  # the scheduler is gone
         # in a thread, because a worker that is gone may leave it waiting
         thread = threading.Thread(target=self._tell_release, daemon=True)
         thread.start()
@@ -317,16 +324,17 @@ class Cluster:
 
     def _send(self, work: Work, chunks: list[Chunk], first: int) -> _Sent:
         number = next(self._numbers)
-        future = self._client.submit(
-            collect_block,
-            work,
-            np.concatenate([chunk.tokens for chunk in chunks]),
-            np.array([len(chunk.tokens) for chunk in chunks], np.int32),
-            key=f"imatrix-block-{self._owner}-{number}",
-            pure=False,
-            retries=self._attempts - 1,
-            priority=-number,  # what has to be added first is done first, the second time too
-        )
+        with _scheduler():
+            future = self._client.submit(
+                collect_block,
+                work,
+                np.concatenate([chunk.tokens for chunk in chunks]),
+                np.array([len(chunk.tokens) for chunk in chunks], np.int32),
+                key=f"imatrix-block-{self._owner}-{number}",
+                pure=False,
+                retries=self._attempts - 1,
+                priority=-number,  # what has to be added first is done first, the second time too
+            )
         return _Sent(chunks, first, future)
 
     def _result(self, sent: _Sent, waiting: deque[_Sent], look: Callable[[int], None]) -> Block:
@@ -335,7 +343,8 @@ class Cluster:
         while True:
             try:
                 # not result(): where sums take longer to come than this, they never would
-                error = sent.future.exception(timeout=_LOOK)
+                with _scheduler(distributed.TimeoutError):
+                    error = sent.future.exception(timeout=_LOOK)
                 break
             except distributed.TimeoutError:
                 pass
@@ -349,7 +358,8 @@ class Cluster:
                 )
         if error is not None:
             raise self._told(error, sent) from error
-        block: Block = sent.future.result()
+        with _scheduler():
+            block: Block = sent.future.result()
         sent.future.release()
         if block.refusal is not None:
             raise ClusterError(
@@ -368,7 +378,7 @@ class Cluster:
         if isinstance(error, distributed.KilledWorker):
             return ClusterError(f"{sent} ended one worker after the other: {error} {_AND_NOW}")
         if isinstance(error, distributed.CancelledError):
-            return ClusterError(f"the scheduler went away, and {sent} with it: {error}. {_AND_NOW}")
+            return _scheduler_gone(error)
         if isinstance(error, MemoryError):
             return ClusterError(f"no memory on a worker for {sent}: {error}. {_AND_NOW}")
         return ClusterError(
@@ -386,6 +396,21 @@ class Cluster:
                 stacklevel=2,
             )
             self._machine = block.machine
+
+
+@contextmanager
+def _scheduler(*but: type[BaseException]) -> Iterator[None]:
+    """Where the scheduler is asked: that it does not answer is a ClusterError."""
+    try:
+        yield
+    except but:
+        raise
+    except OSError as error:
+        raise _scheduler_gone(error) from error
+
+
+def _scheduler_gone(error: BaseException) -> ClusterError:
+    return ClusterError(f"the cluster's scheduler went away: {error}. {_AND_NOW}")
 
 
 _AND_NOW = (
