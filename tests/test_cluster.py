@@ -362,13 +362,14 @@ def test_bad_arguments(headed: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> No
         Cluster("local:1", block=0)
     with pytest.raises(ValueError, match=r"a distributed\.Client, got 3"):
         Cluster(3)
+    with pytest.raises(ValueError, match=r"certificates, .* distributed\.comm\.tls\.ca-file"):
+        Cluster("tls://127.0.0.1:9")
     monkeypatch.setattr(module, "_CONNECT", "1s")
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         Cluster("tcp://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match=r"pip install 'imatrix\[dask\]'"):
         Cluster("local:1")
-    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     with pytest.raises(ImportError, match=r"pip install 'imatrix\[jobqueue\]'"):

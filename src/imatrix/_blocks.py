@@ -6,6 +6,7 @@ what it passes on: nothing native is imported before a block runs.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -224,6 +225,7 @@ class _Loaded:
 
 
 _loaded = _Loaded()
+atexit.register(_loaded.drop)
 
 
 def collect_block(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Block:

@@ -181,6 +181,14 @@ class Cluster:
                     f"{where!r}"
                 )
             return where
+        if where.startswith("tls://"):
+            security = _distributed().Security()
+            if security.get_connection_args("client").get("ssl_context") is None:
+                raise ValueError(
+                    f"{where} needs certificates, and Dask's configuration names none: set "
+                    "distributed.comm.tls.ca-file, .client.cert and .client.key, in a file or as "
+                    "DASK_DISTRIBUTED__COMM__TLS__CA_FILE and so on"
+                )
         if "://" in where:
             return self._client_of(_distributed(), where, where)
         kind, _, number = where.partition(":")
@@ -201,6 +209,7 @@ class Cluster:
                 dashboard_address="127.0.0.1:0",
                 # the model is in the engine's process, which Dask does not see
                 memory_limit=0,
+                preload="imatrix._local_worker",
             )
         else:
             cluster = _jobs(kind)
