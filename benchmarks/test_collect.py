@@ -25,7 +25,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,9 @@ def n_timed(n_ctx: int) -> int:
 class Workers:
     """The sessions of one model and one chunk size, started when they are asked for."""
 
-    def __init__(self, path: Path, n_ctx: int) -> None:
+    def __init__(self, path: Path, n_ctx: int, n_chunks: int | None = None) -> None:
         self._path = path
+        self._n_chunks = n_timed(n_ctx) if n_chunks is None else n_chunks
         self._n_ctx = n_ctx
         self._running: dict[str, subprocess.Popen[str]] = {}
 
@@ -71,7 +71,7 @@ class Workers:
         if kind not in self._running:
             work = {
                 "model": str(self._path), "text": str(TEXT), "n_ctx": self._n_ctx,
-                "n_chunks": n_timed(self._n_ctx), "n_ubatch": N_UBATCH,
+                "n_chunks": self._n_chunks, "n_ubatch": N_UBATCH,
                 "n_threads": physical_cores(), "mtp": kind == "head",
                 "perplexity": kind == "perplexity",
             }  # fmt: skip
@@ -126,26 +126,37 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     kept.draw()
 
 
+# A process is charged with the peak of the one that it was forked from (setmax_mm_hiwater_rss in
+# the kernel's exec), and the one that made the models has had gigabytes: a small one starts it.
+PEAK_OF_CHILD = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, on macOS bytes
+print(json.dumps({"seconds": seconds, "peak": used.ru_maxrss * unit}))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def llama_imatrix(name: str, n_ctx: int, out: Path, options: list[str]) -> Cell:
     tool = models.engine_tools.find("llama-imatrix")
 
     def run(n_chunks: int) -> tuple[float, int]:
-        started = time.perf_counter()
-        process = subprocess.Popen(
+        done = subprocess.run(
             [
+                sys.executable, "-c", PEAK_OF_CHILD,
                 tool, "-m", models.model(name, SIZE), "-f", text(name, n_ctx), "-o", out,
                 "-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, N_UBATCH)),
                 "-t", str(physical_cores()), "--chunks", str(n_chunks), *options,
             ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )  # fmt: skip
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        # kilobytes, on macOS bytes
-        unit = 1 if sys.platform == "darwin" else 1024
-        return time.perf_counter() - started, used.ru_maxrss * unit
+        answer = json.loads(done.stdout)
+        return answer["seconds"], answer["peak"]
 
     n = n_timed(n_ctx)
     longer, peak = run(1 + n)
