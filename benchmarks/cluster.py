@@ -119,7 +119,7 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 # --- what a block costs beside its chunks --------------------------------------------------------
 
 
-def no_chunks(work: Work, _tokens: Any, lengths: Any) -> Block:
+def no_chunks(work: Work, _tokens: Any, lengths: Any, _first: int) -> Block:
     """In place of collect_block: sums at once. A worker keeps them from block to block."""
     if not hasattr(Block, "kept"):
         n = dict(work.collector)["n"]
@@ -183,34 +183,42 @@ PAPER = {
 }  # fmt: skip
 
 
+def power_of_two(least: float) -> int:
+    return int(2 ** max(4, np.ceil(np.log2(least))))
+
+
 def on_paper(cost: dict[int, dict[str, float]]) -> list[str]:
-    fixed = cost[0]["all"] / 1e3
+    task = cost[0]["all"] / 1e3
     most = max(cost)
-    a_byte = (cost[most]["all"] / 1e3 - fixed) / (most * 1e6)
+    measured = (cost[most]["all"] / 1e3 - task) / (most * 1e6)
+    a_byte = max(measured, 1 / NETWORK)
     lines = [
-        f"Measured: {1e3 * fixed:.2f} ms a block and {1e9 * a_byte:.2f} ns a byte of sums, in one "
-        f"process on one machine; over a network of 10 Gbit/s a byte takes {1e9 / NETWORK:.2f} ns, "
-        f"so {1e9 * max(a_byte, 1 / NETWORK):.2f} ns are reckoned. {N_WORKERS} workers, "
-        f"{N_TOKENS / 1e6:.0f} million tokens in chunks of {N_CTX}. How many tokens a second a "
-        "worker runs is assumed, not measured.",
+        f"Measured: {1e3 * task:.2f} ms a task and {1e9 * measured:.2f} ns a byte of sums, with the "
+        f"scheduler and one worker on this machine; a network of 10 Gbit/s takes {1e9 / NETWORK:.2f} "
+        f"ns a byte, so {1e9 * a_byte:.2f} are reckoned. {N_WORKERS} workers, chunks of {N_CTX}. How "
+        "many tokens a second a worker runs is assumed, not measured. Parts are such that the "
+        "scheduler is busy a quarter of the time at most, blocks such that the process where the "
+        "run was started is, with what comes to it, half of it.",
         "",
-        "| | sums | tokens/s a worker (assumed) | chunks take | --dask-block | blocks | bytes in | "
-        "busy here | waits for the last block | a worker keeps at most |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | sums | tokens/s a worker (assumed) | the chunks take | --dask-part | --dask-block "
+        "| busy here, blocks of one part | busy here, with parts | scheduler busy | way between "
+        "workers | idle at the end, at most |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (nbytes, rate) in PAPER.items():
         whole = N_TOKENS / (N_WORKERS * rate)
-        a_block = fixed + nbytes * max(a_byte, 1 / NETWORK)
-        least = N_TOKENS / N_CTX * a_block / (0.5 * whole)
-        for block in sorted({16, 2 ** max(4, int(np.ceil(np.log2(least))))}):
-            n_blocks = N_TOKENS / (N_CTX * block)
-            tail = block * N_CTX / rate
-            lines.append(
-                f"| {name} | {nbytes / 1e6:.0f} MB | {rate:.0f} | {whole:.0f} s | {block} | "
-                f"{n_blocks:.0f} | {n_blocks * nbytes / 1e9:.0f} GB | "
-                f"{n_blocks * a_block / whole:.0%} | {tail / whole:.0%} | "
-                f"{4 * nbytes / 1e9:.2f} GB |"
-            )
+        here = task + nbytes * a_byte
+        part = power_of_two(N_TOKENS / N_CTX * 2 * task / (0.25 * whole))
+        block = max(part, power_of_two(N_TOKENS / N_CTX * here / (0.5 * whole)))
+        parts, blocks = (N_TOKENS / (N_CTX * size) for size in (part, block))
+        way = parts * nbytes * a_byte / N_WORKERS
+        # a part, then the sums of a block go up the tree
+        tail = part * N_CTX / rate + np.log2(block / part) * nbytes * a_byte
+        shares = (parts * here, blocks * here, 2 * parts * task, way, tail)
+        row = " | ".join(f"{share / whole:.0%}" for share in shares)
+        lines.append(
+            f"| {name} | {nbytes / 1e6:.0f} MB | {rate:.0f} | {whole:.0f} s | {part} | {block} | {row} |"
+        )
     return lines
 
 

@@ -139,6 +139,51 @@ def test_a_worker_that_is_killed(headed: ModelSpec, cluster: Cluster, tmp_path: 
     assert set(cluster.client.run(os.getpid).values()) != before
 
 
+def test_parts_that_workers_add(
+    headed: ModelSpec, workers: Any, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Neighbours first, (0 + 1) + (2 + 3), whoever has them, one worker killed; scores, a NaN and
+    what goes on from a checkpoint are as they are with whole blocks."""
+    path = poisoned(headed, tmp_path, "token_embd.weight", 77, 41)
+    chunks = [[token if token != 77 else 78 for token in one] for one in token_chunks(headed, 13)]
+    chunks[9][20] = 77
+    options: dict[str, Any] = {"mtp": True, "perplexity": True, "on_nonfinite": "skip"}
+
+    with warnings.catch_warnings(), collector(path) as made:
+        warnings.simplefilter("ignore", UserWarning)  # what is left out is told
+        parts = [made.run(chunks[at : at + 2], **options) for at in range(0, 13, 2)]
+        expected = {}
+        for name in parts[0]:
+            a, b, c, d, e, f, g = (part[name].sums for part in parts)
+            # the first block is 8 chunks, the second one the other 5
+            expected[name] = (
+                ((a + b) + (c + d)) + ((e + f) + g),
+                sum(part[name].counts for part in parts),
+            )
+        whole = made.run(chunks, **options)
+        perplexity = made.perplexity
+        workers.run(hooks.worker_dies_once, str(tmp_path / "died"))
+        with Cluster(workers, block=8, part=2) as some:
+            checkpoint = tmp_path / "checkpoint"
+            with pytest.raises(Enough):
+                made.run(
+                    chunks, cluster=some, checkpoint=checkpoint, progress=stop_at(8), **options
+                )
+            assert (tmp_path / "died").exists()
+            assert file.read(checkpoint).done == 8
+            found = made.run(chunks, cluster=some, checkpoint=checkpoint, **options)
+            assert some.use.blocks == 1
+        assert made.perplexity == perplexity
+        with Cluster(workers, block=8, part=4) as other:
+            with pytest.raises(imatrix.CheckpointError, match="part is 2 there and 4 here"):
+                made.run(chunks, cluster=other, checkpoint=checkpoint, **options)
+            workers.run(hooks.engine_dies, chunks[5], None)
+            with pytest.raises(ClusterError, match=r"chunks 0 to 7, the last time in chunk 5: SIG"):
+                made.run(chunks, cluster=other, **options)
+    assert_is(found, expected)
+    assert found.provenance == whole.provenance
+
+
 def test_an_engine_that_ends_once(headed: ModelSpec, cluster: Cluster, tmp_path: Path) -> None:
     chunks = token_chunks(headed, N_CHUNKS)
     with collector(headed) as made:
@@ -360,6 +405,9 @@ def test_bad_arguments(headed: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> No
             Cluster(where)
     with pytest.raises(ValueError, match="block must be 1 or more, got 0"):
         Cluster("local:1", block=0)
+    for block, part in ((None, 2), (3, 2)):
+        with pytest.raises(ValueError, match=f"block={block} is no multiple of part={part}"):
+            Cluster("local:1", block=block, part=part)
     with pytest.raises(ValueError, match=r"a distributed\.Client, got 3"):
         Cluster(3)
     with pytest.raises(ValueError, match=r"certificates, .* distributed\.comm\.tls\.ca-file"):
@@ -386,9 +434,9 @@ def test_a_batch_that_goes_by_memory_is_refused(headed: ModelSpec, cluster: Clus
 
 def test_workers_that_are_not_alike(workers: Any) -> None:
     with Cluster(workers) as some:
-        some._check(_blocks.Block(machine="AVX2 = 1"))
+        some._check(_blocks.Block(machines=("AVX2 = 1",)))
         with pytest.warns(UserWarning, match="not alike: .* AVX2 = 1; another with AVX512 = 1"):
-            some._check(_blocks.Block(machine="AVX512 = 1"))
+            some._check(_blocks.Block(machines=("AVX512 = 1",)))
 
 
 def test_a_cluster_without_workers_is_waited_for(

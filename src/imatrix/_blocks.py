@@ -1,4 +1,5 @@
-"""Blocks of chunks, collected from zero by the workers of a cluster: see imatrix.cluster.
+"""Blocks of chunks, or parts of one, collected from zero by the workers of a cluster: see
+imatrix.cluster.
 
 What a worker runs, and how what comes back is added. Imported by the scheduler too, which unpacks
 what it passes on: nothing native is imported before a block runs.
@@ -24,7 +25,7 @@ from imatrix.formats.checkpoint import Group, Setting
 if TYPE_CHECKING:
     from imatrix.collector import Collector
 
-__all__ = ["Block", "BlockSums", "Work", "collect_block", "differing", "release"]
+__all__ = ["Block", "BlockSums", "Work", "add_parts", "collect_block", "differing", "release"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Work:
 
 @dataclass
 class Block:
-    """What came of a block.
+    """What came of a block, or of a part of one.
 
     Attributes:
         groups: its sums and counts, by weights that were fed by the same rows.
@@ -56,7 +57,7 @@ class Block:
             not count.
         nonfinite: of those chunks, by their place in the block: the error.
         refusal: why this worker cannot take part; all else is empty then.
-        machine: what the worker computes with, in words.
+        machines: what the workers compute with, in words, each once.
         seconds: that the chunks took there.
         loading: seconds that it took to load the model, 0 where it was loaded.
     """
@@ -65,7 +66,7 @@ class Block:
     scores: list[tuple[float, float, int] | None] = field(default_factory=list)
     nonfinite: dict[int, NonFiniteError] = field(default_factory=dict)
     refusal: Exception | None = None
-    machine: str = ""
+    machines: tuple[str, ...] = ()
     seconds: float = 0.0
     loading: float = 0.0
 
@@ -144,6 +145,14 @@ class BlockSums:
     ) -> None:
         """As _session.Session.restore."""
         self._put(tuple(names), sums.copy(), counts.copy())
+
+    def taken(self) -> list[Group]:
+        """groups(), the arrays themselves: nothing can be added any more."""
+        return [
+            (list(names), sums, counts)
+            for names, (sums, counts) in self._groups.items()
+            if counts.any()
+        ]
 
     def groups(self) -> list[Group]:
         """As _session.Session.groups."""
@@ -228,23 +237,26 @@ _loaded = _Loaded()
 atexit.register(_loaded.drop)
 
 
-def collect_block(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Block:
+def collect_block(
+    work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32], first: int
+) -> Block:
     """Collect chunks from zero; what a worker runs.
 
     Args:
         tokens: [sum of lengths] int32, one chunk behind the other.
         lengths: [n chunks] int32.
+        first: number of the first chunk in the text.
 
     Raises:
         EngineDiedError, MemoryError, OSError: may not happen again, or not on another machine.
-            Of an EngineDiedError `chunk` is the place in the block of the (first) chunk that ran.
+            Of an EngineDiedError `chunk` is the number of the (first) chunk that ran.
     """
     with _loaded.turn:
         started = time.monotonic()
         try:
             _loaded.take(work)
             loading = time.monotonic() - started
-            block = _collect(work, tokens, lengths)
+            block = _collect(work, tokens, lengths, first)
             return _finished(block, loading, time.monotonic() - started - loading)
         except FileNotFoundError as error:
             return Block(refusal=error)
@@ -257,12 +269,32 @@ def collect_block(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int
 
 
 def _finished(block: Block, loading: float, seconds: float) -> Block:
-    block.machine = _loaded.machine
+    block.machines = (_loaded.machine,)
     block.loading, block.seconds = loading, seconds
     return block
 
 
-def _collect(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Block:
+def add_parts(a: Block, b: Block) -> Block:
+    """Two parts of a block that follow each other, as one; what a worker runs."""
+    if (refusal := a.refusal or b.refusal) is not None:
+        return Block(refusal=refusal)
+    sums = BlockSums()
+    sums.add(a.groups)
+    sums.add(b.groups)
+    n = len(a.scores)
+    return Block(
+        groups=sums.taken(),
+        scores=a.scores + b.scores,
+        nonfinite={**a.nonfinite, **{n + at: error for at, error in b.nonfinite.items()}},
+        machines=tuple(dict.fromkeys(a.machines + b.machines)),
+        seconds=a.seconds + b.seconds,
+        loading=a.loading + b.loading,
+    )
+
+
+def _collect(
+    work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32], first: int
+) -> Block:
     session = _loaded.session
     session.clear_sums()
     n_seq = dict(work.collector)["n_seq"]
@@ -272,7 +304,7 @@ def _collect(work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) 
         try:
             _step(session, chunks[at : at + n_seq], at, block)
         except EngineDiedError as error:
-            error.chunk = at
+            error.chunk = first + at
             raise
     block.groups = session.groups()
     return block

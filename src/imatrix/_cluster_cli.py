@@ -33,8 +33,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--dask-block",
         metavar="N",
         type=at_least(1),
-        help="chunks that a worker collects before it sends its sums, among what decides their "
-        f"last bits (default: {BLOCK})",
+        help="chunks whose sums come here at once, among what decides their last bits "
+        f"(default: {BLOCK})",
+    )
+    add(
+        "--dask-part",
+        metavar="N",
+        type=at_least(1),
+        help="chunks that a worker takes at a time, where blocks are large; the workers add the "
+        "parts of a block among themselves (default: whole blocks)",
     )
 
 
@@ -45,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: they do not.
     """
     if args.dask is None:
-        for name in ("dask_model", "dask_mtp_model", "dask_block"):
+        for name in ("dask_model", "dask_mtp_model", "dask_block", "dask_part"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for a run with --dask")
         return
@@ -72,7 +79,11 @@ def connected(
     if args.dask is None:
         return contextlib.nullcontext()
     cluster = Cluster(
-        args.dask, model=args.dask_model, mtp_model=args.dask_mtp_model, block=args.dask_block
+        args.dask,
+        model=args.dask_model,
+        mtp_model=args.dask_mtp_model,
+        block=args.dask_block,
+        part=args.dask_part,
     )
     terminal.note(f"{args.dask}: {cluster.n_workers} worker(s)")
     return cluster
@@ -85,6 +96,6 @@ def tell(cluster: Cluster, terminal: Terminal) -> None:
         return
     terminal.note(
         f"{use.blocks} block(s), {size(use.nbytes / use.blocks)} of sums each, took "
-        f"{use.seconds / use.blocks:.1f} s on a worker; loading took {use.loading:.1f} s in all, "
+        f"{use.seconds / use.blocks:.1f} s of a worker; loading took {use.loading:.1f} s in all, "
         f"adding {use.adding:.1f} s here"
     )

@@ -1,7 +1,8 @@
 """One text over many machines: blocks of chunks on the workers of a Dask cluster.
 
 A block is a fixed number of chunks. A worker collects it from zero and sends its sums; here they
-are added in the order of the blocks. So the result does not depend, to the bit, on how many
+are added in the order of the blocks. Or several workers collect parts of it, which they add among
+themselves, always in the same pairs, so that less has to come here. So the result does not depend, to the bit, on how many
 workers there are, which of them took a block, and how often one was lost and its block done again.
 See docs/clusters.md.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from imatrix._blocks import Block, Work, collect_block, release
+from imatrix._blocks import Block, Work, add_parts, collect_block, release
 from imatrix._threads import physical_cores
 from imatrix.corpus import Chunk
 from imatrix.errors import ClusterError, EngineDiedError
@@ -92,6 +93,9 @@ class Cluster:
             Collector has. Environment variables ($SCRATCH) are those of the worker.
         block: chunks a block, a multiple of the Collector's n_seq; None for 16, or the next such
             multiple. Among what decides the last bits of the sums.
+        part: chunks that a worker takes at a time, likewise, where blocks are large: their parts
+            are added on the workers, so that the sums come here once a block. None for whole
+            blocks.
         attempts: how often a block is tried where the engine's process ends, before the run does.
 
     Dask sends functions and data by pickle: whoever can reach the scheduler can run programs on
@@ -113,14 +117,21 @@ class Cluster:
         model: str | os.PathLike[str] | None = None,
         mtp_model: str | os.PathLike[str] | None = None,
         block: int | None = None,
+        part: int | None = None,
         attempts: int = 3,
     ) -> None:
-        for name, value in (("block", block), ("attempts", attempts)):
+        for name, value in (("block", block), ("part", part), ("attempts", attempts)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self._model = None if model is None else os.fspath(model)
         self._mtp_model = None if mtp_model is None else os.fspath(mtp_model)
+        if part is not None and (block is None or block % part):
+            raise ValueError(
+                f"block={block} is no multiple of part={part}: a block is cut into parts of one "
+                "size"
+            )
         self._block = block
+        self._part = part
         self._attempts = attempts
         self._owner = uuid.uuid4().hex
         self._numbers = itertools.count()
@@ -242,15 +253,18 @@ class Cluster:
 
     # --- for Collector -----------------------------------------------------
 
-    def _chunks_a_block(self, n_seq: int) -> int:
+    def _sizes(self, n_seq: int) -> tuple[int, int]:
+        """Chunks a block, and chunks a part, where chunks run n_seq side by side."""
         if self._block is None:
-            return -(-BLOCK // n_seq) * n_seq
-        if self._block % n_seq:
+            block = -(-BLOCK // n_seq) * n_seq
+            return block, block
+        name, value = ("block", self._block) if self._part is None else ("part", self._part)
+        if value % n_seq:
             raise ValueError(
-                f"block={self._block} is no multiple of n_seq={n_seq}: chunks run {n_seq} side by "
-                f"side. Give {-(-self._block // n_seq) * n_seq}, or another n_seq (-b)"
+                f"{name}={value} is no multiple of n_seq={n_seq}: chunks run {n_seq} side by side. "
+                f"Give {-(-value // n_seq) * n_seq}, or another n_seq (-b)"
             )
-        return self._block
+        return self._block, self._part or self._block
 
     def _work(self, arguments: Mapping[str, Any], **rest: Any) -> Work:
         """For Collector's `arguments`."""
@@ -309,9 +323,14 @@ class Cluster:
         waiting: deque[_Sent],
     ) -> Iterator[tuple[list[Chunk], Block]]:
         while True:
-            room = _AHEAD * max(1, self.n_workers) - len(waiting)
-            for chunks in itertools.islice(blocks, max(0, room)):
+            wanted = _AHEAD * max(1, self.n_workers)
+            under_way = sum(sent.n_parts for sent in waiting)
+            # parts that workers still add keep nobody busy: never less than so many blocks
+            while under_way < wanted or len(waiting) < _AHEAD:
+                if (chunks := next(blocks, None)) is None:
+                    break
                 waiting.append(self._send(work, chunks, first))
+                under_way += waiting[-1].n_parts
                 first += len(chunks)
             if not waiting:
                 return
@@ -332,19 +351,40 @@ class Cluster:
             )
 
     def _send(self, work: Work, chunks: list[Chunk], first: int) -> _Sent:
+        size = self._part or len(chunks)
         number = next(self._numbers)
+        options = {"pure": False, "priority": -number}  # what is added first is done first
         with _scheduler():
-            future = self._client.submit(
-                collect_block,
-                work,
-                np.concatenate([chunk.tokens for chunk in chunks]),
-                np.array([len(chunk.tokens) for chunk in chunks], np.int32),
-                key=f"imatrix-block-{self._owner}-{number}",
-                pure=False,
-                retries=self._attempts - 1,
-                priority=-number,  # what has to be added first is done first, the second time too
-            )
-        return _Sent(chunks, first, future)
+            parts = [
+                self._client.submit(
+                    collect_block,
+                    work,
+                    np.concatenate([chunk.tokens for chunk in part]),
+                    np.array([len(chunk.tokens) for chunk in part], np.int32),
+                    first + at,
+                    key=f"imatrix-block-{self._owner}-{number}-{at}",
+                    retries=self._attempts - 1,
+                    **options,
+                )
+                for at in range(0, len(chunks), size)
+                if (part := chunks[at : at + size])
+            ]
+            n_parts = len(parts)
+            while len(parts) > 1:  # neighbours, whatever comes first
+                pairs = zip(parts[::2], parts[1::2], strict=False)
+                added = [
+                    self._client.submit(
+                        add_parts,
+                        *pair,
+                        # a name of its own: Dask schedules tasks of one name alike
+                        key=f"imatrix-add-{self._owner}-{number}-{len(parts)}-{at}",
+                        retries=self._attempts - 1,
+                        **options,
+                    )
+                    for at, pair in enumerate(pairs)
+                ]
+                parts = added + parts[2 * len(added) :]
+        return _Sent(chunks, first, parts[0], n_parts)
 
     def _result(self, sent: _Sent, waiting: deque[_Sent], look: Callable[[int], None]) -> Block:
         distributed = _distributed()
@@ -379,10 +419,12 @@ class Cluster:
     def _told(self, error: BaseException, sent: _Sent) -> BaseException:
         distributed = _distributed()
         if isinstance(error, EngineDiedError):
-            at = sent.first + (error.chunk or 0)
+            where = (
+                "while it loaded the model" if error.chunk is None else f"in chunk {error.chunk}"
+            )
             return ClusterError(
-                f"the engine's process ended {self._attempts} time(s) on {sent}, the last time in "
-                f"chunk {at}: {error.cause}. {_AND_NOW}"
+                f"the engine's process ended {self._attempts} time(s) on {sent}, the last time "
+                f"{where}: {error.cause}. {_AND_NOW}"
             )
         if isinstance(error, distributed.KilledWorker):
             return ClusterError(f"{sent} ended one worker after the other: {error} {_AND_NOW}")
@@ -396,15 +438,14 @@ class Cluster:
         )
 
     def _check(self, block: Block) -> None:
-        if not self._machine:
-            self._machine = block.machine
-        elif block.machine != self._machine:
-            warnings.warn(
-                "the workers are not alike: the last bits of the sums depend on which of them took "
-                f"which block. One computes with {self._machine}; another with {block.machine}",
-                stacklevel=2,
-            )
-            self._machine = block.machine
+        for machine in block.machines:
+            if self._machine and machine != self._machine:
+                warnings.warn(
+                    "the workers are not alike: the last bits of the sums depend on which of them "
+                    f"took which block. One computes with {self._machine}; another with {machine}",
+                    stacklevel=2,
+                )
+            self._machine = machine
 
 
 @contextmanager
@@ -435,6 +476,7 @@ class _Sent:
     chunks: list[Chunk]
     first: int  # number of its first chunk, skipped ones counted
     future: Any
+    n_parts: int
 
     def __str__(self) -> str:
         return f"the block of chunks {self.first} to {self.first + len(self.chunks) - 1}"

@@ -91,7 +91,8 @@ class _Asked:
     restart: bool
     progress: Callable[[Progress], object] | None
     cluster: Cluster | None
-    block: int | None  # chunks of a cluster's block
+    block: int | None  # chunks of a cluster's block, and of a part of it
+    part: int | None
 
     def settings(self, with_head: bool) -> dict[str, Setting]:
         """What must be the same to go on from a checkpoint, beside the text."""
@@ -103,6 +104,7 @@ class _Asked:
             "skip_chunks": self.skip_chunks,
             "max_chunks": -1 if self.max_chunks is None else self.max_chunks,
             **({} if self.block is None else {"block": self.block}),
+            **({} if self.part in (None, self.block) else {"part": self.part}),
         }
 
 
@@ -541,6 +543,9 @@ class Collector:
                 "n_batch='auto' (-b auto) goes by the memory of one machine, and the sums by the "
                 "batch: for a cluster give n_batch (-b) as a number"
             )
+        block = part = None
+        if cluster is not None:
+            block, part = cluster._sizes(self._batch.n_seq)
         asked = _Asked(
             mtp=mtp,
             max_chunks=max_chunks,
@@ -557,7 +562,8 @@ class Collector:
             restart=restart,
             progress=progress,
             cluster=cluster,
-            block=None if cluster is None else cluster._chunks_a_block(self._batch.n_seq),
+            block=block,
+            part=part,
         )
         with self._running(), _locked(checkpoint):
             return self._run_alone(texts, asked)
