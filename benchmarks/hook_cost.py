@@ -20,19 +20,20 @@ from typing import Any
 
 import models
 import numpy as np
+from sessions import Sessions
 from store import RESULTS, machine
-from test_collect import Workers
+from test_collect import run, sessions
 
 NAMES = ("dense", "small-vocabulary", "experts")
 CHUNKS = (512, 2048)
 
 
-def pairs_of(workers: Workers, kind: str, n_pairs: int) -> list[tuple[float, float]]:
+def pairs_of(of: Sessions, kind: str, n_pairs: int) -> list[tuple[float, float]]:
     """Seconds a chunk without the hook and with it, pair by pair."""
     found = []
     for i in range(n_pairs):
         order = ("off", "on") if i % 2 == 0 else ("on", "off")
-        seconds = {hook: workers.run(kind, hook)["seconds"] for hook in order}
+        seconds = {hook: run(of, kind, hook)["seconds"] for hook in order}
         found.append((seconds["off"], seconds["on"]))
     return found
 
@@ -83,17 +84,17 @@ def main() -> None:
     }
     for name in args.models.split(","):
         for n_ctx in CHUNKS:
-            workers = Workers(models.model(name, args.size), n_ctx, n_chunks=1)
+            of = sessions(models.model(name, args.size), n_ctx, n_chunks=1)
             try:
                 for kind in ("trunk", "head"):
                     n_pairs = max(2, args.pairs if n_ctx <= 512 else args.pairs * 3 // 8)
-                    pairs = pairs_of(workers, kind, n_pairs)
+                    pairs = pairs_of(of, kind, n_pairs)
                     kept["cells"].append([name, n_ctx, kind, pairs])
                     (args.out / "hook-cost.json").write_text(json.dumps(kept, indent=1) + "\n")
                     (args.out / "hook-cost.md").write_text(table(kept))
                     print(*table(kept).splitlines()[-1:], file=sys.stderr, flush=True)
             finally:
-                workers.close()
+                of.close()
 
 
 if __name__ == "__main__":

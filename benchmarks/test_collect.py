@@ -31,6 +31,7 @@ from typing import Any
 
 import models
 import pytest
+from sessions import Sessions
 from store import Cell, Store
 
 from imatrix import ImportanceMatrix
@@ -58,59 +59,36 @@ def n_timed(n_ctx: int) -> int:
     return max(1, 1024 // n_ctx)
 
 
-class Workers:
-    """The sessions of one model and one chunk size, started when they are asked for."""
+def sessions(path: Path, n_ctx: int, n_chunks: int | None = None) -> Sessions:
+    """Of one model and chunk size."""
+    return Sessions(
+        {
+            "model": str(path),
+            "text": str(TEXT),
+            "n_ctx": n_ctx,
+            "n_chunks": n_timed(n_ctx) if n_chunks is None else n_chunks,
+            "n_ubatch": N_UBATCH,
+            "n_threads": physical_cores(),
+        }
+    )
 
-    def __init__(self, path: Path, n_ctx: int, n_chunks: int | None = None) -> None:
-        self._path = path
-        self._n_chunks = n_timed(n_ctx) if n_chunks is None else n_chunks
-        self._n_ctx = n_ctx
-        self._running: dict[str, subprocess.Popen[str]] = {}
 
-    def run(self, kind: str, hook: str) -> dict[str, Any]:
-        if kind not in self._running:
-            work = {
-                "model": str(self._path), "text": str(TEXT), "n_ctx": self._n_ctx,
-                "n_chunks": self._n_chunks, "n_ubatch": N_UBATCH,
-                "n_threads": physical_cores(), "mtp": kind == "head",
-                "perplexity": kind == "perplexity",
-            }  # fmt: skip
-            self._running[kind] = subprocess.Popen(
-                [sys.executable, Path(__file__).parent / "worker.py", json.dumps(work)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._answer(kind)
-        process = self._running[kind]
-        assert process.stdin is not None
-        print(hook, file=process.stdin, flush=True)
-        return self._answer(kind)
-
-    def _answer(self, kind: str) -> dict[str, Any]:
-        process = self._running[kind]
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, f"the session ended with status {process.wait()}"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        for process in self._running.values():
-            process.communicate()  # the end of its input ends it
+def run(of: Sessions, kind: str, hook: str) -> dict[str, Any]:
+    """Chunks of the session "trunk", "head" (with the trunk) or "perplexity"."""
+    return of.run(hook, mtp=kind == "head", perplexity=kind == "perplexity")
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Callable[[str, int], Workers]]:
+def workers() -> Iterator[Callable[[str, int], Sessions]]:
     """Workers of the model and chunk size that is measured now; those of the one before end."""
-    current: dict[tuple[str, int], Workers] = {}
+    current: dict[tuple[str, int], Sessions] = {}
 
-    def of(name: str, n_ctx: int) -> Workers:
+    def of(name: str, n_ctx: int) -> Sessions:
         if (name, n_ctx) not in current:
             for old in current.values():
                 old.close()
             current.clear()
-            current[name, n_ctx] = Workers(models.model(name, SIZE), n_ctx)
+            current[name, n_ctx] = sessions(models.model(name, SIZE), n_ctx)
         return current[name, n_ctx]
 
     yield of
@@ -180,7 +158,7 @@ def text(name: str, n_ctx: int) -> Path:
 def test_seconds_a_chunk(
     benchmark: Any,
     store: Store,
-    workers: Callable[[str, int], Workers],
+    workers: Callable[[str, int], Sessions],
     model_name: str,
     n_ctx: int,
     variant: str,
@@ -191,15 +169,15 @@ def test_seconds_a_chunk(
     if store.has(key, measuring_pass):
         pytest.skip("measured before")
 
-    def run() -> Cell:
+    def measured() -> Cell:
         if variant in THEIRS:
             out = tmp_path / "theirs.gguf"
             cell = llama_imatrix(model_name, n_ctx, out, THEIRS[variant])
             assert not ImportanceMatrix.load(out).head_blocks
             return cell
-        answer = workers(model_name, n_ctx).run(*OURS[variant])
+        answer = run(workers(model_name, n_ctx), *OURS[variant])
         return Cell(answer["seconds"], answer["peak"])
 
-    cell = benchmark.pedantic(run, rounds=1, iterations=1)
+    cell = benchmark.pedantic(measured, rounds=1, iterations=1)
     benchmark.extra_info["seconds_per_chunk"] = cell.seconds
     store.add(key, cell)

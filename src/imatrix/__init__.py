@@ -30,6 +30,7 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
+    from imatrix.adaptation import Adapted, Placed, adapt
     from imatrix.cluster import Cluster, ClusterUse
     from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
@@ -42,13 +43,24 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
     from imatrix.run_report import ExpertCoverage, Report
+    from imatrix.weight_stats import (
+        ExpertStatistics,
+        LayerStatistics,
+        PartStatistics,
+        Statistics,
+        WeightStatistics,
+        expert_statistics,
+        statistics,
+    )
 
 __all__ = [
+    "Adapted",
     "Backends",
     "Chat",
     "ChatOptions",
@@ -68,18 +80,23 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExpertCoverage",
+    "ExpertStatistics",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixComparison",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
+    "PartStatistics",
     "Perplexity",
+    "Placed",
     "Plan",
     "Predictions",
     "Progress",
@@ -88,25 +105,35 @@ __all__ = [
     "Report",
     "RowsMissingError",
     "Source",
+    "Statistics",
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightComparison",
+    "WeightStatistics",
     "__version__",
+    "adapt",
     "add_rpc_server",
     "backends",
+    "compare_matrices",
     "convert",
     "coverage",
     "evaluate",
+    "expert_statistics",
     "extract_mtp",
     "graft_mtp",
     "merge",
     "quantize",
+    "statistics",
 ]
 
 # A module must not bear the name of a function here: importing it would replace the function.
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
+    "Adapted": "adaptation",
+    "Placed": "adaptation",
+    "adapt": "adaptation",
     "Backends": "devices",
     "Device": "devices",
     "add_rpc_server": "devices",
@@ -138,8 +165,18 @@ _NATIVE = {
 _LAZY = {
     "Cluster": "cluster",
     "ClusterUse": "cluster",
+    "MatrixComparison": "matrix_comparison",
+    "WeightComparison": "matrix_comparison",
+    "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
+    "ExpertStatistics": "weight_stats",
+    "LayerStatistics": "weight_stats",
+    "PartStatistics": "weight_stats",
+    "Statistics": "weight_stats",
+    "WeightStatistics": "weight_stats",
+    "expert_statistics": "weight_stats",
+    "statistics": "weight_stats",
 }
 
 

@@ -26,13 +26,16 @@ from pathlib import Path
 
 import imatrix
 from imatrix import (
+    _adapt_cli,
     _check_cli,
     _cluster_cli,
+    _diff_cli,
     _evaluate_cli,
     _files_cli,
     _hub_cli,
     _show,
     _sources_cli,
+    _stats_cli,
     atomic,
 )
 from imatrix._arguments import (
@@ -882,7 +885,10 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _stats_cli.add_parser,
     _files_cli.add_parser,
+    _diff_cli.add_parser,
+    _adapt_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,
