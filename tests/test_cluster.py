@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import Forged
 from forge import ModelSpec
+from forge_any import make_any
 from test_collector import N_CTX, SEED, poisoned, token_chunks
 from test_resume import Enough, saved, stop_at
 
@@ -109,7 +110,8 @@ def test_however_many_workers(headed: ModelSpec, tmp_path: Path, n: int) -> None
         whole = here.run(chunks, **options)
         perplexity, report = here.perplexity, here.report
     reports: list[Progress] = []
-    with Cluster(f"local:{n}", block=BLOCK) as some, collector(headed) as made:
+    # the cores divided among the workers: another number of threads each time, as by default
+    with Cluster(f"local:{n}", block=BLOCK) as some, collector(headed, n_threads=None) as made:
         matrix = made.run(iter(chunks), cluster=some, progress=reports.append, **options)
         assert made.perplexity == perplexity  # scores are added by chunk
         assert made.report == report
@@ -348,6 +350,29 @@ def test_chunks_side_by_side_at_another_path(
             pytest.raises(ValueError, match=r"block=3 is no multiple of n_seq=2.* Give 4"),
         ):
             made.run(chunks, cluster=odd)
+
+
+def test_a_head_of_its_own_kind_in_a_file_of_its_own(workers: Any, tmp_path: Path) -> None:
+    """gemma4-assistant: names that say whose they are, and another path for both files."""
+    trunk = make_any(tmp_path / "gemma4.gguf", "gemma4", n_nextn=0, seed=1, n_embd=512).path
+    head = make_any(tmp_path / "head.gguf", "gemma4-assistant", n_nextn=2, seed=2).path
+    (tmp_path / "there").mkdir()
+    for path in (trunk, head):
+        (tmp_path / "there" / path.name).write_bytes(path.read_bytes())
+    chunks = np.random.default_rng(0).integers(0, 64, (5, N_CTX)).tolist()
+    with collector(trunk, mtp_model=head) as made:
+        whole = made.run(chunks, mtp=True)
+        whole_head = made.mtp_matrix
+        assert whole_head
+        with Cluster(
+            workers,
+            model=tmp_path / "there" / trunk.name,
+            mtp_model=tmp_path / "there" / head.name,
+            block=2,
+        ) as some:
+            assert_within_rounding(made.run(chunks, mtp=True, cluster=some), whole, 5)
+            assert made.mtp_matrix is not None
+            assert_within_rounding(made.mtp_matrix, whole_head, 5)
 
 
 def test_a_nan(headed: ModelSpec, cluster: Cluster, tmp_path: Path) -> None:
