@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 import time
@@ -136,6 +137,7 @@ class Cluster:
         self._owner = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._machine = ""  # of the first block
+        self._seen, self._seen_at = 0, -math.inf  # workers, and when they were counted
         self._use = ClusterUse()
         self._open = ExitStack()
         self._threads: int | None = None
@@ -180,6 +182,12 @@ class Cluster:
         """
         with _scheduler():
             return len(self._client.nthreads())
+
+    def _workers(self) -> int:
+        """n_workers, as it was a moment ago: asking takes a millisecond, and so may a block."""
+        if time.monotonic() - self._seen_at >= _LOOK:
+            self._seen, self._seen_at = self.n_workers, time.monotonic()
+        return self._seen
 
     # --- connecting --------------------------------------------------------
 
@@ -323,7 +331,7 @@ class Cluster:
         waiting: deque[_Sent],
     ) -> Iterator[tuple[list[Chunk], Block]]:
         while True:
-            wanted = _AHEAD * max(1, self.n_workers)
+            wanted = _AHEAD * max(1, self._workers())
             under_way = sum(sent.n_parts for sent in waiting)
             # parts that workers still add keep nobody busy: never less than so many blocks
             while under_way < wanted or len(waiting) < _AHEAD:
@@ -398,7 +406,7 @@ class Cluster:
             except distributed.TimeoutError:
                 pass
             look(sum(len(each.chunks) for each in waiting if each.future.status == "finished"))
-            lonely = 0.0 if self.n_workers else lonely + _LOOK
+            lonely = 0.0 if self._workers() else lonely + _LOOK
             if lonely == _LONELY:
                 warnings.warn(
                     f"the cluster has had no worker for {lonely:.0f} s; the run waits for one. "

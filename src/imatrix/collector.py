@@ -495,7 +495,7 @@ class Collector:
                 one number of threads); give the same model, texts and settings. It stays: remove
                 it when the matrix is safe. See docs/checkpoints.md.
             checkpoint_every: chunks between two checkpoints; 0 for the other occasions only. None
-            for 10, and with a cluster 0.
+                for 10, and with a cluster 0.
             restart: start from zero, whatever there is at `checkpoint`.
             progress: called with a Progress after every step, in this thread, and before the
                 first one where a checkpoint was taken over. An exception that it raises ends the
@@ -655,7 +655,7 @@ class Collector:
 
         def report(ahead: int = 0) -> None:
             if asked.progress is not None:
-                workers = None if asked.cluster is None else asked.cluster.n_workers
+                workers = None if asked.cluster is None else asked.cluster._workers()
                 asked.progress(run.progress(total, workers=workers, ahead=ahead))
 
         if run.resumed:
