@@ -132,6 +132,9 @@ public:
     Status restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
                    const int64_t * counts);
 
+    // Back to zero, contexts and all else stay. Between two steps.
+    void clear_sums() { sums_.clear(); }
+
     // From any thread: ends the running step() early with Code::cancelled.
     void cancel() { cancelled_ = true; }
     void clear_cancel() { cancelled_ = false; }

@@ -15,6 +15,7 @@ from imatrix._version import __version__
 from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
+    ClusterError,
     EngineDiedError,
     EngineError,
     ImatrixError,
@@ -30,6 +31,7 @@ from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
     from imatrix.adaptation import Adapted, Placed, adapt
+    from imatrix.cluster import Cluster, ClusterUse
     from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
@@ -65,6 +67,9 @@ __all__ = [
     "ChatOptions",
     "ChatTemplate",
     "CheckpointError",
+    "Cluster",
+    "ClusterError",
+    "ClusterUse",
     "Collector",
     "Comparison",
     "Coverage",
@@ -160,6 +165,8 @@ _NATIVE = {
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
+    "Cluster": "cluster",
+    "ClusterUse": "cluster",
     "MatrixComparison": "matrix_comparison",
     "WeightComparison": "matrix_comparison",
     "compare_matrices": "matrix_comparison",

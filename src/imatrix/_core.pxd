@@ -217,6 +217,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
                     ChunkScore * scores)
         Status restore(const vector[string] & names, const Shape & shape, const double * sums,
                        const int64_t * counts)
+        void clear_sums()
         void cancel()
         void clear_cancel()
         void set_hook_enabled(cbool enabled)

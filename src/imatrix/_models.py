@@ -83,6 +83,7 @@ class Models:
                 check_fit(self.trunk_file, self.head_file)
         self.head: NativeModel | None = None
         self._trunk: NativeModel | None = None
+        self._vocabulary: NativeModel | None = None  # the trunk without its weights
         self._with_head = False  # whether the trunk was loaded with the head's tensors
         self.engine: _isolate.Engine | None = None
         self._n_ctx = n_ctx
@@ -170,6 +171,7 @@ class Models:
         if self._trunk is None or (bundled and not self._with_head):
             self._let_go()
             self._trunk = None  # a reload with the head must not hold the model twice
+            self._vocabulary = None
             self.head = None
             self._trunk = self._load_file(self.trunk_file, bundled)
             self._with_head = bundled
@@ -183,7 +185,16 @@ class Models:
 
     def loaded(self) -> NativeModel:
         """The trunk's model, as it is loaded; without the head where it is not."""
-        return self._trunk if self._trunk is not None else self.load(False)
+        if self._trunk is not None:
+            return self._trunk
+        return self._vocabulary if self._vocabulary is not None else self.load(False)
+
+    def load_vocabulary(self) -> None:
+        """What tokenizes and tells of the model, unless it is loaded: no weights."""
+        self._drop_dead()
+        check_tables(self.trunk_file)
+        if self._trunk is None and self._vocabulary is None:
+            self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
 
     def open(self, settings: dict[str, Any]) -> NativeSession:
         """A session on what load() has loaded."""
@@ -204,6 +215,7 @@ class Models:
         """Let go of all that is loaded, and end the engine's own process."""
         self._let_go()
         self._trunk = None
+        self._vocabulary = None
         self.head = None
         self._with_head = False
         if self.engine is not None:
@@ -243,11 +255,20 @@ class Models:
             return _isolate.has_gpu(self._started())
         return any(device["gpu"] for device in _session.backends()[1])
 
+    @property
+    def machine(self) -> str:
+        """What the engine's own process computes with, in words; where the same numbers come out
+        of the same work, they are the same."""
+        assert self._isolate
+        features, found = _isolate.machine(self._started())
+        devices = ", ".join(each["description"] for each in found if each["gpu"])
+        return f"{devices + ', ' if devices else ''}{features}"
+
     def _maps(self, file: ModelFile) -> bool:
         """The engine maps a file only where its tensors are aligned, or ends the process."""
         return self._use_mmap and file.aligned
 
-    def _load_file(self, file: ModelFile, mtp: bool) -> NativeModel:
+    def _load_file(self, file: ModelFile, mtp: bool, *, no_alloc: bool = False) -> NativeModel:
         options: dict[str, Any] = {
             "mtp": mtp,
             "n_gpu_layers": self._n_gpu_layers,
@@ -255,6 +276,14 @@ class Models:
             "use_mmap": self._maps(file),
             "check_tensors": self._check_tensors,
         }
+        if no_alloc:  # the engine maps no file then, and nothing is to go to a device
+            options |= {
+                "n_gpu_layers": 0,
+                "placement": None,
+                "use_mmap": False,
+                "check_tensors": False,
+                "no_alloc": True,
+            }
         model: NativeModel
         if self._isolate:
             with self._dropping_engine():

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _session
+from imatrix._blocks import Block, BlockSums
 from imatrix._chunking import tokens_of
 from imatrix._keeper import OTHER_RUN, Keeper
 from imatrix._models import NativeSession
@@ -90,7 +91,7 @@ class Run:
         skip_nonfinite: bool = False,
     ) -> None:
         self.lock = threading.RLock()
-        self.session: NativeSession | Kept | None = None
+        self.session: NativeSession | Kept | BlockSums | None = None
         self.datasets = datasets
         self.with_head = with_head
         self.skipped = skipped
@@ -162,6 +163,30 @@ class Run:
             for chunk in group:
                 self.count(chunk)
             self.tally.add(scores)
+
+    def add(self, sums: BlockSums, chunks: list[Chunk], block: Block) -> None:
+        """Add what a worker of a cluster made of a block of chunks, and count them; in the native
+        thread.
+
+        Raises:
+            NonFiniteError: a NaN or Inf, and they are not to be left out. Nothing is added.
+            ClusterError: it does not go with the blocks before it. Nothing is added.
+        """
+        with self.lock:
+            if block.nonfinite and not self._skip_nonfinite:
+                at, error = min(block.nonfinite.items())
+                error.chunk = self.skipped + self.done + at
+                tell_where(error, self.chunks, "Its block was")
+                raise error
+            sums.add(block.groups)
+            for at, (chunk, score) in enumerate(zip(chunks, block.scores, strict=True)):
+                if score is None:
+                    weight = block.nonfinite[at].weight
+                    told = LeftOut(self.skipped + self.done, chunk.start, weight)
+                    self.leave_out(told, chunk)
+                else:
+                    self.count(chunk)
+                    self.tally.add([score])
 
     def count(self, chunk: Chunk) -> None:
         """A chunk is done, and its sums are in."""
@@ -238,7 +263,9 @@ class Run:
         with self.lock:
             return self.tally.perplexity
 
-    def progress(self, total: int | None) -> Progress:
+    def progress(
+        self, total: int | None, *, workers: int | None = None, ahead: int = 0
+    ) -> Progress:
         """Where it stands, of `total` chunks. Between two steps only."""
         return Progress(
             self.chunks,
@@ -248,6 +275,8 @@ class Run:
             self.tally.perplexity,
             self.resumed,
             self._coverage(),
+            workers,
+            ahead,
         )
 
     def _sources(self) -> tuple[TextSource, ...]:
@@ -322,7 +351,7 @@ class Run:
             )
         self._marks = {found.done: self._mark()}
 
-    def take_over(self, found: Checkpoint, session: NativeSession | Kept) -> None:
+    def take_over(self, found: Checkpoint, session: NativeSession | Kept | BlockSums) -> None:
         """Stand where the checkpoint was written, with its sums in the session."""
         for group in found.groups:
             session.restore(*group)
@@ -383,13 +412,13 @@ def engine_name() -> str:
     return f"llama.cpp {version} ({commit})"
 
 
-def tell_where(error: NonFiniteError, kept: int) -> None:
+def tell_where(error: NonFiniteError, kept: int, what: str = "That chunk was") -> None:
     """Say in the error which chunk it was, and what is kept."""
     where = f"channel {error.channel}"
     if error.expert is not None:
         where = f"expert {error.expert}, {where}"
     error.args = (
-        f"{error.args[0]} in chunk {error.chunk} ({where}). That chunk was discarded; the {kept} "
+        f"{error.args[0]} in chunk {error.chunk} ({where}). {what} discarded; the {kept} "
         "before it are kept in Collector.matrix. on_nonfinite='skip' (--on-nonfinite skip) leaves "
         "such chunks out and goes on.",
     )

@@ -441,6 +441,10 @@ cdef class Session:
         _check(status)
         return [(s.nll, s.nll_sq, s.n_scored) for s in scores]
 
+    def clear_sums(self):
+        """Set the sums and counts to zero; between two steps."""
+        self._session.get().clear_sums()
+
     def cancel(self):
         """From any thread: end the running step early (it raises InterruptedError)."""
         self._session.get().cancel()

@@ -212,6 +212,10 @@ def _bar(terminal: Terminal) -> Progress:
 def describe(progress: imatrix.Progress) -> str:
     """Progress in a line: "chunk 12/216, 14057 tokens/s, ETA 0:13, PPL 9.4213"."""
     parts = [f"chunk {progress.chunks}" + (f"/{progress.total}" if progress.total else "")]
+    if progress.ahead:
+        parts[0] += f" (+{progress.ahead})"
+    if progress.workers is not None:
+        parts.append(f"{progress.workers} worker{'' if progress.workers == 1 else 's'}")
     if progress.seconds > 0:
         parts.append(f"{progress.tokens / progress.seconds:.0f} tokens/s")
     if progress.total and 0 < progress.chunks < progress.total:

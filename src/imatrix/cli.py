@@ -28,6 +28,7 @@ import imatrix
 from imatrix import (
     _adapt_cli,
     _check_cli,
+    _cluster_cli,
     _completion_cli,
     _diff_cli,
     _evaluate_cli,
@@ -184,6 +185,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    _cluster_cli.check(args)
     check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
@@ -221,7 +223,11 @@ def _collect_locked(
     if earlier:
         _check_same_model(earlier, args)
     _placement_cli.use_servers(args, isolate=args.isolate)
-    return _collect_text(args, text, earlier, terminal)
+    if args.output_frequency is None:
+        # blocks of a cluster may come several times a second, and their sums be large
+        args.output_frequency = 10 if args.dask is None else 0
+    with _cluster_cli.connected(args, terminal) as cluster:
+        return _collect_text(args, text, earlier, terminal, cluster)
 
 
 def _collect_text(
@@ -229,6 +235,7 @@ def _collect_text(
     text: Texts,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
+    cluster: imatrix.Cluster | None,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
     text_arguments = _sources_cli.run_arguments(args)
@@ -255,7 +262,8 @@ def _collect_text(
         check_tensors=args.check_tensors,
         isolate=args.isolate,
     ) as collector:
-        _placement_cli.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
+        if cluster is None:
+            _placement_cli.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
         saver = _Saver(args, collector, earlier, terminal)
@@ -283,6 +291,7 @@ def _collect_text(
                     checkpoint_every=args.output_frequency,
                     restart=args.restart,
                     progress=on_step,
+                    cluster=cluster,
                 )
         except BaseException as error:
             saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
@@ -298,6 +307,8 @@ def _collect_text(
         _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
+        if cluster is not None:
+            _cluster_cli.tell(cluster, terminal)
     return OK
 
 
@@ -724,6 +735,7 @@ def _add_collect(commands: Commands) -> None:
     )
     add_threads(command)
     _placement_cli.add_arguments(command)
+    _cluster_cli.add_arguments(command)
     add_skipped_chunks(command)
     add(
         "--chunks",
@@ -753,9 +765,8 @@ def _add_collect(commands: Commands) -> None:
         "--output-frequency",
         metavar="N",
         type=at_least(0),
-        default=10,
-        help="write OUT and OUT.checkpoint every N chunks (default: 10; 0: OUT at the end only, "
-        "OUT.checkpoint every three minutes)",
+        help="write OUT and OUT.checkpoint every N chunks (default: 10, with --dask 0; 0: OUT at the "
+        "end only, OUT.checkpoint every three minutes)",
     )
     add(
         "--save-frequency",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from imatrix import corpus
 from imatrix._batch import MAX_SEQ, USUAL_UBATCH, Batch, usual
+from imatrix._blocks import BlockSums, differing
 from imatrix._chunking import (
     cut,
     dataset_names,
@@ -38,8 +39,9 @@ from imatrix._run import FOREIGN_HEAD, Kept, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
 from imatrix.chat_template import ChatOptions, ChatTemplate
+from imatrix.cluster import Cluster
 from imatrix.corpus import Chunk, Chunks, Packing
-from imatrix.errors import EngineDiedError
+from imatrix.errors import EngineDiedError, ModelError
 from imatrix.formats import FormatError
 from imatrix.formats import checkpoint as checkpoint_file
 from imatrix.formats.checkpoint import Setting
@@ -89,6 +91,9 @@ class _Asked:
     checkpoint_every: int
     restart: bool
     progress: Callable[[Progress], object] | None
+    cluster: Cluster | None
+    block: int | None  # chunks of a cluster's block, and of a part of it
+    part: int | None
 
     def settings(self, with_head: bool) -> dict[str, Setting]:
         """What must be the same to go on from a checkpoint, beside the text."""
@@ -99,6 +104,8 @@ class _Asked:
             "perplexity": self.perplexity,
             "skip_chunks": self.skip_chunks,
             "max_chunks": -1 if self.max_chunks is None else self.max_chunks,
+            **({} if self.block is None else {"block": self.block}),
+            **({} if self.part in (None, self.block) else {"part": self.part}),
         }
 
 
@@ -189,6 +196,9 @@ class Collector:
         device_sums: bool = True,
         isolate: bool = False,
     ) -> None:
+        arguments = dict(locals())
+        del arguments["self"]
+        self._arguments: dict[str, Any] = arguments  # for the Collectors of a cluster's workers
         self._pid = os.getpid()
         self._guard = threading.RLock()  # who runs, and what is loaded
         self._runner: int | None = None  # the thread of a run
@@ -325,7 +335,7 @@ class Collector:
         Empty where there are no contexts."""
         run = self._latest()
         with run.lock:
-            if run.session is None or isinstance(run.session, Kept):
+            if run.session is None or isinstance(run.session, (Kept, BlockSums)):
                 return {}
             return cast("dict[str, int]", run.session.counters)
 
@@ -485,9 +495,10 @@ class Collector:
         perplexity: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         checkpoint: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 10,
+        checkpoint_every: int | None = None,
         restart: bool = False,
         progress: Callable[[Progress], object] | None = None,
+        cluster: Cluster | None = None,
     ) -> ImportanceMatrix:
         """Collect a matrix from texts. Every run starts from zero, or from a checkpoint of its
         own; add matrices with `+`.
@@ -519,11 +530,18 @@ class Collector:
                 the same matrix, bit for bit, as without the interruption (on one backend, with
                 one number of threads); give the same model, texts and settings. It stays: remove
                 it when the matrix is safe. See docs/checkpoints.md.
-            checkpoint_every: chunks between two checkpoints; 0 for the other occasions only.
+            checkpoint_every: chunks between two checkpoints; 0 for the other occasions only. None
+                for 10, and with a cluster 0.
             restart: start from zero, whatever there is at `checkpoint`.
             progress: called with a Progress after every step, in this thread, and before the
                 first one where a checkpoint was taken over. An exception that it raises ends the
                 run.
+            cluster: collect on its workers, in blocks of chunks that are added here in their
+                order, so that the matrix is the same, to the bit, however many workers there are
+                and whatever becomes of them; it differs from that of a run without a cluster by
+                the rounding of a float64 sum. What is seen after each step (progress,
+                min_expert_rows) is seen after each block, and a NaN that ends the run discards
+                its block. The model is loaded here without its weights. See docs/clusters.md.
 
         Returns:
             The matrix. The property `matrix` gives what there is so far, during a run and after
@@ -542,16 +560,28 @@ class Collector:
             RuntimeError: a run of this Collector is on, it was closed meanwhile, or this process
                 is a fork of the one that made it.
             EngineDiedError: with isolate=True, the process that ran the engine is gone.
+            ClusterError (a RuntimeError): a worker of the cluster cannot take part, a block
+                ended one after the other, or the scheduler is gone.
             NonFiniteError: a NaN or Inf activation; that chunk is discarded, the earlier ones stay.
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
         """
         if on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
+        if checkpoint_every is None:
+            checkpoint_every = 10 if cluster is None else 0
         if checkpoint_every < 0:
             raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
         if min_expert_rows is not None:
             self._check_experts(min_expert_rows)
+        if cluster is not None and self._auto:
+            raise ValueError(
+                "n_batch='auto' (-b auto) goes by the memory of one machine, and the sums by the "
+                "batch: for a cluster give n_batch (-b) as a number"
+            )
+        block = part = None
+        if cluster is not None:
+            block, part = cluster._sizes(self._batch.n_seq)
         asked = _Asked(
             mtp=mtp,
             max_chunks=max_chunks,
@@ -567,13 +597,18 @@ class Collector:
             checkpoint_every=checkpoint_every,
             restart=restart,
             progress=progress,
+            cluster=cluster,
+            block=block,
+            part=part,
         )
         with self._running(), _locked(checkpoint):
             return self._run_alone(texts, asked)
 
     def _run_alone(self, texts: corpus.Texts, asked: _Asked) -> ImportanceMatrix:
         """run(), as the only one."""
-        with_head = self._prepare(asked.mtp, asked.process_output, asked.perplexity)
+        with_head = self._prepare(
+            asked.mtp, asked.process_output, asked.perplexity, weights=asked.cluster is None
+        )
         self._let_go()
         run = self._run = Run(
             dataset_names(texts),
@@ -638,9 +673,11 @@ class Collector:
         # bad text is an error before any context is made
         first = next(chunks, None)
 
-        session: NativeSession | Kept
+        session: NativeSession | Kept | BlockSums
         if first is None:  # the checkpoint is of a run that was done
             session = Kept()
+        elif asked.cluster is not None:
+            session = BlockSums()
         else:
             try:
                 session = self._models.open(settings)
@@ -652,18 +689,23 @@ class Collector:
             found = None  # as large as the sums
         run.session = session
 
-        def report() -> None:
+        def report(ahead: int = 0) -> None:
             if asked.progress is not None:
-                asked.progress(run.progress(total))
+                workers = None if asked.cluster is None else asked.cluster._workers()
+                asked.progress(run.progress(total, workers=workers, ahead=ahead))
 
         if run.resumed:
             report()
-        n_seq = self._batch.n_seq
+        step = asked.block or self._batch.n_seq
         try:
-            if first is not None and not run.enough(n_seq):
+            if first is not None and not run.enough(step):
                 assert not isinstance(session, Kept)
-                self._drive(run, session, itertools.chain([first], chunks), keeper, report)
-            if not run.enough(n_seq):
+                rest = itertools.chain([first], chunks)
+                if isinstance(session, BlockSums):
+                    self._drive_cluster(run, session, rest, asked, keeper, report)
+                else:
+                    self._drive(run, session, rest, keeper, report)
+            if not run.enough(step):
                 # the end of the text: what it dropped there is known now
                 run.read = chunks.read
                 run.ended_by = None if chunks.ended is None else run.names[chunks.ended]
@@ -726,8 +768,11 @@ class Collector:
             device_sums=self._device_sums,
         )
 
-    def _prepare(self, mtp: bool, process_output: bool, perplexity: bool) -> bool:
-        """Load the model for what was asked; whether there is a head to collect."""
+    def _prepare(
+        self, mtp: bool, process_output: bool, perplexity: bool, *, weights: bool = True
+    ) -> bool:
+        """Load the model for what was asked, without `weights` its vocabulary only; whether there
+        is a head to collect."""
         if self._closed:
             raise ValueError("this Collector is closed")
         if self._auto:
@@ -749,7 +794,10 @@ class Collector:
         with_head = mtp and self.n_nextn > 0
         self._models.check(with_head)
         self._models.rehearse(self._settings(with_head, process_output, perplexity))
-        self._models.load(with_head)
+        if weights:
+            self._models.load(with_head)
+        else:
+            self._models.load_vocabulary()
         return with_head
 
     def _chosen(self, settings: dict[str, Any], total: int | None) -> Batch:
@@ -808,6 +856,81 @@ class Collector:
                     _settle(session, running)
                 raise
 
+    def _drive_cluster(
+        self,
+        run: Run,
+        sums: BlockSums,
+        chunks: Iterator[Chunk],
+        asked: _Asked,
+        keeper: Keeper | None,
+        report: Callable[[int], None],
+    ) -> None:
+        """_drive() with a cluster's workers in place of the session. Blocks are added in a second
+        thread, where no signal can come between sums and counts."""
+        cluster, block_chunks = asked.cluster, asked.block
+        assert cluster is not None
+        assert block_chunks is not None
+        before = run.seconds
+        started = time.monotonic()
+        work = cluster._work(
+            self._arguments,
+            mtp=run.with_head,
+            process_output=asked.process_output,
+            perplexity=asked.perplexity,
+            identity=tuple(self._identity(run.with_head).items()),
+        )
+
+        def look(ahead: int) -> None:
+            self._check_ending()
+            report(ahead)
+
+        with (
+            NativeThread() as native,
+            cluster._collecting(
+                work,
+                in_groups(chunks, block_chunks, run.done),
+                first=run.skipped + run.done,
+                look=look,
+            ) as blocks,
+        ):
+            for group, block in blocks:
+                self._check_ending()
+                adding = native.submit(run.add, sums, group, block)
+                try:
+                    adding.result()
+                except BaseException:
+                    _settle(None, adding)
+                    raise
+                run.seconds = before + time.monotonic() - started
+                if keeper is not None:
+                    keeper.step(run.done)
+                report(0)
+                if run.enough(block_chunks):
+                    break
+
+    def _block_session(
+        self,
+        wanted: Mapping[str, Setting],
+        *,
+        mtp: bool,
+        process_output: bool,
+        perplexity: bool,
+    ) -> NativeSession:
+        """For a worker of a cluster: load the model, and open a session on it.
+
+        Args:
+            wanted: _identity() where the run is.
+
+        Raises:
+            ModelError: this is another model than there.
+        """
+        if told := differing(wanted, self._identity(mtp)):
+            raise ModelError(
+                f"{self._models.trunk_file.path} is not what the run was started with: {told}"
+            )
+        self._prepare(mtp, process_output, perplexity)
+        return self._models.open(self._settings(mtp, process_output, perplexity))
+
     @contextmanager
     def _stoppable(self, session: NativeSession) -> Iterator[None]:
         """_end() reaches this session's steps."""
@@ -845,12 +968,15 @@ def _locked(checkpoint: str | os.PathLike[str] | None) -> AbstractContextManager
         return contextlib.nullcontext()
 
 
-def _settle(session: NativeSession, running: Future[None]) -> None:
-    """End the running step, and wait until it has: its sums count or they do not."""
-    session.cancel()
+def _settle(session: NativeSession | None, running: Future[None]) -> None:
+    """End the running step, and wait until it has: its sums count or they do not. None where
+    there is nothing to end early."""
+    if session is not None:
+        session.cancel()
     while not running.done():
         try:
             wait([running])
         except KeyboardInterrupt:
             continue  # on its way already
-    session.clear_cancel()
+    if session is not None:
+        session.clear_cancel()

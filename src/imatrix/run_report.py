@@ -98,6 +98,9 @@ class Progress:
         perplexity: of the chunks so far, None unless asked for.
         resumed: chunks taken over from a checkpoint, those left out among them; 0 if none were.
         experts: rows of the experts so far, None unless min_expert_rows was given.
+        workers: of a cluster, that are there now; None without one.
+        ahead: chunks that a cluster's workers have collected beside those, which are added when
+            their turn comes; the order is fixed.
     """
 
     chunks: int
@@ -107,6 +110,8 @@ class Progress:
     perplexity: Perplexity | None
     resumed: int = 0
     experts: ExpertCoverage | None = None
+    workers: int | None = None
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
