@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
-    from imatrix.run_report import ExpertCoverage, Report
+    from imatrix.run_report import ExpertCoverage, Perplexity, Progress, Report
     from imatrix.weight_stats import (
         ExpertStatistics,
         LayerStatistics,
