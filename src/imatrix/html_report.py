@@ -66,9 +66,6 @@ _NARROW = "(max-width: 40rem)"
 # CSS pixels an inch: text of 8 points is then as large as it is in the tables' notes.
 _PIXELS = 112
 
-# What matplotlib measures the texts with, then what is as wide.
-_FONT = "font-family: 'DejaVu Sans', 'Bitstream Vera Sans', Verdana, sans-serif"
-
 _DASH = "\N{EN DASH}"
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -770,9 +767,6 @@ def _drawing(figure: Figure, media: str) -> Drawing:
     from imatrix import pictures
 
     text = pictures.svg(figure, background=False)
-    # a file of its own may say once what matplotlib says of every text
-    text = re.sub(r"font-family: 'DejaVu Sans', [^<>;\"]*sans-serif(?:; |(?=\"))", "", text)
-    text = text.replace(">", f"><style>text {{ {_FONT} }}</style>", 1)
     width, height = figure.get_size_inches()
     return Drawing(
         media,
