@@ -8,7 +8,7 @@ import pytest
 from docs_blocks import Block, BlockError, Page, StandIns, compare, parse, run, stand_ins
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 
 
 @pytest.fixture(scope="module")
