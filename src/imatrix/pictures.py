@@ -868,7 +868,9 @@ def _add_profile(page: Page, name: str, entry: Entry, expert: int | None, heavie
     page.add(lambda: _draw_sorted(page, name, found, box, heaviest, labels=not wide))
 
 
-def _add_heading(page: Page, name: str, n_in: int, found: Profile | None, whose: str) -> None:
+def _add_heading(
+    page: Page, name: str, n_in: int, found: Profile | None, whose: str, *, pooled: bool = False
+) -> None:
     room = page.width - 2 * MARGIN
     for line in wrapped(clean(name, 80), room, TEXT, bold=True):
         page.line(line, TEXT, 0.18, weight="bold")
@@ -878,7 +880,7 @@ def _add_heading(page: Page, name: str, n_in: int, found: Profile | None, whose:
     elif not found.values.any():
         facts.append(f"{plural(found.rows, 'row')} of zeros: there is nothing to draw")
     else:
-        facts.append(plural(found.rows, "row"))
+        facts.append(f"{'pooled, they have ' if pooled else ''}{plural(found.rows, 'row')}")
         k = heaviest_count(n_in)
         share = float(np.sort(found.shares)[-k:].sum())
         of = f"the heaviest 1 % ({plural(k, 'channel')}) " if n_in >= 100 else "the heaviest one "
@@ -1024,7 +1026,7 @@ def _add_expert_profiles(page: Page, name: str, entry: Entry, heaviest: int, sty
     whose = f"{entry.n_mat} matrices (experts)"
     if unseen:
         whose += f", {unseen} without rows"
-    _add_heading(page, name, entry.n_in, found, whose + "; pooled")
+    _add_heading(page, name, entry.n_in, found, whose, pooled=True)
     if found is None or not found.values.any():
         page.take(0.12)
         return
@@ -1060,6 +1062,7 @@ def _add_expert_profiles(page: Page, name: str, entry: Entry, heaviest: int, sty
     page.add(draw)
     label = "mean squared activation (log scale); plain: no rows, or only zeros"
     add_scale(page, (left, min(width, 4.2)), cmap, norm, label)
+    page.take(0.16)
 
 
 # --- scales, texts -----------------------------------------------------------
