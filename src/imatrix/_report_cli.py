@@ -9,7 +9,6 @@ from imatrix._arguments import Commands, add_verbose
 from imatrix._files_cli import add_chunk_size
 from imatrix._output import check_output
 from imatrix._terminal import Terminal, size
-from imatrix.html_report import COMMON_TYPES, report_page
 
 __all__ = ["add_parser"]
 
@@ -34,7 +33,7 @@ def add_parser(commands: Commands) -> None:
         action="extend",
         nargs="+",
         default=[],
-        help=f"what to quantize the model to (default: {', '.join(COMMON_TYPES)})",
+        help="what to quantize the model to (default: eleven common types, Q4_K_M to IQ1_S)",
     )
     add("--against", metavar="OTHER", help="another matrix of the model, to compare with")
     add(
@@ -50,6 +49,8 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
+    from imatrix.html_report import report_page  # here: Jinja takes a while to import
+
     check_output(args.output, [args.file, args.model, args.against])
     page = report_page(
         args.file,
