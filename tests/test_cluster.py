@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -497,21 +497,57 @@ def test_a_block_that_ends_every_worker(headed: ModelSpec, tmp_path: Path) -> No
         assert file.read(path).done == 6
 
 
-def test_jobs_of_a_queue() -> None:
-    """The script that would be submitted: one worker a job, whatever the configuration says of
-    its cores, and the last --nthreads counts."""
+QUEUE = """#!{python}
+import os, shutil, signal, subprocess, sys
+if sys.argv[0].endswith("scancel"):
+    os.killpg(int(sys.argv[1]), signal.SIGTERM)
+else:
+    script = shutil.copy(sys.argv[1], sys.argv[0] + f".{{os.getpid()}}.job")
+    job = subprocess.Popen(["sh", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           start_new_session=True)
+    print("Submitted batch job", job.pid)
+"""
+
+
+def test_jobs_of_a_queue(
+    headed: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dask-jobqueue and a queue that starts each job at once: one worker a job, whatever the
+    configuration says of its cores (the last --nthreads counts), and all end with the run."""
     config = {
         "jobqueue.slurm.cores": 16,
-        "jobqueue.slurm.memory": "64GB",
+        "jobqueue.slurm.memory": "1GB",
+        "jobqueue.slurm.interface": "lo",
         "jobqueue.slurm.worker-extra-args": ["--resources", "GPU=1"],
+        "jobqueue.slurm.scheduler-options": {"dashboard_address": "127.0.0.1:0"},
     }
-    with dask.config.set(config), module._jobs("slurm") as jobs:
-        script = jobs.job_script()
-    assert "#SBATCH --cpus-per-task=16" in script
-    worker = script.splitlines()[-1]
-    assert "--nworkers" not in worker
-    assert re.findall(r"--nthreads (\d+)", worker)[-1] == "1"
-    assert "--resources GPU=1" in worker
+    with dask.config.set(config):
+        with pytest.raises(ClusterError, match="submits jobs with sbatch, which is not on this"):
+            Cluster("slurm:2")
+        for name in ("sbatch", "scancel"):
+            (tmp_path / name).write_text(QUEUE.format(python=sys.executable), encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        chunks = token_chunks(headed, N_CHUNKS)
+        with Cluster("slurm:2", block=BLOCK) as jobs, collector(headed) as made:
+            expected = by_hand(made, chunks)
+            jobs.client.wait_for_workers(2, timeout=60)
+            assert list(jobs.client.nthreads().values()) == [1, 1]
+            assert_is(made.run(chunks, cluster=jobs), expected)
+            pids = jobs.client.run(os.getpid).values()
+    scripts = [path.read_text() for path in tmp_path.glob("*.job")]
+    assert len(scripts) == 2
+    assert all("#SBATCH --cpus-per-task=16" in script for script in scripts)
+    assert all("--resources GPU=1" in script for script in scripts)
+    until_gone(pids)
+
+
+def until_gone(pids: Iterable[int]) -> None:
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker stayed")
 
 
 # --- alone ---------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import contextlib
 import itertools
 import math
 import os
+import shlex
+import shutil
 import threading
 import time
 import uuid
@@ -516,7 +518,14 @@ def _jobs(kind: str) -> Any:
     def configured(name: str) -> Any:
         return dask.config.get(f"jobqueue.{kind}.{name}", None)
 
-    return getattr(dask_jobqueue, _JOBS[kind])(
+    queue = getattr(dask_jobqueue, _JOBS[kind])
+    submit = shlex.split(queue.job_cls.submit_command)[0]
+    if shutil.which(submit) is None:  # or the run would wait for workers, and wait
+        raise ClusterError(
+            f"{kind}:N submits jobs with {submit}, which is not on this machine: run this where "
+            "jobs are submitted"
+        )
+    return queue(
         # One worker a job, with one block at a time: a job's cores are for the engine, which has
         # threads of its own. The last --nthreads counts.
         processes=configured("processes") or 1,
