@@ -1,7 +1,7 @@
 """A Dask cluster's workers beside one: efficiency, what a block costs beside its chunks, and what
 follows for many machines: benchmarks/results/cluster.md.
 
-    python benchmarks/cluster.py [--passes 3] [--blocks 6]
+    python benchmarks/cluster.py [--part efficiency|costs] [--passes 3] [--blocks 6]
 
 Every engine has one thread, so that a machine of two cores has room for two. In passes that take
 turns:
@@ -43,6 +43,7 @@ BLOCK = 8
 TWO = "two processes, no cluster"
 VARIANTS = ("one process, no cluster", TWO, "cluster, 1 worker", "cluster, 2 workers")
 MODELS = (("small", "full"), ("experts", "half"))
+PARTS = ("efficiency", "costs")
 SIZES = (0, 1, 10, 100)  # MB of sums a block
 
 # --- efficiency ----------------------------------------------------------------------------------
@@ -229,64 +230,83 @@ def on_paper(cost: dict[int, dict[str, float]]) -> list[str]:
 # --- the file ------------------------------------------------------------------------------------
 
 
+def told(about: dict[str, Any]) -> str:
+    return (
+        f"{about['date']}, {about['machine']}, {about['passes']} pass(es), the median; load "
+        f"{about['load']:.1f} when it began."
+    )
+
+
 def written(found: dict[str, Any]) -> str:
-    about = found["about"]
     lines = [
         "# A Dask cluster",
         "",
-        f"{about['date']}, {about['machine']}, load {about['load']:.1f} before. Made by "
-        "benchmarks/cluster.py; docs/clusters.md says what follows from it.",
+        "Made by benchmarks/cluster.py; docs/clusters.md says what follows from it.",
         "",
-        "## Two workers beside one",
-        "",
-        f"Trunk and head, chunks of {N_CTX}, one thread an engine, {about['blocks']} blocks of {BLOCK} "
-        f"chunks, median of {about['passes']} passes, seconds. Efficiency: the time of one process "
-        "without a cluster over twice that of two.",
-        "",
-        f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that |",
-        f"|---|{'---|' * (len(VARIANTS) + 3)}",
     ]
-    for model, times in found["efficiency"].items():
-        alone = times[VARIANTS[0]]
-        plain, dask = (alone / (2 * times[each]) for each in (TWO, VARIANTS[3]))
-        row = " | ".join(f"{times[each]:.2f}" for each in VARIANTS)
-        lines.append(f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} |")
-    lines += [
-        "",
-        "## What a block costs beside its chunks",
-        "",
-        "One worker, blocks that are there at once: the scheduler, the way to this process, and the "
-        "adding. Milliseconds a block. Where chunks take their time, the first two are hidden "
-        "behind them as long as this process is not busy: the processor time is that of the process "
-        "where the run was started, with the scheduler in it.",
-        "",
-        "| sums a block, MB | in all | of it adding | processor time here |",
-        "|---|---|---|---|",
-    ]
-    cost = {int(size): each for size, each in found["costs"].items()}
-    lines += [
-        f"| {size} | {each['all']:.2f} | {each['adding']:.2f} | {each['here']:.2f} |"
-        for size, each in cost.items()
-    ]
-    lines += ["", f"## On paper: {N_WORKERS} workers, {N_TOKENS / 1e6:.0f} million tokens", ""]
-    return "\n".join([*lines, *on_paper(cost)]) + "\n"
+    if (part := found.get("efficiency")) is not None:
+        lines += [
+            "## Two workers beside one",
+            "",
+            f"{told(part['about'])} Trunk and head, chunks of {N_CTX}, one thread an engine, "
+            f"{part['about']['blocks']} blocks of {BLOCK} chunks, seconds. Efficiency: the time of "
+            "one process without a cluster over twice that of two.",
+            "",
+            f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that |",
+            f"|---|{'---|' * (len(VARIANTS) + 3)}",
+        ]
+        for model, times in part["measured"].items():
+            alone = times[VARIANTS[0]]
+            plain, dask = (alone / (2 * times[each]) for each in (TWO, VARIANTS[3]))
+            row = " | ".join(f"{times[each]:.2f}" for each in VARIANTS)
+            lines.append(f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} |")
+        lines.append("")
+    if (part := found.get("costs")) is not None:
+        cost = {int(size): each for size, each in part["measured"].items()}
+        lines += [
+            "## What a block costs beside its chunks",
+            "",
+            f"{told(part['about'])} One worker, blocks that are there at once: the scheduler, the "
+            "way to this process, and the adding. Milliseconds a block. Where chunks take their "
+            "time, the first two are hidden behind them as long as this process is not busy: the "
+            "processor time, which a busy machine changes least, is that of the process where the "
+            "run was started, with the scheduler in it.",
+            "",
+            "| sums a block, MB | in all | of it adding | processor time here |",
+            "|---|---|---|---|",
+            *(
+                f"| {size} | {each['all']:.2f} | {each['adding']:.2f} | {each['here']:.2f} |"
+                for size, each in cost.items()
+            ),
+            "",
+            f"## On paper: {N_WORKERS} workers, {N_TOKENS / 1e6:.0f} million tokens",
+            "",
+            *on_paper(cost),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--part", choices=PARTS, help="one part only, the other stays")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    about = {
-        "date": str(datetime.date.today()),
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "passes": args.passes,
-        "blocks": args.blocks,
-    }
-    found = {"about": about, "efficiency": efficiency(args), "costs": costs(args.passes)}
-    (args.out / "cluster.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    kept = args.out / "cluster.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for part in PARTS:
+        if args.part in (None, part):
+            about = {
+                "date": str(datetime.date.today()),
+                "machine": machine(),
+                "load": os.getloadavg()[0],
+                "passes": args.passes,
+                "blocks": args.blocks,
+            }
+            measured = efficiency(args) if part == "efficiency" else costs(args.passes)
+            found[part] = {"about": about, "measured": measured}
+            kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     (args.out / "cluster.md").write_text(written(found), encoding="utf-8")
 
 
