@@ -595,6 +595,19 @@ def test_errors_are_pickled(error: Exception) -> None:
     assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
 
 
+def test_progress_within_blocks(headed: ModelSpec, workers: Any) -> None:
+    """What workers have collected before a block is done."""
+    reports: list[Progress] = []
+    workers.run(hooks.slow, 0.3)
+    with Cluster(workers, block=6) as some, collector(headed) as made:
+        made.run(token_chunks(headed, 12), cluster=some, progress=reports.append)
+    workers.run(hooks.as_it_was)
+    within = [at.ahead for at in reports if at.chunks == 0]
+    assert any(0 < ahead < 6 for ahead in within)
+    assert within == sorted(within)
+    assert (reports[-1].chunks, reports[-1].ahead) == (12, 0)
+
+
 def test_nothing_stays_loaded(headed: ModelSpec, workers: Any) -> None:
     """Workers that stay let go of the model, though a block is on its way."""
     chunks = token_chunks(headed, 40)

@@ -20,7 +20,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from imatrix._blocks import Block, Work, add_parts, collect_block, release
+from imatrix._blocks import Block, Work, add_parts, collect_block, release, topic
 from imatrix._threads import physical_cores
 from imatrix.corpus import Chunk
 from imatrix.errors import ClusterError, EngineDiedError
@@ -141,6 +141,7 @@ class Cluster:
         self._machine = ""  # of the first block
         self._seen, self._seen_at = 0, -math.inf  # workers, and when they were counted
         self._use = ClusterUse()
+        self._told: dict[int, int] = {}  # chunks collected, by number of the first of their part
         self._open = ExitStack()
         self._threads: int | None = None
         try:
@@ -316,13 +317,35 @@ class Cluster:
                 the other, or the scheduler is gone.
         """
         self._use = ClusterUse()
+        self._told.clear()
         waiting: deque[_Sent] = deque()
+        about = topic(self._owner)
+        with _scheduler():
+            self._client.subscribe_topic(about, self._hear)
         try:
             yield self._in_order(work, blocks, first, look, waiting)
         finally:
-            if waiting:
-                with contextlib.suppress(Exception):  # the scheduler may be gone
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                if waiting:
                     self._client.cancel([sent.future for sent in waiting])
+                self._client.unsubscribe_topic(about)
+
+    def _hear(self, event: tuple[float, list[int]]) -> None:
+        """A worker tells how far it is; in Dask's thread."""
+        first, n_chunks = event[1]
+        self._told[first] = n_chunks
+
+    def _ahead(self, waiting: Iterable[_Sent]) -> int:
+        """Chunks that are collected, of blocks whose turn has not come."""
+        told = self._told.copy()
+        n = 0
+        for sent in waiting:
+            size = len(sent.chunks)
+            if sent.future.status == "finished":
+                n += size
+            else:
+                n += sum(told.get(at, 0) for at in range(sent.first, sent.first + size))
+        return n
 
     def _in_order(
         self,
@@ -347,6 +370,8 @@ class Cluster:
             started = time.monotonic()
             block = self._result(waiting[0], waiting, look)
             sent = waiting.popleft()
+            for at in range(sent.first, sent.first + len(sent.chunks)):
+                self._told.pop(at, None)
             self._check(block)
             came = time.monotonic()
             yield sent.chunks, block
@@ -407,7 +432,7 @@ class Cluster:
                 break
             except distributed.TimeoutError:
                 pass
-            look(sum(len(each.chunks) for each in waiting if each.future.status == "finished"))
+            look(self._ahead(waiting))
             lonely = 0.0 if self._workers() else lonely + _LOOK
             if lonely == _LONELY:
                 warnings.warn(
@@ -416,7 +441,7 @@ class Cluster:
                     stacklevel=2,
                 )
         if error is not None:
-            raise self._told(error, sent) from error
+            raise self._as_told(error, sent) from error
         with _scheduler():
             block: Block = sent.future.result()
         sent.future.release()
@@ -426,7 +451,7 @@ class Cluster:
             ) from block.refusal
         return block
 
-    def _told(self, error: BaseException, sent: _Sent) -> BaseException:
+    def _as_told(self, error: BaseException, sent: _Sent) -> BaseException:
         distributed = _distributed()
         if isinstance(error, EngineDiedError):
             where = (
