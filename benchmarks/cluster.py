@@ -30,6 +30,7 @@ from typing import Any
 
 import models
 import numpy as np
+import psutil
 from store import machine
 
 import imatrix.cluster as cluster_module
@@ -67,8 +68,23 @@ def half(path: Path, chunks: list[list[int]], ready: Any) -> None:
         ready.wait()
 
 
-def seconds(variant: str, path: Path, chunks: list[list[int]]) -> float:
-    """Of a run over all chunks."""
+def processor() -> tuple[float, float]:
+    """Processor time so far, seconds: of the engines, and of all else (scheduler, workers, this
+    process)."""
+    me = psutil.Process()
+    engines = rest = 0.0
+    for each in (me, *me.children(recursive=True)):
+        times = each.cpu_times()
+        if "imatrix._worker" in " ".join(each.cmdline()):
+            engines += times.user + times.system
+        else:
+            rest += times.user + times.system
+    return engines, rest
+
+
+def seconds(variant: str, path: Path, chunks: list[list[int]]) -> tuple[float, float]:
+    """Of a run over all chunks; and what share of the processor time was not the engines', where
+    there is a cluster."""
     if variant == TWO:
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(3)
@@ -83,24 +99,27 @@ def seconds(variant: str, path: Path, chunks: list[list[int]]) -> float:
         took = time.perf_counter() - started
         for each in running:
             each.join()
-        return took
+        return took, 0.0
     with collector(path) as made:
         if variant == VARIANTS[0]:
             made.run(chunks[:1], mtp=True)
             started = time.perf_counter()
             made.run(chunks, mtp=True)
-            return time.perf_counter() - started
+            return time.perf_counter() - started, 0.0
         n = 1 if variant == VARIANTS[2] else 2
         with Cluster(f"local:{n}", block=1) as some:
             made.run(chunks[: 4 * n], mtp=True, cluster=some)  # each of them loads
             some._block = BLOCK
+            before = processor()
             started = time.perf_counter()
             made.run(chunks, mtp=True, cluster=some)
-            return time.perf_counter() - started
+            took = time.perf_counter() - started
+            engines, rest = (b - a for a, b in zip(before, processor(), strict=True))
+            return took, rest / (engines + rest)
 
 
 def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds a run, by model and variant."""
+    """Median seconds a run, by model and variant; and a share, see seconds()."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, size in MODELS:
         path = models.model(name, size)
@@ -108,9 +127,12 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         rows = found.setdefault(f"{name}, {path.stat().st_size / 1e9:.2f} GB", {})
         for measuring in range(args.passes):
             for variant in VARIANTS:
-                took = seconds(variant, path, chunks)
+                took, share = seconds(variant, path, chunks)
                 rows.setdefault(variant, []).append(took)
-                print(f"{name}, pass {measuring + 1}: {variant}: {took:.2f} s", flush=True)
+                if variant == VARIANTS[3]:
+                    rows.setdefault("share", []).append(share)
+                told = f"{variant}: {took:.2f} s, {share:.2%} not the engines'"
+                print(f"{name}, pass {measuring + 1}: {told}", flush=True)
     return {
         model: {variant: statistics.median(each) for variant, each in rows.items()}
         for model, rows in found.items()
@@ -250,16 +272,20 @@ def written(found: dict[str, Any]) -> str:
             "",
             f"{told(part['about'])} Trunk and head, chunks of {N_CTX}, one thread an engine, "
             f"{part['about']['blocks']} blocks of {BLOCK} chunks, seconds. Efficiency: the time of "
-            "one process without a cluster over twice that of two.",
+            "one process without a cluster over twice that of two. Last: of the processor time of the "
+            "run with two workers, what was not the engines' (scheduler, workers, adding).",
             "",
-            f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that |",
-            f"|---|{'---|' * (len(VARIANTS) + 3)}",
+            f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that "
+            "| not the engines' |",
+            f"|---|{'---|' * (len(VARIANTS) + 4)}",
         ]
         for model, times in part["measured"].items():
             alone = times[VARIANTS[0]]
             plain, dask = (alone / (2 * times[each]) for each in (TWO, VARIANTS[3]))
             row = " | ".join(f"{times[each]:.2f}" for each in VARIANTS)
-            lines.append(f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} |")
+            lines.append(
+                f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} | {times['share']:.2%} |"
+            )
         lines.append("")
     if (part := found.get("costs")) is not None:
         cost = {int(size): each for size, each in part["measured"].items()}

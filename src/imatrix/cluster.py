@@ -21,7 +21,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +47,13 @@ _AHEAD = 4
 _CONNECT = "20s"
 _LOOK = 1.0  # seconds between two looks around while a block is waited for
 _LONELY = 30.0  # seconds without a worker before that is told
+
+# Dask looks at itself a hundred times a second, in every process: 2 % of a core each here, which are
+# the engine's on a machine of its own.
+_LOCAL = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+}
 
 _JOBS = {
     "slurm": "SLURMCluster",
@@ -223,16 +230,17 @@ class Cluster:
         if kind == "local":
             n = int(number)
             self._threads = max(1, physical_cores() // n)
-            cluster = distributed.LocalCluster(
-                n_workers=n,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # the model is in the engine's process, which Dask does not see
-                memory_limit=0,
-                preload="imatrix._local_worker",
-            )
+            with _config(_LOCAL):
+                cluster = distributed.LocalCluster(
+                    n_workers=n,
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    # the model is in the engine's process, which Dask does not see
+                    memory_limit=0,
+                    preload="imatrix._local_worker",
+                )
         else:
             cluster = _jobs(kind)
             cluster.scale(jobs=int(number))
@@ -529,6 +537,14 @@ def _distributed() -> Any:
             "a run on a cluster needs Dask: pip install 'imatrix[dask]'", name="distributed"
         ) from error
     return distributed
+
+
+def _config(values: Mapping[str, object]) -> AbstractContextManager[Any]:
+    """Dask's configuration with these, for what is made meanwhile."""
+    import dask
+
+    found: AbstractContextManager[Any] = dask.config.set(values)
+    return found
 
 
 def _jobs(kind: str) -> Any:
