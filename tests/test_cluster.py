@@ -179,6 +179,7 @@ def test_parts_that_workers_add(
         with Cluster(workers, block=8, part=4) as other:
             with pytest.raises(imatrix.CheckpointError, match="part is 2 there and 4 here"):
                 made.run(chunks, cluster=other, checkpoint=checkpoint, **options)
+            workers.wait_for_workers(2)  # the one in place of the killed one too
             workers.run(hooks.engine_dies, chunks[5], None)
             with pytest.raises(ClusterError, match=r"chunks 0 to 7, the last time in chunk 5: SIG"):
                 made.run(chunks, cluster=other, **options)
