@@ -1,7 +1,7 @@
 """A Dask cluster's workers beside one: efficiency, what a block costs beside its chunks, and what
 follows for many machines: benchmarks/results/cluster.md.
 
-    python benchmarks/cluster.py [--passes 3] [--blocks 6]
+    python benchmarks/cluster.py [--part efficiency|costs] [--passes 3] [--blocks 6]
 
 Every engine has one thread, so that a machine of two cores has room for two. In passes that take
 turns:
@@ -30,6 +30,7 @@ from typing import Any
 
 import models
 import numpy as np
+import psutil
 from store import machine
 
 import imatrix.cluster as cluster_module
@@ -43,6 +44,7 @@ BLOCK = 8
 TWO = "two processes, no cluster"
 VARIANTS = ("one process, no cluster", TWO, "cluster, 1 worker", "cluster, 2 workers")
 MODELS = (("small", "full"), ("experts", "half"))
+PARTS = ("efficiency", "costs")
 SIZES = (0, 1, 10, 100)  # MB of sums a block
 
 # --- efficiency ----------------------------------------------------------------------------------
@@ -66,8 +68,23 @@ def half(path: Path, chunks: list[list[int]], ready: Any) -> None:
         ready.wait()
 
 
-def seconds(variant: str, path: Path, chunks: list[list[int]]) -> float:
-    """Of a run over all chunks."""
+def processor() -> tuple[float, float]:
+    """Processor time so far, seconds: of the engines, and of all else (scheduler, workers, this
+    process)."""
+    me = psutil.Process()
+    engines = rest = 0.0
+    for each in (me, *me.children(recursive=True)):
+        times = each.cpu_times()
+        if "imatrix._worker" in " ".join(each.cmdline()):
+            engines += times.user + times.system
+        else:
+            rest += times.user + times.system
+    return engines, rest
+
+
+def seconds(variant: str, path: Path, chunks: list[list[int]]) -> tuple[float, float]:
+    """Of a run over all chunks; and what share of the processor time was not the engines', where
+    there is a cluster."""
     if variant == TWO:
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(3)
@@ -82,24 +99,27 @@ def seconds(variant: str, path: Path, chunks: list[list[int]]) -> float:
         took = time.perf_counter() - started
         for each in running:
             each.join()
-        return took
+        return took, 0.0
     with collector(path) as made:
         if variant == VARIANTS[0]:
             made.run(chunks[:1], mtp=True)
             started = time.perf_counter()
             made.run(chunks, mtp=True)
-            return time.perf_counter() - started
+            return time.perf_counter() - started, 0.0
         n = 1 if variant == VARIANTS[2] else 2
         with Cluster(f"local:{n}", block=1) as some:
             made.run(chunks[: 4 * n], mtp=True, cluster=some)  # each of them loads
             some._block = BLOCK
+            before = processor()
             started = time.perf_counter()
             made.run(chunks, mtp=True, cluster=some)
-            return time.perf_counter() - started
+            took = time.perf_counter() - started
+            engines, rest = (b - a for a, b in zip(before, processor(), strict=True))
+            return took, rest / (engines + rest)
 
 
 def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds a run, by model and variant."""
+    """Median seconds a run, by model and variant; and a share, see seconds()."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, size in MODELS:
         path = models.model(name, size)
@@ -107,9 +127,12 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         rows = found.setdefault(f"{name}, {path.stat().st_size / 1e9:.2f} GB", {})
         for measuring in range(args.passes):
             for variant in VARIANTS:
-                took = seconds(variant, path, chunks)
+                took, share = seconds(variant, path, chunks)
                 rows.setdefault(variant, []).append(took)
-                print(f"{name}, pass {measuring + 1}: {variant}: {took:.2f} s", flush=True)
+                if variant == VARIANTS[3]:
+                    rows.setdefault("share", []).append(share)
+                told = f"{variant}: {took:.2f} s, {share:.2%} not the engines'"
+                print(f"{name}, pass {measuring + 1}: {told}", flush=True)
     return {
         model: {variant: statistics.median(each) for variant, each in rows.items()}
         for model, rows in found.items()
@@ -229,64 +252,87 @@ def on_paper(cost: dict[int, dict[str, float]]) -> list[str]:
 # --- the file ------------------------------------------------------------------------------------
 
 
+def told(about: dict[str, Any]) -> str:
+    return (
+        f"{about['date']}, {about['machine']}, {about['passes']} pass(es), the median; load "
+        f"{about['load']:.1f} when it began."
+    )
+
+
 def written(found: dict[str, Any]) -> str:
-    about = found["about"]
     lines = [
         "# A Dask cluster",
         "",
-        f"{about['date']}, {about['machine']}, load {about['load']:.1f} before. Made by "
-        "benchmarks/cluster.py; docs/clusters.md says what follows from it.",
+        "Made by benchmarks/cluster.py; docs/clusters.md says what follows from it.",
         "",
-        "## Two workers beside one",
-        "",
-        f"Trunk and head, chunks of {N_CTX}, one thread an engine, {about['blocks']} blocks of {BLOCK} "
-        f"chunks, median of {about['passes']} passes, seconds. Efficiency: the time of one process "
-        "without a cluster over twice that of two.",
-        "",
-        f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that |",
-        f"|---|{'---|' * (len(VARIANTS) + 3)}",
     ]
-    for model, times in found["efficiency"].items():
-        alone = times[VARIANTS[0]]
-        plain, dask = (alone / (2 * times[each]) for each in (TWO, VARIANTS[3]))
-        row = " | ".join(f"{times[each]:.2f}" for each in VARIANTS)
-        lines.append(f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} |")
-    lines += [
-        "",
-        "## What a block costs beside its chunks",
-        "",
-        "One worker, blocks that are there at once: the scheduler, the way to this process, and the "
-        "adding. Milliseconds a block. Where chunks take their time, the first two are hidden "
-        "behind them as long as this process is not busy: the processor time is that of the process "
-        "where the run was started, with the scheduler in it.",
-        "",
-        "| sums a block, MB | in all | of it adding | processor time here |",
-        "|---|---|---|---|",
-    ]
-    cost = {int(size): each for size, each in found["costs"].items()}
-    lines += [
-        f"| {size} | {each['all']:.2f} | {each['adding']:.2f} | {each['here']:.2f} |"
-        for size, each in cost.items()
-    ]
-    lines += ["", f"## On paper: {N_WORKERS} workers, {N_TOKENS / 1e6:.0f} million tokens", ""]
-    return "\n".join([*lines, *on_paper(cost)]) + "\n"
+    if (part := found.get("efficiency")) is not None:
+        lines += [
+            "## Two workers beside one",
+            "",
+            f"{told(part['about'])} Trunk and head, chunks of {N_CTX}, one thread an engine, "
+            f"{part['about']['blocks']} blocks of {BLOCK} chunks, seconds. Efficiency: the time of "
+            "one process without a cluster over twice that of two. Last: of the processor time of the "
+            "run with two workers, what was not the engines' (scheduler, workers, adding).",
+            "",
+            f"| | {' | '.join(VARIANTS)} | efficiency, no cluster | efficiency, cluster | of that "
+            "| not the engines' |",
+            f"|---|{'---|' * (len(VARIANTS) + 4)}",
+        ]
+        for model, times in part["measured"].items():
+            alone = times[VARIANTS[0]]
+            plain, dask = (alone / (2 * times[each]) for each in (TWO, VARIANTS[3]))
+            row = " | ".join(f"{times[each]:.2f}" for each in VARIANTS)
+            lines.append(
+                f"| {model} | {row} | {plain:.3f} | {dask:.3f} | {dask / plain:.3f} | {times['share']:.2%} |"
+            )
+        lines.append("")
+    if (part := found.get("costs")) is not None:
+        cost = {int(size): each for size, each in part["measured"].items()}
+        lines += [
+            "## What a block costs beside its chunks",
+            "",
+            f"{told(part['about'])} One worker, blocks that are there at once: the scheduler, the "
+            "way to this process, and the adding. Milliseconds a block. Where chunks take their "
+            "time, the first two are hidden behind them as long as this process is not busy: the "
+            "processor time, which a busy machine changes least, is that of the process where the "
+            "run was started, with the scheduler in it.",
+            "",
+            "| sums a block, MB | in all | of it adding | processor time here |",
+            "|---|---|---|---|",
+            *(
+                f"| {size} | {each['all']:.2f} | {each['adding']:.2f} | {each['here']:.2f} |"
+                for size, each in cost.items()
+            ),
+            "",
+            f"## On paper: {N_WORKERS} workers, {N_TOKENS / 1e6:.0f} million tokens",
+            "",
+            *on_paper(cost),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--part", choices=PARTS, help="one part only, the other stays")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    about = {
-        "date": str(datetime.date.today()),
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "passes": args.passes,
-        "blocks": args.blocks,
-    }
-    found = {"about": about, "efficiency": efficiency(args), "costs": costs(args.passes)}
-    (args.out / "cluster.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    kept = args.out / "cluster.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for part in PARTS:
+        if args.part in (None, part):
+            about = {
+                "date": str(datetime.date.today()),
+                "machine": machine(),
+                "load": os.getloadavg()[0],
+                "passes": args.passes,
+                "blocks": args.blocks,
+            }
+            measured = efficiency(args) if part == "efficiency" else costs(args.passes)
+            found[part] = {"about": about, "measured": measured}
+            kept.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     (args.out / "cluster.md").write_text(written(found), encoding="utf-8")
 
 

@@ -36,6 +36,7 @@ def _before_step(act: Callable[[list[Any], int], None]) -> None:
 
 def as_it_was() -> None:
     _blocks._step = _step
+    _blocks._TELL = 2.0
 
 
 def worker_dies_once(marker: str) -> None:
@@ -80,7 +81,8 @@ def set_variable(name: str, value: str) -> None:
 
 
 def slow(seconds: float) -> None:
-    """Every chunk takes that long."""
+    """Every chunk takes that long, and is told."""
+    _blocks._TELL = 0.0
 
     def act(_group: list[Any], _at: int) -> None:
         time.sleep(seconds)

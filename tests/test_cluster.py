@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,7 @@ def test_parts_that_workers_add(
         with Cluster(workers, block=8, part=4) as other:
             with pytest.raises(imatrix.CheckpointError, match="part is 2 there and 4 here"):
                 made.run(chunks, cluster=other, checkpoint=checkpoint, **options)
+            workers.wait_for_workers(2)  # the one in place of the killed one too
             workers.run(hooks.engine_dies, chunks[5], None)
             with pytest.raises(ClusterError, match=r"chunks 0 to 7, the last time in chunk 5: SIG"):
                 made.run(chunks, cluster=other, **options)
@@ -243,7 +244,7 @@ def test_going_on_with_other_workers(headed: ModelSpec, cluster: Cluster, tmp_pa
 
 
 RUN = """
-import os, signal, sys
+import os, psutil, sys
 from imatrix import Cluster, Collector
 
 if __name__ == "__main__":
@@ -251,6 +252,8 @@ if __name__ == "__main__":
 
     def end(at):
         if at.chunks >= 6 and number != "0":
+            # workers and engines
+            print(*(each.pid for each in psutil.Process().children(recursive=True)), flush=True)
             os.kill(os.getpid(), int(number))
 
     with Cluster(where, block=3) as cluster, Collector(model, n_ctx=32, n_threads=1) as made:
@@ -282,22 +285,15 @@ def test_where_it_was_started_it_is_ended(
         out = f"{number.name}.gguf"
         done = run("local:2", out, number)
         assert done.returncode == -number, done.stderr
+        pids = [int(pid) for pid in done.stdout.split()]
+        assert len(pids) >= 4
+        until_gone(pids)
         assert not (tmp_path / out).exists()
         # saved at once where it could be, or every 3 chunks
         assert file.read(tmp_path / f"{out}.checkpoint").done == 6
         done = run("local:2", out, 0)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / out).read_bytes() == expected
-    assert not list(processes(str(script)))
-
-
-def processes(word: str) -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word.encode() in path.read_bytes():
-                yield int(path.parent.name)
-        except OSError:
-            continue  # it has just ended
 
 
 # --- what decides the chunks, and what is asked of them ------------------------------------------
@@ -497,21 +493,57 @@ def test_a_block_that_ends_every_worker(headed: ModelSpec, tmp_path: Path) -> No
         assert file.read(path).done == 6
 
 
-def test_jobs_of_a_queue() -> None:
-    """The script that would be submitted: one worker a job, whatever the configuration says of
-    its cores, and the last --nthreads counts."""
+QUEUE = """#!{python}
+import os, shutil, signal, subprocess, sys
+if sys.argv[0].endswith("scancel"):
+    os.killpg(int(sys.argv[1]), signal.SIGTERM)
+else:
+    script = shutil.copy(sys.argv[1], sys.argv[0] + f".{{os.getpid()}}.job")
+    job = subprocess.Popen(["sh", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           start_new_session=True)
+    print("Submitted batch job", job.pid)
+"""
+
+
+def test_jobs_of_a_queue(
+    headed: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dask-jobqueue and a queue that starts each job at once: one worker a job, whatever the
+    configuration says of its cores (the last --nthreads counts), and all end with the run."""
     config = {
         "jobqueue.slurm.cores": 16,
-        "jobqueue.slurm.memory": "64GB",
+        "jobqueue.slurm.memory": "1GB",
+        "jobqueue.slurm.interface": "lo",
         "jobqueue.slurm.worker-extra-args": ["--resources", "GPU=1"],
+        "jobqueue.slurm.scheduler-options": {"dashboard_address": "127.0.0.1:0"},
     }
-    with dask.config.set(config), module._jobs("slurm") as jobs:
-        script = jobs.job_script()
-    assert "#SBATCH --cpus-per-task=16" in script
-    worker = script.splitlines()[-1]
-    assert "--nworkers" not in worker
-    assert re.findall(r"--nthreads (\d+)", worker)[-1] == "1"
-    assert "--resources GPU=1" in worker
+    with dask.config.set(config):
+        with pytest.raises(ClusterError, match="submits jobs with sbatch, which is not on this"):
+            Cluster("slurm:2")
+        for name in ("sbatch", "scancel"):
+            (tmp_path / name).write_text(QUEUE.format(python=sys.executable), encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        chunks = token_chunks(headed, N_CHUNKS)
+        with Cluster("slurm:2", block=BLOCK) as jobs, collector(headed) as made:
+            expected = by_hand(made, chunks)
+            jobs.client.wait_for_workers(2, timeout=60)
+            assert list(jobs.client.nthreads().values()) == [1, 1]
+            assert_is(made.run(chunks, cluster=jobs), expected)
+            pids = jobs.client.run(os.getpid).values()
+    scripts = [path.read_text() for path in tmp_path.glob("*.job")]
+    assert len(scripts) == 2
+    assert all("#SBATCH --cpus-per-task=16" in script for script in scripts)
+    assert all("--resources GPU=1" in script for script in scripts)
+    until_gone(pids)
+
+
+def until_gone(pids: Iterable[int]) -> None:
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker stayed")
 
 
 # --- alone ---------------------------------------------------------------------------------------
@@ -557,6 +589,19 @@ def test_errors_are_pickled(error: Exception) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
+
+
+def test_progress_within_blocks(headed: ModelSpec, workers: Any) -> None:
+    """What workers have collected before a block is done."""
+    reports: list[Progress] = []
+    workers.run(hooks.slow, 0.25)
+    with Cluster(workers, block=12) as some, collector(headed) as made:
+        made.run(token_chunks(headed, 12), cluster=some, progress=reports.append)
+    workers.run(hooks.as_it_was)
+    within = [at.ahead for at in reports if at.chunks == 0]
+    assert any(0 < ahead < 12 for ahead in within)
+    assert within == sorted(within)
+    assert (reports[-1].chunks, reports[-1].ahead) == (12, 0)
 
 
 def test_nothing_stays_loaded(headed: ModelSpec, workers: Any) -> None:

@@ -25,7 +25,16 @@ from imatrix.formats.checkpoint import Group, Setting
 if TYPE_CHECKING:
     from imatrix.collector import Collector
 
-__all__ = ["Block", "BlockSums", "Work", "add_parts", "collect_block", "differing", "release"]
+__all__ = [
+    "Block",
+    "BlockSums",
+    "Work",
+    "add_parts",
+    "collect_block",
+    "differing",
+    "release",
+    "topic",
+]
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,8 @@ class _Loaded:
             collector.close()
 
 
+_TELL = 2.0  # seconds between two messages of a worker; a hundred of them shall not be many
+
 _loaded = _Loaded()
 atexit.register(_loaded.drop)
 
@@ -300,14 +311,31 @@ def _collect(
     n_seq = dict(work.collector)["n_seq"]
     chunks = np.split(tokens, np.cumsum(lengths)[:-1])
     block = Block()
+    told = time.monotonic()
     for at in range(0, len(chunks), n_seq):
         try:
             _step(session, chunks[at : at + n_seq], at, block)
         except EngineDiedError as error:
             error.chunk = first + at
             raise
+        if time.monotonic() - told >= _TELL:
+            told = time.monotonic()
+            _tell(work.owner, first, len(block.scores))
     block.groups = session.groups()
     return block
+
+
+def _tell(owner: str, first: int, n_chunks: int) -> None:
+    """Say how far this worker is, for the progress where the run was started."""
+    from distributed import get_worker
+
+    get_worker().log_event(topic(owner), [first, n_chunks])
+
+
+def topic(owner: str) -> str:
+    """What Dask's events of an owner's workers are about: [number of the first chunk of a block or
+    part, chunks of it that are collected]."""
+    return f"imatrix-{owner}"
 
 
 def _step(session: Any, group: list[NDArray[np.int32]], at: int, block: Block) -> None:

@@ -137,7 +137,7 @@ class CollectProgress:
             self._bar.update(
                 self._task,
                 total=progress.total,
-                completed=progress.chunks,
+                completed=progress.chunks + progress.ahead,
                 info=describe(progress),
             )
             if progress.experts is not None:

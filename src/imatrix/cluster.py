@@ -13,13 +13,15 @@ import contextlib
 import itertools
 import math
 import os
+import shlex
+import shutil
 import threading
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from imatrix._blocks import Block, Work, add_parts, collect_block, release
+from imatrix._blocks import Block, Work, add_parts, collect_block, release, topic
 from imatrix._threads import physical_cores
 from imatrix.corpus import Chunk
 from imatrix.errors import ClusterError, EngineDiedError
@@ -45,6 +47,13 @@ _AHEAD = 4
 _CONNECT = "20s"
 _LOOK = 1.0  # seconds between two looks around while a block is waited for
 _LONELY = 30.0  # seconds without a worker before that is told
+
+# Dask looks at itself a hundred times a second, in every process: 2 % of a core each here, which are
+# the engine's on a machine of its own.
+_LOCAL = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+}
 
 _JOBS = {
     "slurm": "SLURMCluster",
@@ -139,6 +148,7 @@ class Cluster:
         self._machine = ""  # of the first block
         self._seen, self._seen_at = 0, -math.inf  # workers, and when they were counted
         self._use = ClusterUse()
+        self._told: dict[int, int] = {}  # chunks collected, by number of the first of their part
         self._open = ExitStack()
         self._threads: int | None = None
         try:
@@ -220,16 +230,17 @@ class Cluster:
         if kind == "local":
             n = int(number)
             self._threads = max(1, physical_cores() // n)
-            cluster = distributed.LocalCluster(
-                n_workers=n,
-                threads_per_worker=1,
-                processes=True,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # the model is in the engine's process, which Dask does not see
-                memory_limit=0,
-                preload="imatrix._local_worker",
-            )
+            with _config(_LOCAL):
+                cluster = distributed.LocalCluster(
+                    n_workers=n,
+                    threads_per_worker=1,
+                    processes=True,
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                    # the model is in the engine's process, which Dask does not see
+                    memory_limit=0,
+                    preload="imatrix._local_worker",
+                )
         else:
             cluster = _jobs(kind)
             cluster.scale(jobs=int(number))
@@ -314,13 +325,35 @@ class Cluster:
                 the other, or the scheduler is gone.
         """
         self._use = ClusterUse()
+        self._told.clear()
         waiting: deque[_Sent] = deque()
+        about = topic(self._owner)
+        with _scheduler():
+            self._client.subscribe_topic(about, self._hear)
         try:
             yield self._in_order(work, blocks, first, look, waiting)
         finally:
-            if waiting:
-                with contextlib.suppress(Exception):  # the scheduler may be gone
+            with contextlib.suppress(Exception):  # the scheduler may be gone
+                if waiting:
                     self._client.cancel([sent.future for sent in waiting])
+                self._client.unsubscribe_topic(about)
+
+    def _hear(self, event: tuple[float, list[int]]) -> None:
+        """A worker tells how far it is; in Dask's thread."""
+        first, n_chunks = event[1]
+        self._told[first] = n_chunks
+
+    def _ahead(self, waiting: Iterable[_Sent]) -> int:
+        """Chunks that are collected, of blocks whose turn has not come."""
+        told = self._told.copy()
+        n = 0
+        for sent in waiting:
+            size = len(sent.chunks)
+            if sent.future.status == "finished":
+                n += size
+            else:
+                n += sum(told.get(at, 0) for at in range(sent.first, sent.first + size))
+        return n
 
     def _in_order(
         self,
@@ -345,6 +378,8 @@ class Cluster:
             started = time.monotonic()
             block = self._result(waiting[0], waiting, look)
             sent = waiting.popleft()
+            for at in range(sent.first, sent.first + len(sent.chunks)):
+                self._told.pop(at, None)
             self._check(block)
             came = time.monotonic()
             yield sent.chunks, block
@@ -405,7 +440,7 @@ class Cluster:
                 break
             except distributed.TimeoutError:
                 pass
-            look(sum(len(each.chunks) for each in waiting if each.future.status == "finished"))
+            look(self._ahead(waiting))
             lonely = 0.0 if self._workers() else lonely + _LOOK
             if lonely == _LONELY:
                 warnings.warn(
@@ -414,7 +449,7 @@ class Cluster:
                     stacklevel=2,
                 )
         if error is not None:
-            raise self._told(error, sent) from error
+            raise self._as_told(error, sent) from error
         with _scheduler():
             block: Block = sent.future.result()
         sent.future.release()
@@ -424,7 +459,7 @@ class Cluster:
             ) from block.refusal
         return block
 
-    def _told(self, error: BaseException, sent: _Sent) -> BaseException:
+    def _as_told(self, error: BaseException, sent: _Sent) -> BaseException:
         distributed = _distributed()
         if isinstance(error, EngineDiedError):
             where = (
@@ -504,6 +539,14 @@ def _distributed() -> Any:
     return distributed
 
 
+def _config(values: Mapping[str, object]) -> AbstractContextManager[Any]:
+    """Dask's configuration with these, for what is made meanwhile."""
+    import dask
+
+    found: AbstractContextManager[Any] = dask.config.set(values)
+    return found
+
+
 def _jobs(kind: str) -> Any:
     try:
         import dask_jobqueue
@@ -516,7 +559,14 @@ def _jobs(kind: str) -> Any:
     def configured(name: str) -> Any:
         return dask.config.get(f"jobqueue.{kind}.{name}", None)
 
-    return getattr(dask_jobqueue, _JOBS[kind])(
+    queue = getattr(dask_jobqueue, _JOBS[kind])
+    submit = shlex.split(queue.job_cls.submit_command)[0]
+    if shutil.which(submit) is None:  # or the run would wait for workers, and wait
+        raise ClusterError(
+            f"{kind}:N submits jobs with {submit}, which is not on this machine: run this where "
+            "jobs are submitted"
+        )
+    return queue(
         # One worker a job, with one block at a time: a job's cores are for the engine, which has
         # threads of its own. The last --nthreads counts.
         processes=configured("processes") or 1,
