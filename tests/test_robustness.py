@@ -57,10 +57,10 @@ class Ground:
             """
             from imatrix._run import Run
             saved = Run.progress
-            def interrupt(self, total):
+            def interrupt(self, *total, **how):
                 if self.done == 2:
                     raise KeyboardInterrupt
-                return saved(self, total)
+                return saved(self, *total, **how)
             Run.progress = interrupt
             """
         )
