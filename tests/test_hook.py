@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from imatrix import backends
 
 sys.path.insert(0, str(native_folder()))
-from _imatrix_testing import Harness, plain_name
+from _imatrix_testing import Harness, far_device_lose, plain_name
 
 # a GPU, where the build and the machine have one (docs/backends.md)
 DEVICES = tuple(device.name for device in backends().devices if device.gpu)
@@ -486,6 +486,26 @@ class TestErrors:
         # on, and on a device it is found at the end
         found_after = 1 if where == "host" else 2
         assert harness.counters[0] == (3 if where.endswith("-sums") else found_after)
+
+
+def test_a_device_that_is_lost() -> None:
+    """It throws: the chunk is lost, and the next one's rows are copied."""
+    x = rows(8, 3)
+    harness = Harness("device-sums")
+    begin(harness)
+    far_device_lose(True)
+    try:
+        run(harness, [x], [product("blk.0.w.weight")], replay=True)
+    finally:
+        far_device_lose(False)
+    assert harness.error == ("device_failed", "blk.0.w.weight", -1, -1)
+    harness.discard()
+    begin(harness)
+    run(harness, [x], [product("blk.0.w.weight")])
+    assert harness.error[0] == "none"
+    harness.commit()
+    check(harness, {"blk.0.w.weight": dense(x)})
+    assert harness.counters[1] == x.data.nbytes
 
 
 def test_nothing_is_seen_while_it_is_off() -> None:

@@ -213,6 +213,7 @@ PYBIND11_MODULE(_imatrix_testing, m) {
 
     m.def("plain_name", [](const std::string & name) { return plain_name(name.c_str()); });
     m.def("far_device_protects", far_device_protects);
+    m.def("far_device_lose", far_device_lose);
     m.def("tensor_shapes", [](const std::string & path) { // [(name, ne, type), ...]
         py::list out;
         for (const TensorShape & shape : tensor_shapes(path)) {
