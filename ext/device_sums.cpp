@@ -7,6 +7,7 @@
 #include "ggml.h"
 
 #include <algorithm>
+#include <exception>
 #include <map>
 #include <string>
 #include <utility>
@@ -223,8 +224,16 @@ DeviceSums::Outcome DeviceSums::run(Device & device, Graph & graph, ggml_tensor 
         ggml_backend_tensor_set(tensor, numbers.data(), 0, numbers.size() * sizeof(int32_t));
     }
     // Waits until it is done: the engine writes over the rows as soon as the hook returns.
-    if (ggml_backend_graph_compute(backend, graph.graph) != GGML_STATUS_SUCCESS) {
-        device.tell("it failed to sum them");
+    ggml_status status = GGML_STATUS_FAILED;
+    std::string why    = "it failed to sum them";
+    try {
+        status = ggml_backend_graph_compute(backend, graph.graph);
+    } catch (const std::exception & error) { // of a lost device, or of its memory (ggml-vulkan.cpp)
+        why += std::string(": ") + error.what();
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        device.told = false;
+        device.tell(why);
         device.failed = true;
         return Outcome::failed;
     }

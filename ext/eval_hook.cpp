@@ -55,6 +55,18 @@ int64_t rows_of(const ggml_tensor * node) {
     return ggml_nrows(node->src[1]) / (node->src[0]->ne[2] * node->src[0]->ne[3]);
 }
 
+// A multiplication that the hook wants. Without rows it is a last layer cropped to no output rows.
+bool has_rows(const ggml_tensor * node, bool output_weight) {
+    return is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
+           is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0;
+}
+
+// Writes to what outlives the graph.
+bool has_effect(const ggml_tensor * node) {
+    return node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS || node->op == GGML_OP_SET ||
+           node->op == GGML_OP_ACC;
+}
+
 } // namespace
 
 std::string plain_name(const char * name) {
@@ -83,25 +95,26 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
     return plan;
 }
 
-int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight) {
-    int64_t n_wanted = 0;
-    bool    effects  = false;
+GraphEnd end_of(ggml_cgraph * graph, bool output_weight) {
+    GraphEnd end;
+    bool     later = false;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
-            is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0) {
-            ++n_wanted;
-            effects = false;
+        if (has_rows(node, output_weight)) {
+            ++end.n_wanted;
+            later = false;
             continue;
         }
-        effects |= node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS ||
-                   node->op == GGML_OP_SET || node->op == GGML_OP_ACC;
+        if (has_effect(node)) {
+            ++end.n_effects;
+            later = true;
+        }
         // Other splits still run, on what was never computed: numbers that no row may be
         // looked up by.
-        effects |= node->op == GGML_OP_MUL_MAT_ID ||
-                   (node->op == GGML_OP_GET_ROWS && node->src[1]->op != GGML_OP_NONE);
+        later |= node->op == GGML_OP_MUL_MAT_ID ||
+                 (node->op == GGML_OP_GET_ROWS && node->src[1]->op != GGML_OP_NONE);
     }
-    return effects ? 0 : n_wanted;
+    return later ? GraphEnd{} : end;
 }
 
 bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept {
@@ -160,7 +173,7 @@ void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
     output_weight_ = output_weight;
     prefix_        = prefix;
     ++graph_;
-    n_asked_ = 0;
+    start_graph();
     activations_.clear();
     // slots that were restored and not made here: of no graph
     slot_made_in_.resize(sums_.slots().size(), 0);
@@ -191,17 +204,17 @@ bool EvalHook::ask(ggml_tensor * node) {
     // A node that is about to be computed is no activation of an earlier graph any more, even
     // where its address is: tensors of the next graph are made in the same memory.
     forget(node);
-    if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
-        !is_wanted(node->src[0]->name, output_weight_)) {
+    const bool wanted = has_rows(node, output_weight_);
+    const bool effect = has_effect(node);
+    if (!wanted && !effect) {
         return false;
     }
-    const int64_t rows = rows_of(node);
-    if (rows == 0) {
-        return false; // a last layer cropped to no output rows
-    }
-    ending_ = end_after_ > 0 && ++n_asked_ == end_after_;
+    run_.n_wanted += wanted ? 1 : 0;
+    run_.n_effects += effect ? 1 : 0;
+    ending_ =
+        end_.n_wanted > 0 && run_.n_wanted == end_.n_wanted && run_.n_effects == end_.n_effects;
     // the last one is stopped at whether or not its rows are known
-    wanted_ = is_new(node, rows);
+    wanted_ = wanted && is_new(node, rows_of(node));
     return wanted_ || ending_;
 }
 
@@ -504,7 +517,7 @@ bool EvalHook::visit(ggml_tensor * node) {
         return true;
     }
     ++counters_.ended;
-    n_asked_ = 0; // the next node belongs to the next ubatch
+    start_graph(); // the next node belongs to the next ubatch
     return false;
 }
 

@@ -58,10 +58,17 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
 // The scheduler decorates copies of tensors this way (ggml-backend.cpp).
 std::string plain_name(const char * name);
 
-// How many nodes of a graph multiply a wanted weight, if nothing after the last of them has an
-// effect that outlives the graph (keys, values, states) or looks up rows by numbers that the graph
-// computes; else 0.
-int64_t nodes_to_the_last(ggml_cgraph * graph, bool output_weight);
+// Where a graph may be left: after it has run so many nodes that multiply a wanted weight, and so
+// many that have an effect which outlives the graph (keys, values, states). A backend may run its
+// nodes in another order than the model built them (graph_optimize in ggml-vulkan.cpp and
+// ggml-metal-common.cpp), so that the last weight alone would not do.
+struct GraphEnd {
+    int64_t n_wanted  = 0; // 0: nowhere
+    int64_t n_effects = 0;
+};
+// Nowhere if something after the last wanted weight, as the model built it, has such an effect or
+// looks up rows by numbers that the graph computes.
+GraphEnd end_of(ggml_cgraph * graph, bool output_weight);
 
 class EvalHook {
 public:
@@ -86,11 +93,10 @@ public:
     void set_observing(bool observing) { observing_ = observing; }
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
-    // Leaves every graph after so many wanted nodes; 0 runs them to their end. Only where nobody
-    // reads what a graph computes after the last of them: of several splits the scheduler leaves
-    // the one that the last node is in, and runs those after it on what was never computed
-    // (ggml-backend.cpp, compute_splits). See nodes_to_the_last().
-    void end_after(int64_t n_wanted) { end_after_ = n_wanted; }
+    // Leaves every graph there; {} runs them to their end. Only where nobody reads what a graph
+    // computes after that: of several splits the scheduler leaves the one that the last node is in,
+    // and runs those after it on what was never computed (ggml-backend.cpp, compute_splits).
+    void end_after(GraphEnd end) { end_ = end; }
     void set_threads(size_t n) {
         threads_.set_threads(n);
         staged_.set_threads(n);
@@ -115,6 +121,7 @@ private:
     };
 
     bool ask(ggml_tensor * node);
+    void start_graph() { run_ = {}; }
     bool is_new(ggml_tensor * node, int64_t rows);
     void collect(ggml_tensor * node);
     bool visit(ggml_tensor * node);
@@ -142,10 +149,10 @@ private:
     bool         output_weight_ = false;
     std::string  prefix_;
 
-    int64_t end_after_ = 0;
-    int64_t n_asked_   = 0;     // wanted nodes of this graph so far
-    bool    ending_    = false; // the node to be computed now is the last one
-    bool    wanted_    = false; // its rows are to be collected
+    GraphEnd end_;            // of every graph
+    GraphEnd run_;            // of this graph so far
+    bool     ending_ = false; // the node to be computed now is the last one
+    bool     wanted_ = false; // its rows are to be collected
 
     uint64_t                          graph_ = 0;    // which graph execution this is
     std::vector<uint64_t>             seen_in_;      // per weight: the graph it was last seen in

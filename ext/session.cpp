@@ -315,7 +315,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
         }
-        plan.n_wanted = nodes_to_the_last(graph, output); // of the last graph, with all outputs
+        plan.end = end_of(graph, output); // of the last graph, with all outputs
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
@@ -564,9 +564,9 @@ Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, in
         }
     }
     hook_.begin_decode(params_.process_output);
-    hook_.end_after(may_end_early() ? trunk_plan_.n_wanted : 0);
+    hook_.end_after(may_end_early() ? trunk_plan_.end : GraphEnd{});
     const int32_t rc = llama_process(trunk_.get(), LLAMA_PROCESS_TYPE_DECODE, trunk_batch_.get());
-    hook_.end_after(0);
+    hook_.end_after({});
     Status status = after_decode(rc, "trunk");
     if (!status.ok() || scored_index.empty()) {
         return status;

@@ -97,7 +97,7 @@ struct ChunkScore {
 struct GraphPlan {
     std::vector<PlannedWeight> weights; // rows a token; 0 where rows do not follow the tokens
     bool                       needs_outputs = false;
-    int64_t                    n_wanted      = 0; // nodes_to_the_last(), with outputs for all rows
+    GraphEnd                   end; // with outputs for all rows
 };
 
 // Bytes that a session takes in one kind of memory. From a model loaded with no_alloc, what it

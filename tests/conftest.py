@@ -39,6 +39,10 @@ EngineTool = Callable[[str], Path]
 Forged = Callable[..., ModelSpec]
 RpcServer = Callable[[int], str]
 
+# Hides the GPUs of a build that has their backends from a child process: the engine multiplies a
+# large batch on one even if no layer is there.
+NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
+
 
 def until_told(line: str, run: Callable[[], str]) -> str:
     """Run one of the engine's programs until its output has `line`: it may exit before its
@@ -103,6 +107,7 @@ def rpc_server(engine_tool: EngineTool) -> Iterator[RpcServer]:
                 process = running.enter_context(
                     subprocess.Popen(
                         [tool, "-H", "127.0.0.1", "-p", str(port), "-t", "1"],
+                        env={**os.environ, **NO_GPU},
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
                     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Forged, RpcServer
+from conftest import NO_GPU, Forged, RpcServer
 from forge import ModelSpec
 
 from imatrix import _session, backends
@@ -130,7 +131,7 @@ def test_graphs_in_several_splits(
     work = json.dumps([str(spec.path), endpoints, layers, N_CTX, 64])
     done = subprocess.run(
         [sys.executable, "-c", ON_DEVICES, work],
-        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, **NO_GPU}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     differing, whole, left, n_weights, memory = json.loads(done.stdout.splitlines()[-1])

@@ -18,10 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(native_folder()))
-from _imatrix_testing import Harness, plain_name
+from imatrix import backends
 
+sys.path.insert(0, str(native_folder()))
+from _imatrix_testing import Harness, far_device_lose, plain_name
+
+# a GPU, where the build and the machine have one (docs/backends.md)
+DEVICES = tuple(device.name for device in backends().devices if device.gpu)
 WHERE = ("host", "device", "offload", "device-sums", "offload-sums")
+WHERE += tuple(f"{name}-{how}" for name in DEVICES for how in ("device", "device-sums"))
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
@@ -125,9 +130,15 @@ def run(
     activations: list[Activation],
     products: list[tuple[Any, ...]],
     ids: list[Ids] | None = None,
-    **options: Any,
+    replay: bool = False,
 ) -> None:
-    harness.run([a.rows for a in activations], [i.given for i in ids or []], products, **options)
+    harness.run([a.rows for a in activations], [i.given for i in ids or []], products, replay)
+
+
+def any_layout(where: str) -> bool:
+    """Whether a graph is to be replayed for rows of any layout: a GPU's own multiplication wants
+    them aligned, the hook has to take them as they are."""
+    return where.startswith(DEVICES)
 
 
 def begin(harness: Harness, output_weight: bool = False) -> None:
@@ -203,7 +214,8 @@ class TestDense:
                     want[name] if name in want else Expected(0 * more.sums, 0 * more.counts)
                 )
                 want[name] += more
-            run(harness, [x], [product(name, ne2=w2, ne3=w3) for name in names])
+            products = [product(name, ne2=w2, ne3=w3) for name in names]
+            run(harness, [x], products, replay=any_layout(where))
         assert harness.error[0] == "none"
         assert harness.groups_agree
         harness.commit()
@@ -244,7 +256,8 @@ class TestExperts:
         names = ["blk.3.gate_exps.weight", "blk.3.up_exps.weight"]
         harness = Harness(where)
         begin(harness)
-        run(harness, [x], [product(name, ids=0, ne2=n_expert) for name in names], [ids])
+        products = [product(name, ids=0, ne2=n_expert) for name in names]
+        run(harness, [x], products, [ids], replay=any_layout(where))
         assert harness.error[0] == "none"
         assert harness.groups_agree
         harness.commit()
@@ -386,14 +399,15 @@ class TestErrors:
         harness = Harness(where)
         begin(harness)
         good = [product("blk.0.good.weight", 0, ne2=w2)]
-        run(harness, [x], good)
+        run(harness, [x], good, replay=any_layout(where))
         harness.commit()
         want = dense(x, w2)
 
         begin(harness)
         bad = Activation(x.data.copy(), x.ne, x.stride, x.offset)
         bad.values[0, i2, i1, channel] = value
-        run(harness, [x, bad], [*good, product("blk.0.bad.weight", 1, ne2=w2), *good])
+        products = [*good, product("blk.0.bad.weight", 1, ne2=w2), *good]
+        run(harness, [x, bad], products, replay=any_layout(where))
         harness.finish()
         assert harness.error == (
             "non_finite", "blk.0.bad.weight", i2 % w2 if w2 > 1 else -1, channel
@@ -402,7 +416,7 @@ class TestErrors:
         check(harness, {"blk.0.good.weight": want})
 
         begin(harness)  # and the next chunk counts again
-        run(harness, [x], good)
+        run(harness, [x], good, replay=any_layout(where))
         assert harness.error[0] == "none"
         harness.commit()
         want += dense(x, w2)
@@ -414,7 +428,7 @@ class TestErrors:
         x.values[...] = np.arange(15).reshape(1, 1, 3, 5)
         harness = Harness(where)
         begin(harness)
-        run(harness, [x], [product("blk.0.w.weight")])
+        run(harness, [x], [product("blk.0.w.weight")], replay=any_layout(where))
         assert harness.error[0] == "none"
         harness.commit()
         check(harness, {"blk.0.w.weight": dense(x)})
@@ -474,6 +488,26 @@ class TestErrors:
         assert harness.counters[0] == (3 if where.endswith("-sums") else found_after)
 
 
+def test_a_device_that_is_lost() -> None:
+    """It throws: the chunk is lost, and the next one's rows are copied."""
+    x = rows(8, 3)
+    harness = Harness("device-sums")
+    begin(harness)
+    far_device_lose(True)
+    try:
+        run(harness, [x], [product("blk.0.w.weight")], replay=True)
+    finally:
+        far_device_lose(False)
+    assert harness.error == ("device_failed", "blk.0.w.weight", -1, -1)
+    harness.discard()
+    begin(harness)
+    run(harness, [x], [product("blk.0.w.weight")])
+    assert harness.error[0] == "none"
+    harness.commit()
+    check(harness, {"blk.0.w.weight": dense(x)})
+    assert harness.counters[1] == x.data.nbytes
+
+
 def test_nothing_is_seen_while_it_is_off() -> None:
     harness = Harness()
     harness.set_enabled(False)
@@ -481,6 +515,51 @@ def test_nothing_is_seen_while_it_is_off() -> None:
     run(harness, [rows(8, 2)], [product("blk.0.w.weight")])
     assert harness.weights == {}
     assert harness.counters == (0, 0, 0)
+
+
+# --- graphs that are left ------------------------------------------------------------------------
+
+
+class TestLeaving:
+    """A graph is left when its wanted weights and what it writes for later graphs have run, in
+    whatever order: a backend may change it (graph_optimize in ggml-vulkan.cpp)."""
+
+    X, Y = rows(6, 5), rows(6, 3, seed=1)
+    A, B = product("blk.0.a.weight", 0), product("blk.0.b.weight", 1)
+    STATE = product("", 1, n_out=0)
+    HEAD = product("output.weight", 0)
+
+    def end(self, harness: Harness, products: list[tuple[Any, ...]]) -> tuple[int, int]:
+        end: tuple[int, int] = harness.end_of([self.X.rows, self.Y.rows], [], products)
+        return end
+
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3], [1, 2, 0, 3], [1, 0, 2, 3]])
+    @pytest.mark.parametrize("where", ["host", "device"])
+    def test_what_is_written_is_written(self, where: str, order: list[int]) -> None:
+        built = [self.STATE, self.A, self.B, self.HEAD]
+        harness = Harness(where)
+        assert self.end(harness, built) == (2, 1)
+        harness.end_after(2, 1)
+        begin(harness)
+        for ubatch in range(1, 4):
+            run(harness, [self.X, self.Y], [built[i] for i in order])
+            assert harness.ended == ubatch
+            assert harness.copied == [self.Y.data.tolist()]
+        harness.commit()
+        want = {"blk.0.a.weight": dense(self.X), "blk.0.b.weight": dense(self.Y)}
+        for name, once in want.items():
+            want[name] = Expected(3 * once.sums, 3 * once.counts)
+        check(harness, want)
+
+    def test_nowhere_if_something_is_written_after_all(self) -> None:
+        harness = Harness()
+        assert self.end(harness, [self.A, self.B, self.STATE]) == (0, 0)
+        assert self.end(harness, [self.HEAD, self.STATE]) == (0, 0)
+        harness.end_after(0, 0)
+        begin(harness)
+        run(harness, [self.X, self.Y], [self.A, self.B, self.STATE])
+        assert harness.ended == 0
+        assert harness.copied == [self.Y.data.tolist()]
 
 
 # --- who shares with whom ------------------------------------------------------------------------

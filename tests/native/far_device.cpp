@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -24,6 +25,7 @@ struct Pages {
 std::vector<Pages *> g_pages;       // of all buffers; tests use one thread
 int                  g_open    = 0; // how many Access are alive
 const char *         g_refused = nullptr;
+bool                 g_lost    = false;
 
 void protect(const Pages & pages, bool readable) {
 #ifdef IMATRIX_PROTECT
@@ -153,6 +155,9 @@ void backend_free(ggml_backend_t backend) {
 }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    if (g_lost) {
+        throw std::runtime_error("ErrorDeviceLost");
+    }
     const Access access;
     return ggml_backend_graph_compute(static_cast<ggml_backend_t>(backend->context), graph);
 }
@@ -218,6 +223,7 @@ ggml_backend_dev_t far_device() {
 }
 
 void far_device_refuse(const char * op) { g_refused = op; }
+void far_device_lose(bool lost) { g_lost = lost; }
 
 bool far_device_protects() {
 #ifdef IMATRIX_PROTECT

@@ -34,16 +34,24 @@ struct Harness::Graph {
     ContextPtr                 weights;
     ContextPtr                 inputs;
     ContextPtr                 nodes;
+    ContextPtr                 copies;
+    BufferPtr                  copies_buffer;
     BufferPtr                  weights_buffer;
     BufferPtr                  inputs_buffer;
     std::vector<ggml_tensor *> products;
+    std::vector<ggml_tensor *> copied;
     ggml_cgraph *              graph = nullptr;
 };
 
-Harness::Harness(Where where) : where_(where) {
+Harness::Harness(Where where, const std::string & device) : where_(where) {
     ggml_backend_load_all();
     if (where != Where::host) {
-        backends_.push_back(ggml_backend_dev_init(far_device(), nullptr));
+        const ggml_backend_dev_t dev =
+            device.empty() ? far_device() : ggml_backend_dev_by_name(device.c_str());
+        if (dev == nullptr) {
+            throw std::runtime_error("the engine has no device " + device);
+        }
+        backends_.push_back(ggml_backend_dev_init(dev, nullptr));
     }
     backends_.push_back(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     scheduler_ = ggml_backend_sched_new(backends_.data(), nullptr,
@@ -64,6 +72,7 @@ std::unique_ptr<Harness::Graph> Harness::build(const std::vector<Rows> &    rows
     made->weights = make_context(memory_[0]);
     made->inputs  = make_context(memory_[1]);
     made->nodes   = make_context(memory_[2]);
+    made->copies  = make_context(memory_[3]);
 
     // Flat storage first: a view knows its address only when its source has one. ggml also
     // wants room for as many elements as the view has, wherever its strides point.
@@ -82,7 +91,13 @@ std::unique_ptr<Harness::Graph> Harness::build(const std::vector<Rows> &    rows
     std::map<std::pair<std::string, std::array<int64_t, 4>>, ggml_tensor *> weights;
     for (const Product & p : products) {
         const std::array<int64_t, 4> ne{rows.at(p.rows).ne[0], p.n_out, p.ne2, p.ne3};
-        ggml_tensor *&               weight = weights[{p.weight, ne}];
+        if (p.n_out == 0) {
+            const std::array<int64_t, 4> & of = rows.at(p.rows).ne;
+            made->copied.push_back(
+                ggml_new_tensor_4d(made->copies.get(), GGML_TYPE_F32, of[0], of[1], of[2], of[3]));
+            continue;
+        }
+        ggml_tensor *& weight = weights[{p.weight, ne}];
         if (weight == nullptr) {
             weight =
                 ggml_new_tensor_4d(made->weights.get(), GGML_TYPE_F32, ne[0], ne[1], ne[2], ne[3]);
@@ -95,6 +110,14 @@ std::unique_ptr<Harness::Graph> Harness::build(const std::vector<Rows> &    rows
     made->weights_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(
         made->weights.get(), where_ == Where::offload ? cpu : far));
     made->inputs_buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(made->inputs.get(), far));
+    if (!made->copied.empty()) {
+        made->copies_buffer.reset(
+            ggml_backend_alloc_ctx_tensors_from_buft(made->copies.get(), far));
+        if (made->copies_buffer == nullptr) {
+            throw std::runtime_error("ggml allocated nothing");
+        }
+        ggml_backend_buffer_clear(made->copies_buffer.get(), 0);
+    }
     if (made->weights_buffer == nullptr || made->inputs_buffer == nullptr) {
         throw std::runtime_error("ggml allocated nothing");
     }
@@ -122,8 +145,16 @@ std::unique_ptr<Harness::Graph> Harness::build(const std::vector<Rows> &    rows
         id_views.push_back(ggml_view_2d(made->nodes.get(), id_storage[k], i.n_used, i.n_rows,
                                         bytes(i.stride), bytes(i.offset)));
     }
-    made->graph = ggml_new_graph_custom(made->nodes.get(), kMaxNodes, /*grads=*/false);
+    made->graph     = ggml_new_graph_custom(made->nodes.get(), kMaxNodes, /*grads=*/false);
+    size_t n_copied = 0;
     for (const Product & p : products) {
+        if (p.n_out == 0) {
+            ggml_tensor * node =
+                ggml_cpy(made->nodes.get(), row_views[p.rows], made->copied[n_copied++]);
+            ggml_build_forward_expand(made->graph, node);
+            made->products.push_back(node);
+            continue;
+        }
         const std::array<int64_t, 4> ne{rows.at(p.rows).ne[0], p.n_out, p.ne2, p.ne3};
         ggml_tensor *                weight = weights.at({p.weight, ne});
         ggml_tensor *                x      = row_views[p.rows];
@@ -159,6 +190,11 @@ std::string Harness::run(const std::vector<Rows> & rows, const std::vector<Ids> 
         return "ggml allocated nothing";
     }
     const ggml_status status = ggml_backend_sched_graph_compute(scheduler_, made->graph);
+    copied.clear();
+    for (const ggml_tensor * tensor : made->copied) {
+        copied.emplace_back(static_cast<size_t>(ggml_nelements(tensor)));
+        ggml_backend_tensor_get(tensor, copied.back().data(), 0, ggml_nbytes(tensor));
+    }
     ggml_backend_sched_reset(scheduler_);
     return status == GGML_STATUS_SUCCESS ? "" : ggml_status_to_string(status);
 }
@@ -168,6 +204,11 @@ std::vector<PlannedWeight> Harness::plan(const std::vector<Rows> &    rows,
                                          const std::vector<Product> & products,
                                          bool                         output_weight) {
     return planned_weights(build(rows, ids, products)->graph, output_weight, {});
+}
+
+GraphEnd Harness::end(const std::vector<Rows> & rows, const std::vector<Ids> & ids,
+                      const std::vector<Product> & products) {
+    return end_of(build(rows, ids, products)->graph, /*output_weight=*/false);
 }
 
 } // namespace imatrix::testing

@@ -34,7 +34,8 @@ struct Ids {
     int64_t         offset = 0;
 };
 
-// One MUL_MAT, or with ids one MUL_MAT_ID, in the order of the graph.
+// One MUL_MAT, or with ids one MUL_MAT_ID, in the order of the graph. Without n_out the rows are
+// copied into memory that outlives the graph instead, as keys, values and states are.
 struct Product {
     std::string weight;
     int64_t     n_out = 1;
@@ -46,13 +47,14 @@ struct Product {
 
 enum class Where {
     host,    // everything on the CPU backend
-    device,  // everything in memory that the host cannot read (far_device.h)
+    device,  // everything in memory that the host cannot read
     offload, // weights on the host, computed by the device: the scheduler copies and renames them
 };
 
 class Harness {
 public:
-    explicit Harness(Where where);
+    // `device`: one of the engine's by name, "Vulkan0"; by default that of far_device.h.
+    explicit Harness(Where where, const std::string & device = {});
     ~Harness();
     Harness(const Harness &)             = delete;
     Harness & operator=(const Harness &) = delete;
@@ -67,6 +69,12 @@ public:
     // planned_weights() of the graph that run() would run
     std::vector<PlannedWeight> plan(const std::vector<Rows> & rows, const std::vector<Ids> & ids,
                                     const std::vector<Product> & products, bool output_weight);
+    // end_of() that graph
+    GraphEnd end(const std::vector<Rows> & rows, const std::vector<Ids> & ids,
+                 const std::vector<Product> & products);
+
+    // What the copies of the last run() hold, in their order.
+    std::vector<std::vector<float>> copied;
 
     Sums     sums;
     EvalHook hook{sums};
@@ -79,7 +87,7 @@ private:
     Where                         where_;
     std::vector<ggml_backend_t>   backends_; // the CPU last, as the scheduler wants it
     ggml_backend_sched_t          scheduler_ = nullptr;
-    std::vector<std::max_align_t> memory_[3]; // of the ggml contexts
+    std::vector<std::max_align_t> memory_[4]; // of the ggml contexts
 };
 
 } // namespace imatrix::testing

@@ -112,16 +112,18 @@ py::dict weights_of(const Harness & harness) {
 // "device" and "offload" copy the rows to the host, "device-sums" and "offload-sums" do not
 bool sums_there(const std::string & name) { return name.find("-sums") != std::string::npos; }
 
-Where where_of(std::string name) {
-    name = name.substr(0, name.find("-sums"));
-    if (name == "host") {
-        return Where::host;
+// "Vulkan0-offload-sums" is of one of the engine's devices, "offload-sums" of far_device.h's.
+std::unique_ptr<Harness> make_harness(const std::string & name) {
+    const std::string place = name.substr(0, name.find("-sums"));
+    if (place == "host") {
+        return std::make_unique<Harness>(Where::host);
     }
-    if (name == "device") {
-        return Where::device;
-    }
-    if (name == "offload") {
-        return Where::offload;
+    for (const auto & [kind, where] :
+         {std::pair{"device", Where::device}, std::pair{"offload", Where::offload}}) {
+        const size_t at = place.find(kind);
+        if (at != std::string::npos) {
+            return std::make_unique<Harness>(where, at == 0 ? "" : place.substr(0, at - 1));
+        }
     }
     throw py::value_error("host, device or offload");
 }
@@ -131,7 +133,7 @@ Where where_of(std::string name) {
 PYBIND11_MODULE(_imatrix_testing, m) {
     py::class_<Harness>(m, "Harness")
         .def(py::init([](const std::string & where) {
-                 auto made = std::make_unique<Harness>(where_of(where));
+                 auto made = make_harness(where);
                  made->hook.set_device_sums(sums_there(where));
                  return made;
              }),
@@ -182,6 +184,19 @@ PYBIND11_MODULE(_imatrix_testing, m) {
                 return out;
             },
             py::arg("rows"), py::arg("ids"), py::arg("products"), py::arg("output_weight") = false)
+        .def(
+            "end_of", // (wanted nodes, nodes with an effect)
+            [](Harness & h, const py::list & rows, const py::list & ids,
+               const py::list & products) {
+                const Given    given(rows, ids, products);
+                const GraphEnd end = h.end(given.rows, given.ids, given.products);
+                return py::make_tuple(end.n_wanted, end.n_effects);
+            },
+            py::arg("rows"), py::arg("ids"), py::arg("products"))
+        .def("end_after", [](Harness & h, int64_t n_wanted,
+                             int64_t n_effects) { h.hook.end_after({n_wanted, n_effects}); })
+        .def_property_readonly("ended", [](const Harness & h) { return h.hook.counters().ended; })
+        .def_readonly("copied", &Harness::copied)
         .def_property_readonly("weights", weights_of)
         .def_property_readonly("groups_agree",
                                [](const Harness & h) { return h.hook.groups_agree(); })
@@ -198,6 +213,7 @@ PYBIND11_MODULE(_imatrix_testing, m) {
 
     m.def("plain_name", [](const std::string & name) { return plain_name(name.c_str()); });
     m.def("far_device_protects", far_device_protects);
+    m.def("far_device_lose", far_device_lose);
     m.def("tensor_shapes", [](const std::string & path) { // [(name, ne, type), ...]
         py::list out;
         for (const TensorShape & shape : tensor_shapes(path)) {
