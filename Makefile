@@ -44,8 +44,9 @@ demo: dev
 tools: dev
 	$(BIN)/cmake --build $(BUILD) --target imatrix-tools
 
+# as many processes as there are cores, so that each has one thread for NumPy
 test: lint types tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
