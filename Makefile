@@ -10,12 +10,13 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test dev tools lint format types bench quality sanitize fuzz dist clean
+.PHONY: help demo test dev tools lint format types docs bench quality sanitize fuzz dist clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
 	@echo "make test      build, then lint, types and all tests"
 	@echo "make dev       editable install; again after a change, it takes seconds"
+	@echo "make docs      the documentation as a site, build/site/index.html"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
 	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
 	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
@@ -58,6 +59,11 @@ format: $(STAMP)
 
 types: dev
 	$(BIN)/mypy
+
+# a broken link, a heading that is not there, a page that docs/index.md does not name: errors
+docs: dev
+	$(BIN)/python docs/make_cli.py
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -b html . build/site
 
 bench: tools
 	$(BIN)/python -m pip install --quiet --group bench

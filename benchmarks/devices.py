@@ -45,7 +45,7 @@ from imatrix import Collector
 model, text, out, mtp, collector = json.loads(sys.argv[1])
 with Collector(model, n_ctx=64, n_batch=64, n_ubatch=64, n_threads=1, **collector) as made:
     made.run([text], mtp=mtp, max_chunks=4).save(out)
-    print(json.dumps(made._session.counters))
+    print(json.dumps(dict(made.counters)))
 """
 
 

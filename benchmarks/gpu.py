@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from sessions import Sessions
 from store import machine
 
 from imatrix import backends
@@ -46,43 +47,6 @@ OURS = {
     "imatrix, trunk + head, staging": (True, False, "on"),
 }
 THEIRS = "llama-imatrix --no-ppl"
-
-
-class Workers:
-    """Sessions, one in each process, loaded when they are first asked for."""
-
-    def __init__(self, work: dict[str, Any]) -> None:
-        self._work = work
-        self._running: dict[tuple[bool, bool], subprocess.Popen[str]] = {}
-
-    def run(self, mtp: bool, device_sums: bool, hook: str) -> dict[str, Any]:
-        key = (mtp, device_sums)
-        if key not in self._running:
-            work = {**self._work, "mtp": mtp, "device_sums": device_sums, "perplexity": False}
-            self._running[key] = subprocess.Popen(
-                [sys.executable, HERE / "worker.py", json.dumps(work)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._answer(key)
-        process = self._running[key]
-        assert process.stdin is not None
-        print(hook, file=process.stdin, flush=True)
-        return self._answer(key)
-
-    def _answer(self, key: tuple[bool, bool]) -> dict[str, Any]:
-        process = self._running[key]
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            sys.exit(f"a session ended with status {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        for process in self._running.values():
-            process.communicate()
 
 
 def llama_imatrix(tool: Path, work: dict[str, Any], out: Path) -> float:
@@ -191,10 +155,11 @@ def main() -> int:
                 "n_threads": args.threads, "n_gpu_layers": 0 if on_cpu else 999,
             }  # fmt: skip
             variants: dict[str, dict[str, Any]] = {}
-            workers = Workers(work)
+            workers = Sessions(work)
             for number in range(args.passes):
                 for variant, how in OURS.items():
-                    answer = workers.run(*how)
+                    mtp, device_sums, hook = how
+                    answer = workers.run(hook, mtp=mtp, device_sums=device_sums, perplexity=False)
                     found = variants.setdefault(variant, {"seconds": []})
                     found["seconds"].append(answer["seconds"])
                     found["fetched_bytes"] = answer["fetched_bytes"]

@@ -46,7 +46,7 @@ import faults  # noqa: E402
 from random_model import make_random_model  # noqa: E402
 
 import imatrix  # noqa: E402
-from imatrix import cli, collector  # noqa: E402
+from imatrix import _models, cli  # noqa: E402
 from imatrix.formats import checkpoint as checkpoint_file  # noqa: E402
 
 LONG, SHORT = 12, 2  # chunks of a run, for random moments and for each call
@@ -112,7 +112,7 @@ class Ground:
             log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 2)
             # a process of its own a run, and no part of what is tried here
-            collector.rehearse_in_child = lambda *_: None
+            _models.rehearse_in_child = lambda *_: None
             prepare()
             argv = f"collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --chunks {self.n_chunks}".split()
             argv += ["-m", str(self.model), "-f", str(self.text), "-o", str(self.out)]

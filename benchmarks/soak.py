@@ -93,7 +93,9 @@ def soak(folder: Path, n_chunks: int, *, isolate: bool = False) -> tuple[list[Lo
 
     def look(at: imatrix.Progress) -> None:
         if at.chunks % every == 0 and len(looks) < 10:
-            looks.append(Look.now(at.chunks, made._engine.pid if made._engine else "self"))
+            looks.append(
+                Look.now(at.chunks, made._models.engine.pid if made._models.engine else "self")
+            )
 
     with Collector(spec.path, **options) as made:
         once = made.run(chunks, mtp=True)

@@ -25,13 +25,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
+from sessions import Sessions
 from store import Cell, Store
 
 from imatrix import ImportanceMatrix
@@ -59,58 +59,36 @@ def n_timed(n_ctx: int) -> int:
     return max(1, 1024 // n_ctx)
 
 
-class Workers:
-    """The sessions of one model and one chunk size, started when they are asked for."""
+def sessions(path: Path, n_ctx: int, n_chunks: int | None = None) -> Sessions:
+    """Of one model and chunk size."""
+    return Sessions(
+        {
+            "model": str(path),
+            "text": str(TEXT),
+            "n_ctx": n_ctx,
+            "n_chunks": n_timed(n_ctx) if n_chunks is None else n_chunks,
+            "n_ubatch": N_UBATCH,
+            "n_threads": physical_cores(),
+        }
+    )
 
-    def __init__(self, path: Path, n_ctx: int) -> None:
-        self._path = path
-        self._n_ctx = n_ctx
-        self._running: dict[str, subprocess.Popen[str]] = {}
 
-    def run(self, kind: str, hook: str) -> dict[str, Any]:
-        if kind not in self._running:
-            work = {
-                "model": str(self._path), "text": str(TEXT), "n_ctx": self._n_ctx,
-                "n_chunks": n_timed(self._n_ctx), "n_ubatch": N_UBATCH,
-                "n_threads": physical_cores(), "mtp": kind == "head",
-                "perplexity": kind == "perplexity",
-            }  # fmt: skip
-            self._running[kind] = subprocess.Popen(
-                [sys.executable, Path(__file__).parent / "worker.py", json.dumps(work)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            self._answer(kind)
-        process = self._running[kind]
-        assert process.stdin is not None
-        print(hook, file=process.stdin, flush=True)
-        return self._answer(kind)
-
-    def _answer(self, kind: str) -> dict[str, Any]:
-        process = self._running[kind]
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, f"the session ended with status {process.wait()}"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        for process in self._running.values():
-            process.communicate()  # the end of its input ends it
+def run(of: Sessions, kind: str, hook: str) -> dict[str, Any]:
+    """Chunks of the session "trunk", "head" (with the trunk) or "perplexity"."""
+    return of.run(hook, mtp=kind == "head", perplexity=kind == "perplexity")
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Callable[[str, int], Workers]]:
+def workers() -> Iterator[Callable[[str, int], Sessions]]:
     """Workers of the model and chunk size that is measured now; those of the one before end."""
-    current: dict[tuple[str, int], Workers] = {}
+    current: dict[tuple[str, int], Sessions] = {}
 
-    def of(name: str, n_ctx: int) -> Workers:
+    def of(name: str, n_ctx: int) -> Sessions:
         if (name, n_ctx) not in current:
             for old in current.values():
                 old.close()
             current.clear()
-            current[name, n_ctx] = Workers(models.model(name, SIZE), n_ctx)
+            current[name, n_ctx] = sessions(models.model(name, SIZE), n_ctx)
         return current[name, n_ctx]
 
     yield of
@@ -126,26 +104,37 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     kept.draw()
 
 
+# A process is charged with the peak of the one that it was forked from (setmax_mm_hiwater_rss in
+# the kernel's exec), and the one that made the models has had gigabytes: a small one starts it.
+PEAK_OF_CHILD = """
+import json, os, subprocess, sys, time
+started = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+seconds = time.perf_counter() - started
+unit = 1 if sys.platform == "darwin" else 1024  # kilobytes, on macOS bytes
+print(json.dumps({"seconds": seconds, "peak": used.ru_maxrss * unit}))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def llama_imatrix(name: str, n_ctx: int, out: Path, options: list[str]) -> Cell:
     tool = models.engine_tools.find("llama-imatrix")
 
     def run(n_chunks: int) -> tuple[float, int]:
-        started = time.perf_counter()
-        process = subprocess.Popen(
+        done = subprocess.run(
             [
+                sys.executable, "-c", PEAK_OF_CHILD,
                 tool, "-m", models.model(name, SIZE), "-f", text(name, n_ctx), "-o", out,
                 "-c", str(n_ctx), "-b", str(n_ctx), "-ub", str(min(n_ctx, N_UBATCH)),
                 "-t", str(physical_cores()), "--chunks", str(n_chunks), *options,
             ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )  # fmt: skip
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        # kilobytes, on macOS bytes
-        unit = 1 if sys.platform == "darwin" else 1024
-        return time.perf_counter() - started, used.ru_maxrss * unit
+        answer = json.loads(done.stdout)
+        return answer["seconds"], answer["peak"]
 
     n = n_timed(n_ctx)
     longer, peak = run(1 + n)
@@ -169,7 +158,7 @@ def text(name: str, n_ctx: int) -> Path:
 def test_seconds_a_chunk(
     benchmark: Any,
     store: Store,
-    workers: Callable[[str, int], Workers],
+    workers: Callable[[str, int], Sessions],
     model_name: str,
     n_ctx: int,
     variant: str,
@@ -180,15 +169,15 @@ def test_seconds_a_chunk(
     if store.has(key, measuring_pass):
         pytest.skip("measured before")
 
-    def run() -> Cell:
+    def measured() -> Cell:
         if variant in THEIRS:
             out = tmp_path / "theirs.gguf"
             cell = llama_imatrix(model_name, n_ctx, out, THEIRS[variant])
             assert not ImportanceMatrix.load(out).head_blocks
             return cell
-        answer = workers(model_name, n_ctx).run(*OURS[variant])
+        answer = run(workers(model_name, n_ctx), *OURS[variant])
         return Cell(answer["seconds"], answer["peak"])
 
-    cell = benchmark.pedantic(run, rounds=1, iterations=1)
+    cell = benchmark.pedantic(measured, rounds=1, iterations=1)
     benchmark.extra_info["seconds_per_chunk"] = cell.seconds
     store.add(key, cell)

@@ -29,6 +29,7 @@ std::vector<Device> devices() {
         device.backend     = ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev));
         device.name        = ggml_backend_dev_name(dev);
         device.description = ggml_backend_dev_description(dev);
+        device.buffer_type = ggml_backend_buft_name(ggml_backend_dev_buffer_type(dev));
         device.gpu         = ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_GPU ||
                              ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_IGPU;
         device.memory_free = memory_free;

@@ -13,6 +13,7 @@ struct Device {
     std::string backend;     // "CPU", "CUDA", "Metal", "Vulkan", "RPC", ...
     std::string name;        // "CPU", "CUDA0"
     std::string description; // the processor's or card's own name
+    std::string buffer_type; // of its memory, as overrides name it: "CPU", "CUDA0"
     bool        gpu         = false;
     uint64_t    memory_free = 0; // bytes
     uint64_t    memory_all  = 0; // bytes

@@ -111,6 +111,11 @@ Status Model::load(const ModelParams & params) {
     }
     // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
     engine.load_mtp = params.mtp;
+    EnginePlacement placement;
+    Status          status = placement.set(params.placement, params.path, engine);
+    if (!status.ok()) {
+        return status;
+    }
     model_.reset(llama_model_load_from_file(params.path.c_str(), engine));
     if (model_ == nullptr) {
         return engine_error(Code::bad_model, "the engine could not load the model");

@@ -5,6 +5,7 @@
 #include "context.h"
 #include "eval_hook.h"
 #include "live.h"
+#include "placement.h"
 #include "status.h"
 #include "sums.h"
 
@@ -28,6 +29,7 @@ struct ModelParams {
     bool        use_mmap      = true;
     bool        check_tensors = false;
     bool        no_alloc      = false; // shapes only: graphs can be built, nothing can run
+    Placement   placement;             // of what is put on devices
 };
 
 // The weights and the tokenizer. Outlives every Session made from it.
@@ -129,6 +131,9 @@ public:
     // before the first step(). Should they not share it here, the first chunk finds out.
     Status restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
                    const int64_t * counts);
+
+    // Back to zero, contexts and all else stay. Between two steps.
+    void clear_sums() { sums_.clear(); }
 
     // From any thread: ends the running step() early with Code::cancelled.
     void cancel() { cancelled_ = true; }

@@ -115,6 +115,14 @@ bool Sums::restore(const std::vector<std::string> & names, const Shape & shape, 
     return true;
 }
 
+void Sums::clear() {
+    discard();
+    for (Slot & slot : slots_) {
+        std::fill(slot.total.begin(), slot.total.end(), 0.0);
+        std::fill(slot.total_counts.begin(), slot.total_counts.end(), int64_t{0});
+    }
+}
+
 void Sums::ungroup() {
     discard();
     std::vector<uint8_t> taken(slots_.size(), 0);

@@ -73,6 +73,9 @@ public:
     bool restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
                  const int64_t * counts);
 
+    // Sets every sum and count to zero; who shares with whom stays. Call it between chunks.
+    void clear();
+
     // Gives every weight its own slot: a copy of the committed part of the one it shared.
     // Call it between chunks.
     void ungroup();

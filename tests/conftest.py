@@ -47,7 +47,7 @@ NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBL
 def until_told(line: str, run: Callable[[], str]) -> str:
     """Run one of the engine's programs until its output has `line`: it may exit before its
     logger's thread has written everything (common/log.cpp), on a busy machine above all."""
-    for _ in range(10):
+    for _ in range(40):
         log = run()
         if line in log:
             break

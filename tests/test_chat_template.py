@@ -316,7 +316,7 @@ def test_special_tokens_are_parsed_and_the_template_is_chosen(chatty: ModelSpec)
         with Collector(chatty.path, n_ctx=512, n_threads=1, rehearse=False) as made:
             from imatrix.corpus import Chunks
 
-            render = made._renderer(made._loaded(), options or ChatOptions())
+            render = made._models.renderer(options or ChatOptions())
             found = [
                 chunk.tokens.tolist()
                 for chunk in Chunks(chats, made._loaded(), 512, packing="document", render=render)

@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from random_model import make_random_model
 
 import imatrix
-from imatrix import cli
+from imatrix import _run, cli
 from imatrix.matrix import Entry, ImportanceMatrix
 
 EngineTool = Callable[[str], Path]
@@ -137,6 +137,25 @@ def test_earlier_files_go_in_as_there(
     # an earlier file may be the output as well
     assert run("collect", *more, "-o", earlier).status == 0
     same(earlier, tmp_path / "theirs.gguf")
+
+
+def test_earlier_files_with_commas(
+    head_matrix: Path, engine_tool: EngineTool, run: Run, tmp_path: Path
+) -> None:
+    trunk = tmp_path / "trunk, alone.gguf"
+    ImportanceMatrix.load(head_matrix).trunk.save(trunk)
+    flags = ["-c", 64, "--in-file", f'{head_matrix},"{trunk}"']
+    theirs(engine_tool("llama-imatrix"), "-m", "none", *flags, "-o", tmp_path / "theirs.gguf")
+    assert run("collect", *flags, "--in-file", trunk, "-o", tmp_path / "ours.gguf").status == 0
+    once = ImportanceMatrix.load(trunk)
+    expected = ImportanceMatrix.load(tmp_path / "theirs.gguf").merge(once)
+    found = ImportanceMatrix.load(tmp_path / "ours.gguf")
+    assert set(found) == set(expected)
+    for name in found:
+        assert found[name].counts.tolist() == expected[name].counts.tolist(), name
+        np.testing.assert_allclose(  # theirs are rounded to float32 once more
+            found[name].sums, expected[name].sums.reshape(found[name].sums.shape), rtol=3e-7
+        )
 
 
 def test_the_old_format(model: Path, text: Path, engine_tool: EngineTool, run: Run,
@@ -399,14 +418,14 @@ def test_ctrl_c_before_the_first_chunk(
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, chunks: int, signal_: int) -> None:
     """Send this process a signal when a run has so many chunks."""
-    collect = imatrix.Collector._collect
+    collect = _run.Run.collect
 
-    def and_signal(self: imatrix.Collector, *args: Any) -> None:
+    def and_signal(self: _run.Run, *args: Any) -> None:
         collect(self, *args)
-        if self._chunks == chunks:
+        if self.chunks == chunks:
             signal.raise_signal(signal_)
 
-    monkeypatch.setattr(imatrix.Collector, "_collect", and_signal)
+    monkeypatch.setattr(_run.Run, "collect", and_signal)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -56,7 +56,7 @@ def test_the_story_the_files_and_the_readme(
 
     # every part of the README's block is told, in this order
     block = re.search(
-        r"^## `make demo`$.*?^```\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
+        r"^## `make demo`$.*?^```text\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
     )
     assert block is not None
     told = normalized(out)

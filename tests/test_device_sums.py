@@ -81,7 +81,7 @@ if endpoint is not None:
     assert any(device.backend == "RPC" and device.gpu for device in imatrix.backends().devices)
 with imatrix.Collector(model, **collector) as made:
     made.run([text], **run).save(out)
-    print(json.dumps(made._session.counters))
+    print(json.dumps(dict(made.counters)))
 """
 
 

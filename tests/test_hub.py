@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -238,4 +239,88 @@ def test_the_command(hub: SmallHub, tmp_path: Path, capfd: pytest.CaptureFixture
         (["-hf", "user/none"], "or it is private and no token was given"),
     ):
         status, err = run("-o", tmp_path / "no.gguf", *argv)
+        assert (status, told in err) == (2, True), err
+
+
+def test_wherever_a_model_is_given(
+    hub: SmallHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """-hf, and hf: in a path's place, give what the downloaded file gives."""
+    whole = tmp_path / "whole.gguf"
+    make_random_model(whole)
+    parts = imatrix.extract_mtp(whole, tmp_path / "mtp-demo.gguf", trunk_out=tmp_path / "t.gguf")
+    trunk, head = Path(str(parts.trunk)), Path(parts.head)
+    hub.repositories["user/whole"] = {"demo-F16.gguf": whole.read_bytes()}
+    hub.repositories["user/split"] = {
+        "demo-F16.gguf": trunk.read_bytes(),
+        "demo-Q8_0.gguf": b"no model",
+        "mtp-demo.gguf": head.read_bytes(),
+    }
+    text = tmp_path / "text.txt"
+    text.write_text("a word and another " * 40)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = cli.main([str(each) for each in argv])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    # check: the exit status says that the type needs data
+    for argv in (["check", whole], ["check", "-hf", "user/whole"], ["check", "hf:user/whole"]):
+        status, out, err = run(*argv, "--type", "IQ2_XXS", "--json")
+        assert status == 1, err
+        found = json.loads(out)
+        assert found["failing"]
+        assert found["model"].endswith("demo-F16.gguf" if argv[1] != whole else "whole.gguf")
+    assert hub.downloads == ["demo-F16.gguf"]
+    # what stays after -hf has taken the model's place is the matrix, wherever it stands
+    for argv in (["-hf", "user/whole", "no.gguf"], ["no.gguf", "-hf", "user/whole"]):
+        assert "no.gguf: No such file" in run("check", *argv, "--type", "Q8_0")[2]
+        assert "no.gguf: No such file" in run("check", "--type", "Q8_0", *argv)[2]
+
+    # quantize: the same bytes; the flag may stand anywhere
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    assert run("quantize", whole, first, "Q8_0")[0] == 0
+    status, _, err = run("quantize", second, "Q8_0", "--hf-repo=user/whole:F16")
+    assert status == 0, err
+    assert first.read_bytes() == second.read_bytes()
+
+    # evaluate: the head lies beside the model, the reference's in it
+    options = ["-f", text, "-c", "32", "-t", "1", "--json"]
+    status, out, err = run("evaluate", trunk, "--mtp-model", head, "--reference", whole, *options)
+    assert status == 0, err
+    status, named, err = run(
+        "evaluate", "-hf", "user/split", "-hff", "demo-F16.gguf",
+        "--reference", "hf:user/whole", *options,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "user/split: mtp-demo.gguf, its head" in err
+    figures, want = json.loads(named), json.loads(out)
+    assert figures["head"] is not None
+    assert {key: figures[key] for key in ("trunk", "head")} == {
+        key: want[key] for key in ("trunk", "head")
+    }
+
+    # extract-mtp: not into the cache
+    status, _, err = run("extract-mtp", "-hf", "user/whole")
+    assert status == 0, err
+    (made,) = (tmp_path / "here").iterdir()
+    assert made.read_bytes() == head.read_bytes()
+    # graft-mtp: both
+    status, _, err = run("graft-mtp", "hf:user/split:F16", head, "-o", tmp_path / "again.gguf")
+    assert status == 0, err
+    assert imatrix.ModelFile.read(tmp_path / "again.gguf").n_nextn == 1
+
+    for argv, told in (
+        (["check", "-hf", "user/none", "--type", "Q8_0"], "or it is private and no token"),
+        (["check", whole, "-hff", "x.gguf", "--type", "Q8_0"], "give it with -hf"),
+        (["check", "--type", "Q8_0", "-hf"], "expected one argument"),
+        (["check", "-hf", "user/whole", "--type", "Q8_0", "a", "b"], "unrecognized arguments: b"),
+    ):
+        status, _, err = run(*argv)
         assert (status, told in err) == (2, True), err

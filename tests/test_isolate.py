@@ -47,8 +47,8 @@ def isolated(spec: ModelSpec | Path, **options: Any) -> Collector:
 
 def engine_of(made: Collector) -> int:
     """The process that runs the engine."""
-    assert made._engine is not None
-    return made._engine.pid
+    assert made._models.engine is not None
+    return made._models.engine.pid
 
 
 def kill_at(made: Collector, chunks: int, number: int) -> Any:
@@ -199,7 +199,7 @@ def test_it_dies_and_the_run_goes_on(
         assert (error.chunk, error.checkpoint) == (4, path)
         # what there is: the checkpoint's, with the digest of its text
         assert made.matrix == two
-        assert made._engine is None
+        assert made._models.engine is None
         assert file.read(path).done == 2
         # the same Collector goes on, with another process
         assert made.run(chunks, checkpoint=path, **options) == whole
@@ -229,7 +229,11 @@ def test_it_dies_without_a_checkpoint(headed: ModelSpec, tmp_path: Path) -> None
         os.kill(engine_of(made), signal.SIGKILL)
         # gone while nothing was asked of it
         deadline = time.monotonic() + 30
-        while made._engine is not None and made._engine.alive and time.monotonic() < deadline:
+        while (
+            made._models.engine is not None
+            and made._models.engine.alive
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         assert made.run(chunks).chunk_count == 4
 
@@ -258,7 +262,7 @@ def test_it_ends_with_the_process_that_it_works_for(headed: ModelSpec) -> None:
 import itertools, sys
 from imatrix import Collector
 made = Collector(sys.argv[1], n_ctx=32, n_threads=1, isolate=True, rehearse=False)
-first = lambda at: at.chunks == 1 and print(made._engine.pid, flush=True)
+first = lambda at: at.chunks == 1 and print(made._models.engine.pid, flush=True)
 made.run(itertools.repeat(list(range(32))), progress=first)
 """
     with subprocess.Popen(

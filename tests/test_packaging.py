@@ -68,6 +68,9 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
         "data/tiny-glm4moe-mtp.gguf",
         "data/tiny-glm4moe-mtp.json",
         "lib/LICENSE-llama.cpp.txt",
+        "templates/report.css",
+        "templates/report.html",
+        "templates/sort.js",
     ):
         assert f"imatrix/{name}" in names
     sources = (".pyx", ".pxd", ".cpp", ".h", ".cmake", ".pc", ".a")

@@ -147,14 +147,15 @@ def test_a_head_of_its_own_kind(tmp_path: Path) -> None:
 
 
 def test_more_threads_go_on(headed: ModelSpec, tmp_path: Path) -> None:
-    """Threads, mapping and the file's place may differ."""
+    """Threads, mapping, devices and the file's place may differ."""
     chunks = token_chunks(headed, 3)
     path = tmp_path / "checkpoint"
     moved = tmp_path / "moved.gguf"
     moved.write_bytes(headed.path.read_bytes())
     with collector(headed) as made, pytest.raises(Enough):
         made.run(chunks, checkpoint=path, progress=stop_at(2))
-    with collector(moved, n_threads=2, use_mmap=False, n_gpu_layers=0) as made:
+    elsewhere = {"devices": [], "override_tensor": {"ffn": "CPU"}, "n_gpu_layers": 0}
+    with collector(moved, n_threads=2, use_mmap=False, **elsewhere) as made:
         matrix = made.run(chunks, checkpoint=path)
     with collector(headed) as made:
         whole = made.run(chunks)

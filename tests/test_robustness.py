@@ -55,16 +55,13 @@ class Ground:
         self.out.unlink()
         done = self.run(
             """
-            from imatrix import Collector
-            saved = Collector._reporter
-            def interrupt(self, progress, total):
-                report = saved(self, progress, total)
-                def then():
-                    report()
-                    if self._done == 2:
-                        raise KeyboardInterrupt
-                return then
-            Collector._reporter = interrupt
+            from imatrix._run import Run
+            saved = Run.progress
+            def interrupt(self, *total, **how):
+                if self.done == 2:
+                    raise KeyboardInterrupt
+                return saved(self, *total, **how)
+            Run.progress = interrupt
             """
         )
         assert done.returncode == 130, done.stderr
@@ -90,8 +87,8 @@ class Ground:
             f"""
             sys.path.insert(0, "")
             import errno, faults
-            from imatrix import collector
-            collector.rehearse_in_child = lambda *_: None  # nothing can be started any more
+            from imatrix import _models
+            _models.rehearse_in_child = lambda *_: None  # nothing can be started any more
             faults.watch({str(self.work)!r}, faults.Tally())
             faults.arm({arm})
             """,
@@ -155,13 +152,13 @@ def test_a_folder_that_is_removed(ground: Ground) -> None:
     done = ground.run(
         f"""
         import shutil
-        from imatrix import Collector
-        collect = Collector._collect
+        from imatrix._run import Run
+        collect = Run.collect
         def and_remove(self, *args):
             collect(self, *args)
-            if self._done == 4:
+            if self.done == 4:
                 shutil.rmtree({str(ground.work)!r})
-        Collector._collect = and_remove
+        Run.collect = and_remove
         """
     )
     assert done.returncode == 1
@@ -178,13 +175,13 @@ def test_no_memory(isolate: str, ground: Ground) -> None:
     done = ground.run(
         """
         import resource
-        from imatrix import _isolate, collector
+        from imatrix import _isolate, _models, collector
         def limited(settings=collector.Collector._settings):
             def with_limit(self, *args):
                 return {**settings(self, *args), "n_ctx": 1 << 30}
             collector.Collector._settings = with_limit
         limited()
-        collector.rehearse_in_child = _isolate.rehearse = lambda *_: None
+        _models.rehearse_in_child = _isolate.rehearse = lambda *_: None
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         """,
         isolate,

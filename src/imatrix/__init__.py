@@ -15,6 +15,7 @@ from imatrix._version import __version__
 from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
+    ClusterError,
     EngineDiedError,
     EngineError,
     ImatrixError,
@@ -29,7 +30,9 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
-    from imatrix.collector import Collector, Perplexity, Plan, Progress
+    from imatrix.adaptation import Adapted, Placed, adapt
+    from imatrix.cluster import Cluster, ClusterUse
+    from imatrix.collector import Collector, Plan
     from imatrix.conversion import convert, merge
     from imatrix.devices import Backends, Device, add_rpc_server, backends
     from imatrix.evaluation import (
@@ -40,18 +43,33 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.html_report import report_page
+    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
     from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
-    from imatrix.run_report import ExpertCoverage, Report
+    from imatrix.run_report import ExpertCoverage, Perplexity, Progress, Report
+    from imatrix.weight_stats import (
+        ExpertStatistics,
+        LayerStatistics,
+        PartStatistics,
+        Statistics,
+        WeightStatistics,
+        expert_statistics,
+        statistics,
+    )
 
 __all__ = [
+    "Adapted",
     "Backends",
     "Chat",
     "ChatOptions",
     "ChatTemplate",
     "CheckpointError",
+    "Cluster",
+    "ClusterError",
+    "ClusterUse",
     "Collector",
     "Comparison",
     "Coverage",
@@ -63,18 +81,23 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "ExpertCoverage",
+    "ExpertStatistics",
     "ExtractReport",
     "FormatError",
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixComparison",
     "Mixture",
     "ModelError",
     "ModelFile",
     "NonFiniteError",
+    "PartStatistics",
     "Perplexity",
+    "Placed",
     "Plan",
     "Predictions",
     "Progress",
@@ -83,33 +106,44 @@ __all__ = [
     "Report",
     "RowsMissingError",
     "Source",
+    "Statistics",
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "WeightComparison",
+    "WeightStatistics",
     "__version__",
+    "adapt",
     "add_rpc_server",
     "backends",
+    "compare_matrices",
     "convert",
     "coverage",
     "evaluate",
+    "expert_statistics",
     "extract_mtp",
     "graft_mtp",
     "merge",
     "quantize",
+    "report_page",
+    "statistics",
 ]
 
 # A module must not bear the name of a function here: importing it would replace the function.
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
+    "Adapted": "adaptation",
+    "Placed": "adaptation",
+    "adapt": "adaptation",
     "Backends": "devices",
     "Device": "devices",
     "add_rpc_server": "devices",
     "backends": "devices",
     "Collector": "collector",
-    "Perplexity": "collector",
+    "Perplexity": "run_report",
     "Plan": "collector",
-    "Progress": "collector",
+    "Progress": "run_report",
     "Comparison": "evaluation",
     "Difference": "evaluation",
     "Estimate": "evaluation",
@@ -131,8 +165,21 @@ _NATIVE = {
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
+    "Cluster": "cluster",
+    "ClusterUse": "cluster",
+    "MatrixComparison": "matrix_comparison",
+    "WeightComparison": "matrix_comparison",
+    "compare_matrices": "matrix_comparison",
     "convert": "conversion",
     "merge": "conversion",
+    "report_page": "html_report",
+    "ExpertStatistics": "weight_stats",
+    "LayerStatistics": "weight_stats",
+    "PartStatistics": "weight_stats",
+    "Statistics": "weight_stats",
+    "WeightStatistics": "weight_stats",
+    "expert_statistics": "weight_stats",
+    "statistics": "weight_stats",
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "add_verbose",
     "at_least",
     "chunks",
+    "files",
     "gpu_layers",
     "tensor_type",
     "threads",
@@ -59,6 +62,12 @@ def chunks(text: str) -> int | None:
     if value == 0:
         raise argparse.ArgumentTypeError("must be 1 or more, or -1 for all, got 0")
     return value if value > 0 else None
+
+
+def files(text: str) -> list[str]:
+    """One file, or several with commas between them, as llama.cpp takes it (parse_csv_row in
+    common/arg.cpp); a file that has a comma in its name is one file all the same."""
+    return [text] if Path(text).exists() else next(csv.reader([text]))
 
 
 def gpu_layers(text: str) -> int:

@@ -136,6 +136,7 @@ def choose_in_child(
     settings: dict[str, Any],
     *,
     n_gpu_layers: int,
+    placement: _session.PlacementData,
     mapped: bool,
     most: int,
 ) -> Batch:
@@ -143,16 +144,22 @@ def choose_in_child(
 
     Args:
         model, mtp_model, settings: as for the rehearsal; the batch in `settings` is not looked at.
-        n_gpu_layers, mapped, most: as the model will be loaded, and see choose().
+        n_gpu_layers, placement, mapped, most: as the model will be loaded, and see choose().
 
     Raises:
         ModelError: the engine ends the process on this model.
         EngineError: the engine could not plan it.
+        ValueError: there are RPC servers.
     """
     if not sys.executable:
         raise EngineError(
             "n_batch='auto' (-b auto) plans in a child process, and this interpreter does not know "
             "its own executable: give the number of tokens"
+        )
+    if devices.rpc_servers():
+        raise ValueError(
+            "n_batch='auto' (-b auto) plans in a child process, and a ggml-rpc-server serves one "
+            "process at a time: give the number of tokens"
         )
     gpus = any(device.gpu for device in devices.backends().devices)
     work = {
@@ -160,7 +167,7 @@ def choose_in_child(
         "mtp_model": mtp_model and str(mtp_model),
         "settings": settings,
         "n_gpu_layers": n_gpu_layers if gpus else 0,
-        "rpc": devices.rpc_servers(),
+        "placement": placement,
         "host": available_memory(),
         "mapped": mapped,
         "most": most,
@@ -179,8 +186,6 @@ def choose_in_child(
 def _main() -> None:
     work = json.loads(sys.argv[1])
     settings = work["settings"]
-    for endpoint in work["rpc"]:
-        devices.add_rpc_server(endpoint)
 
     def load(path: str, mtp: bool) -> _session.Model:
         return _session.Model(
@@ -190,6 +195,7 @@ def _main() -> None:
             use_mmap=False,
             check_tensors=False,
             no_alloc=True,
+            placement=work["placement"],
         )
 
     separate = work["mtp_model"]

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imatrix import _hub_cli
 from imatrix._arguments import Commands, add_tensor_type, add_verbose
 from imatrix._terminal import Terminal, size
 from imatrix.collector import Collector, Plan
@@ -21,7 +22,7 @@ from imatrix.errors import ModelError
 from imatrix.matrix import ImportanceMatrix
 from imatrix.preflight import THIN, Coverage, TensorCoverage, coverage
 
-__all__ = ["add_parser", "run"]
+__all__ = ["add_parser", "run", "stop_told"]
 
 READY, WOULD_FAIL = 0, 1
 
@@ -42,6 +43,7 @@ def add_parser(commands: Commands) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
+    _hub_cli.add_to_positional(command)
     add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
     add_tensor_type(command)
     add("--allow-requantize", action="store_true", help="start from quantized weights")
@@ -60,6 +62,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Do what `add_parser` describes; the exit status."""
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
+    args.model, _ = _hub_cli.fetched(args.model, args, terminal)
     plan = _plan(args.model) if args.plan else None
     found = coverage(
         args.model,
@@ -194,6 +197,11 @@ def _verdict(console: Console, found: Coverage) -> None:
 
 def _stop(tensor: TensorCoverage, found: Coverage) -> tuple[str, str, str]:
     """(name, type, why) of a tensor that stops the quantizer."""
+    return tensor.name, f"{tensor.source_type} -> {tensor.target_type}", stop_told(tensor, found)
+
+
+def stop_told(tensor: TensorCoverage, found: Coverage) -> str:
+    """Why a tensor stops the quantizer, in a few words."""
     words: dict[str, str] = {
         "missing": "no data" if found.has_matrix else "no matrix",
         "wrong size": "an entry of another size",
@@ -201,8 +209,7 @@ def _stop(tensor: TensorCoverage, found: Coverage) -> tuple[str, str, str]:
     }
     word = words.get(tensor.status, tensor.status)
     never = "no run can reach it" if tensor.collectable is False else ""
-    details = "; ".join(part for part in (word, tensor.detail, never) if part)
-    return tensor.name, f"{tensor.source_type} -> {tensor.target_type}", details
+    return "; ".join(part for part in (word, tensor.detail, never) if part)
 
 
 def _summary(found: Coverage) -> Table:

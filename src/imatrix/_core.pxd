@@ -41,6 +41,7 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
         string backend
         string name
         string description
+        string buffer_type
         cbool gpu
         uint64_t memory_free
         uint64_t memory_all
@@ -142,6 +143,18 @@ cdef extern from "eval_hook.h" namespace "imatrix" nogil:
         int64_t rows
 
 
+cdef extern from "placement.h" namespace "imatrix" nogil:
+    cdef cppclass Placement:
+        string split_mode
+        vector[float] tensor_split
+        int32_t main_gpu
+        cbool chosen_devices
+        vector[string] devices
+        vector[pair[string, string]] overrides
+
+    Status find_name(const string & pattern, const vector[string] & names, int64_t & found)
+
+
 cdef extern from "session.h" namespace "imatrix" nogil:
     cdef cppclass ModelParams:
         string path
@@ -150,6 +163,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool use_mmap
         cbool check_tensors
         cbool no_alloc
+        Placement placement
 
     cdef cppclass CModel "imatrix::Model":
         Status load(const ModelParams & params)
@@ -203,6 +217,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
                     ChunkScore * scores)
         Status restore(const vector[string] & names, const Shape & shape, const double * sums,
                        const int64_t * counts)
+        void clear_sums()
         void cancel()
         void clear_cancel()
         void set_hook_enabled(cbool enabled)

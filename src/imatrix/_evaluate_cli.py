@@ -14,9 +14,9 @@ from rich import box
 from rich.table import Table
 
 import imatrix
+from imatrix import _hub_cli, _placement_cli
 from imatrix._arguments import (
     Commands,
-    add_gpu_layers,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
@@ -43,6 +43,7 @@ def add_parser(commands: Commands) -> None:
     command.set_defaults(run=run)
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
+    _hub_cli.add_to_positional(command)
     add("-f", "--file", metavar="TEXT", required=True, help="text to score, UTF-8")
     add("--reference", metavar="REF", help="model to measure against: before quantization")
     add("--mtp-model", metavar="FILE", help="the head's own file, where it is not in MODEL")
@@ -87,7 +88,7 @@ def add_parser(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add_gpu_layers(command)
+    _placement_cli.add_arguments(command)
     add_skipped_chunks(command)
     add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
     add_parse_special(command)
@@ -108,9 +109,16 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     with Path(args.file).open("rb"):  # now, not when the models are loaded
         text = Path(args.file)
+    _fetch(args, terminal)
     for path in (args.model, *args.against):  # nor when the first of them is done
         with Path(path).open("rb"):
             pass
+
+    _placement_cli.use_servers(args, isolate=False)
+    placement = _placement_cli.arguments(args)
+    _placement_cli.warn_of_no_device(
+        args, terminal, lambda: any(device.gpu for device in imatrix.backends().devices)
+    )
 
     def evaluated(model: str, mtp_model: str | None) -> imatrix.Evaluation:
         name = f"evaluating {Path(model).name}" if args.against else "evaluating"
@@ -129,14 +137,13 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 max_chunks=args.chunks,
                 skip_chunks=args.chunk,
                 parse_special=args.parse_special,
-                n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
+                **placement,
                 n_threads=args.threads,
                 progress=bar,
             )
 
     found = evaluated(args.model, args.mtp_model)
-    heads = args.against_mtp_model or [None] * len(args.against)
-    others = [evaluated(*other) for other in zip(args.against, heads, strict=True)]
+    others = [evaluated(*other) for other in zip(args.against, args.against_mtp_model, strict=True)]
     differences = [found.compare(other) for other in others]
     if args.json:
         data = found.as_data()
@@ -157,6 +164,25 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         if one.verdict is not None:
             terminal.warn(f"{one.model}: {one.verdict}" if others else one.verdict)
     return 0
+
+
+def _fetch(args: argparse.Namespace, terminal: Terminal) -> None:
+    """What the Hub has, with the heads beside it."""
+
+    def fetched(
+        model: str, mtp_model: str | None, *, first: bool = False
+    ) -> tuple[str, str | None]:
+        head = not args.no_mtp and mtp_model is None
+        path, beside = _hub_cli.fetched(model, args, terminal, first=first, head=head)
+        return path, mtp_model if beside is None else beside
+
+    args.model, args.mtp_model = fetched(args.model, args.mtp_model, first=True)
+    if args.reference is not None:
+        args.reference, args.reference_mtp_model = fetched(args.reference, args.reference_mtp_model)
+    heads = args.against_mtp_model or [None] * len(args.against)
+    pairs = [fetched(*other) for other in zip(args.against, heads, strict=True)]
+    args.against = [path for path, _ in pairs]
+    args.against_mtp_model = [head for _, head in pairs]
 
 
 def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:

@@ -14,7 +14,7 @@ from imatrix.conversion import convert, format_of, merge
 from imatrix.formats import Format
 from imatrix.matrix import ImportanceMatrix
 
-__all__ = ["add_chunk_size", "add_parser", "tell_losses"]
+__all__ = ["add_chunk_size", "add_format", "add_parser", "tell_losses"]
 
 
 def add_parser(commands: Commands) -> None:
@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     command.set_defaults(run=_convert)
     command.add_argument("src", metavar="IN", help="importance matrix, GGUF or .dat")
     command.add_argument("dst", metavar="OUT", help="what to write")
-    _add_format(command)
+    add_format(command)
     add_chunk_size(command)
     add_verbose(command)
 
@@ -43,12 +43,13 @@ def add_parser(commands: Commands) -> None:
     command.set_defaults(run=_merge)
     command.add_argument("files", metavar="FILE", nargs="+", help="importance matrices")
     command.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
-    _add_format(command)
+    add_format(command)
     add_chunk_size(command)
     add_verbose(command)
 
 
-def _add_format(command: argparse.ArgumentParser) -> None:
+def add_format(command: argparse.ArgumentParser) -> None:
+    """--output-format, into `args.output_format`."""
     command.add_argument(
         "--output-format",
         choices=("gguf", "dat"),

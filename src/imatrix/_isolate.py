@@ -108,8 +108,12 @@ class Engine:
         self._listener.start()
         self._writer.start()
         _engines.add(self)
-        for endpoint in devices.rpc_servers():
-            self.ask("rpc", endpoint=endpoint)
+        try:
+            for endpoint in devices.rpc_servers():
+                self.ask("rpc", endpoint=endpoint)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:
@@ -333,6 +337,9 @@ class Session:
         found, _ = self._engine.ask("step", [tokens, lengths], object=self._number)
         return [(nll, nll_sq, n) for nll, nll_sq, n in found["scores"]]
 
+    def clear_sums(self) -> None:
+        self._engine.ask("clear_sums", object=self._number)
+
     def cancel(self) -> None:
         self._engine.tell("cancel", self._number)
 
@@ -366,6 +373,13 @@ def has_gpu(engine: Engine) -> bool:
     """Whether the worker sees a device to put layers on."""
     found, _ = engine.ask("devices")
     return any(device["gpu"] for device in found["devices"])
+
+
+def machine(engine: Engine) -> tuple[str, list[dict[str, Any]]]:
+    """What the worker computes with: instruction sets and build, in the engine's words, and
+    its devices."""
+    found, _ = engine.ask("devices")
+    return found["features"], found["devices"]
 
 
 def _cause(log: str, status: int) -> str:

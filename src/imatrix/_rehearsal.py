@@ -170,7 +170,11 @@ def in_child(
 
 
 def child_process(
-    work: dict[str, Any], module: str = "imatrix._rehearsal", *, cards: bool = False
+    work: Any,
+    module: str = "imatrix._rehearsal",
+    *,
+    cards: bool = False,
+    timeout: float = _SECONDS,
 ) -> tuple[int, str, str]:
     """A module of ours in a process of its own: its exit status, negative for a signal, and its
     output."""
@@ -181,7 +185,7 @@ def child_process(
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=_SECONDS,
+        timeout=timeout,
         # ggml_abort would start a debugger for a backtrace where there is one
         env={
             **os.environ,

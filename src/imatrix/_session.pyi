@@ -1,3 +1,4 @@
+from collections.abc import Iterable
 from typing import TypedDict
 
 import numpy as np
@@ -21,9 +22,17 @@ class DeviceInfo(TypedDict):
     backend: str
     name: str
     description: str
+    buffer_type: str
     gpu: bool
     memory_free: int
     memory_total: int
+
+class PlacementData(TypedDict):
+    split_mode: str
+    tensor_split: list[float]
+    main_gpu: int
+    devices: list[str] | None
+    overrides: list[tuple[str, str]]
 
 class Counters(TypedDict):
     stops: int
@@ -62,6 +71,7 @@ def engine() -> tuple[str, str]: ...
 def system_info() -> str: ...
 def backends() -> tuple[list[str], list[DeviceInfo]]: ...
 def add_rpc_server(endpoint: str) -> None: ...
+def find_name(pattern: str, names: Iterable[str]) -> str | None: ...
 def row_kernel_names() -> list[str]: ...
 def add_squares(kernel: str, rows: NDArray[np.float32], acc: NDArray[np.float32]) -> None: ...
 
@@ -83,6 +93,7 @@ class Model:
         use_mmap: bool,
         check_tensors: bool,
         no_alloc: bool = False,
+        placement: PlacementData | None = None,
     ) -> None: ...
     @property
     def n_nextn(self) -> int: ...
@@ -129,6 +140,7 @@ class Session:
     def step(
         self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
     ) -> list[tuple[float, float, int]]: ...
+    def clear_sums(self) -> None: ...
     def cancel(self) -> None: ...
     def clear_cancel(self) -> None: ...
     def set_hook_enabled(self, enabled: bool) -> None: ...

@@ -13,6 +13,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
 from imatrix cimport _core
@@ -117,7 +118,8 @@ def backends():
     names = [_text(name) for name in _core.backend_names()]
     devices = [
         {"backend": _text(d.backend), "name": _text(d.name), "description": _text(d.description),
-         "gpu": bool(d.gpu), "memory_free": d.memory_free, "memory_total": d.memory_all}
+         "buffer_type": _text(d.buffer_type), "gpu": bool(d.gpu), "memory_free": d.memory_free,
+         "memory_total": d.memory_all}
         for d in _core.devices()
     ]
     return names, devices
@@ -131,6 +133,19 @@ def add_rpc_server(str endpoint):
     with nogil:
         status = _core.add_rpc_server(native)
     _check(status)
+
+
+def find_name(str pattern, names):
+    """The first of `names` that a regular expression finds, as the engine looks for tensors that
+    are placed by name (ECMAScript); None for none. ValueError if it is no regular expression."""
+    cdef vector[string] native
+    cdef int64_t found = -1
+    cdef string expression = pattern.encode("utf-8")
+    names = list(names)
+    for name in names:
+        native.push_back(name.encode("utf-8"))
+    _check(_core.find_name(expression, native, found))
+    return None if found < 0 else names[found]
 
 
 def row_kernel_names():
@@ -257,7 +272,8 @@ cdef class Model:
             self._model.release()  # a fork's copy, see _claim_process
 
     def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors,
-                 bint no_alloc=False):
+                 bint no_alloc=False, placement=None):
+        """`placement`: what Placement.as_data() gives; None for the engine's own choice."""
         cdef ModelParams params
         cdef Status status
         _claim_process()
@@ -269,6 +285,17 @@ cdef class Model:
         params.use_mmap = use_mmap
         params.check_tensors = check_tensors
         params.no_alloc = no_alloc
+        if placement is not None:
+            params.placement.split_mode = placement["split_mode"].encode("utf-8")
+            for share in placement["tensor_split"]:
+                params.placement.tensor_split.push_back(share)
+            params.placement.main_gpu = placement["main_gpu"]
+            params.placement.chosen_devices = placement["devices"] is not None
+            for name in placement["devices"] or ():
+                params.placement.devices.push_back(name.encode("utf-8"))
+            for pattern, buffer in placement["overrides"]:
+                params.placement.overrides.push_back(
+                    pair[string, string](pattern.encode("utf-8"), buffer.encode("utf-8")))
         self._model.reset(new CModel())
         with nogil:
             status = self._model.get().load(params)
@@ -413,6 +440,10 @@ cdef class Session:
                                               <int32_t>lengths.shape[0], scores.data())
         _check(status)
         return [(s.nll, s.nll_sq, s.n_scored) for s in scores]
+
+    def clear_sums(self):
+        """Set the sums and counts to zero; between two steps."""
+        self._session.get().clear_sums()
 
     def cancel(self):
         """From any thread: end the running step early (it raises InterruptedError)."""

@@ -134,7 +134,7 @@ def experts_told(found: Experts) -> str:
     """Experts in a line; "" for a matrix without any."""
     if not found.n_experts:
         return ""
-    text = f"{found.n_experts} in {_plural(found.n_blocks, 'block')}: "
+    text = f"{found.n_experts} in {plural(found.n_blocks, 'block')}: "
     if found.unseen:
         few = ", ".join(f"blk.{block} expert {expert}" for block, expert in found.unseen[:4])
         more = len(found.unseen) - 4
@@ -144,19 +144,19 @@ def experts_told(found: Experts) -> str:
         text += "all saw rows"
     if found.thinnest is not None:
         block, expert, rows = found.thinnest
-        text += f"; thinnest: blk.{block} expert {expert}, {_plural(rows, 'row')}"
+        text += f"; thinnest: blk.{block} expert {expert}, {plural(rows, 'row')}"
     return text
 
 
 def weights_told(matrix: ImportanceMatrix) -> str:
     """How many weights: "42 weights: 29 trunk, 13 head (block 3)"."""
-    text = f"{_plural(len(matrix), 'weight')}: {len(matrix.trunk)} trunk, {len(matrix.head)} head"
+    text = f"{plural(len(matrix), 'weight')}: {len(matrix.trunk)} trunk, {len(matrix.head)} head"
     if blocks := sorted(matrix.head_blocks):
         text += f" (block {', '.join(map(str, blocks))})"
     return text
 
 
-def _plural(n: int, noun: str) -> str:
+def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
@@ -223,11 +223,11 @@ def render(
 def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
     facts = {}
     if matrix.chunk_count:
-        text = _plural(matrix.chunk_count, "chunk")
+        text = plural(matrix.chunk_count, "chunk")
         made = matrix.provenance
         if made is not None and made.packing == "document":
             text += f" of up to {matrix.chunk_size} tokens, no document beside another"
-            text += "" if made.tokens is None else f"; {_plural(made.tokens, 'token')}"
+            text += "" if made.tokens is None else f"; {plural(made.tokens, 'token')}"
         elif matrix.chunk_size:
             text += f" of {matrix.chunk_size} tokens"
         facts["collected"] = text
@@ -260,7 +260,7 @@ def left_out_told(left_out: Sequence[LeftOut]) -> str:
     """The chunks that do not count and why, the first few by number."""
     first = ", ".join(f"{one.chunk} ({one.weight})" for one in left_out[:3])
     more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    return f"{_plural(len(left_out), 'chunk')} with NaN or infinite activations: {first}{more}"
+    return f"{plural(len(left_out), 'chunk')} with NaN or infinite activations: {first}{more}"
 
 
 def _table(part: str, found: list[Line]) -> Table:

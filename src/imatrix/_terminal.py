@@ -72,11 +72,13 @@ class Terminal:
 # The head's tensors are unused whenever the trunk runs alone. Contexts get somewhat more room than
 # chunks need, in multiples of 256 (llama_context), which may be more than the model was trained
 # on: of chunks that are, Collector warns. Overrides are what the user asked for (llama-quant.cpp).
+# What is better with tensors on the CPU is --no-mmap here (docs/backends.md).
 _NO_NEWS = (
     "unused tensor",
     "n_ctx is not divisible by n_seq_max",
     "possible training context overflow",
     "applying manual override",
+    "tensor overrides to CPU are used with mmap",
 )
 
 
@@ -135,7 +137,7 @@ class CollectProgress:
             self._bar.update(
                 self._task,
                 total=progress.total,
-                completed=progress.chunks,
+                completed=progress.chunks + progress.ahead,
                 info=describe(progress),
             )
             if progress.experts is not None:
@@ -210,6 +212,10 @@ def _bar(terminal: Terminal) -> Progress:
 def describe(progress: imatrix.Progress) -> str:
     """Progress in a line: "chunk 12/216, 14057 tokens/s, ETA 0:13, PPL 9.4213"."""
     parts = [f"chunk {progress.chunks}" + (f"/{progress.total}" if progress.total else "")]
+    if progress.ahead:
+        parts[0] += f" (+{progress.ahead})"
+    if progress.workers is not None:
+        parts.append(f"{progress.workers} worker{'' if progress.workers == 1 else 's'}")
     if progress.seconds > 0:
         parts.append(f"{progress.tokens / progress.seconds:.0f} tokens/s")
     if progress.total and 0 < progress.chunks < progress.total:

@@ -80,7 +80,8 @@ class Worker:
         return {}, []
 
     def _do_devices(self, _request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
-        return {"devices": _session.backends()[1]}, []
+        features = _session.system_info().strip()
+        return {"devices": _session.backends()[1], "features": features}, []
 
     def _do_model(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         _log.setLevel(request["log_level"])
@@ -125,6 +126,10 @@ class Worker:
 
     def _do_restore(self, request: dict[str, Any], arrays: list[NDArray[Any]]) -> Answer:
         self._objects[request["object"]].restore(request["names"], *arrays)
+        return {}, []
+
+    def _do_clear_sums(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        self._objects[request["object"]].clear_sums()
         return {}, []
 
     def _do_counters(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:

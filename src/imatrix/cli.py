@@ -25,10 +25,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import imatrix
-from imatrix import _check_cli, _evaluate_cli, _files_cli, _hub_cli, _show, _sources_cli, atomic
+from imatrix import (
+    _adapt_cli,
+    _check_cli,
+    _cluster_cli,
+    _completion_cli,
+    _diff_cli,
+    _evaluate_cli,
+    _files_cli,
+    _hub_cli,
+    _placement_cli,
+    _plot_cli,
+    _report_cli,
+    _show,
+    _sources_cli,
+    _stats_cli,
+    atomic,
+)
 from imatrix._arguments import (
     Commands,
-    add_gpu_layers,
     add_parse_special,
     add_skipped_chunks,
     add_tensor_type,
@@ -36,6 +51,7 @@ from imatrix._arguments import (
     add_verbose,
     at_least,
     chunks,
+    files,
 )
 from imatrix._lock import locked
 from imatrix._output import check_output
@@ -169,6 +185,7 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
         _hub_cli.resolve(args, terminal)
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    _cluster_cli.check(args)
     check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
     try:
         lock = locked(args.output)
@@ -205,12 +222,12 @@ def _collect_locked(
         return OK
     if earlier:
         _check_same_model(earlier, args)
-    if args.rpc is not None:
-        # a server that goes away must not take this process with it
-        from imatrix.devices import name_rpc_server
-
-        (name_rpc_server if args.isolate else imatrix.add_rpc_server)(args.rpc)
-    return _collect_text(args, text, earlier, terminal)
+    _placement_cli.use_servers(args, isolate=args.isolate)
+    if args.output_frequency is None:
+        # blocks of a cluster may come several times a second, and their sums be large
+        args.output_frequency = 10 if args.dask is None else 0
+    with _cluster_cli.connected(args, terminal) as cluster:
+        return _collect_text(args, text, earlier, terminal, cluster)
 
 
 def _collect_text(
@@ -218,6 +235,7 @@ def _collect_text(
     text: Texts,
     earlier: list[ImportanceMatrix],
     terminal: Terminal,
+    cluster: imatrix.Cluster | None,
 ) -> int:
     mtp = args.mtp or args.mtp_model is not None
     text_arguments = _sources_cli.run_arguments(args)
@@ -238,14 +256,14 @@ def _collect_text(
         n_batch=n_batch,
         n_ubatch=args.ubatch_size,
         n_seq=n_seq,
-        n_gpu_layers=-1 if args.gpu_layers is None else args.gpu_layers,
+        **_placement_cli.arguments(args),
         n_threads=args.threads,
         use_mmap=not args.no_mmap,
         check_tensors=args.check_tensors,
         isolate=args.isolate,
     ) as collector:
-        if args.gpu_layers not in (None, 0) and not collector.has_gpu:
-            terminal.warn("there is no GPU in this build or machine: -ngl is ignored")
+        if cluster is None:
+            _placement_cli.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
         saver = _Saver(args, collector, earlier, terminal)
@@ -273,6 +291,7 @@ def _collect_text(
                     checkpoint_every=args.output_frequency,
                     restart=args.restart,
                     progress=on_step,
+                    cluster=cluster,
                 )
         except BaseException as error:
             saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
@@ -288,6 +307,8 @@ def _collect_text(
         _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
+        if cluster is not None:
+            _cluster_cli.tell(cluster, terminal)
     return OK
 
 
@@ -550,6 +571,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.dst, [args.imatrix])
+    args.src, _ = _hub_cli.fetched(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
             args.src,
@@ -571,7 +593,10 @@ def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
-    out = args.output or str(Path(args.model).parent)
+    # beside the model, but not among the files of the Hub's cache
+    folder = "." if _hub_cli.is_hub(args.model) else str(Path(args.model).parent)
+    args.model, _ = _hub_cli.fetched(args.model, args, terminal)
+    out = args.output or folder
     with StepProgress(terminal, "extracting", bytes_told) as bar:
         report = imatrix.extract_mtp(args.model, out, trunk_out=args.trunk_out, progress=bar)
     terminal.note(
@@ -590,6 +615,8 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.output, [args.trunk, args.mtp_model])
+    args.trunk, _ = _hub_cli.fetched(args.trunk, args, terminal)
+    args.mtp_model, _ = _hub_cli.fetched(args.mtp_model, args, terminal, first=False)
     with StepProgress(terminal, "grafting", bytes_told) as bar:
         report = imatrix.graft_mtp(args.trunk, args.mtp_model, args.output, progress=bar)
     terminal.note(
@@ -645,7 +672,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="store_true", help="this build: engine, backends, devices"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", parser_class=_hub_cli.Parser
+    )
     for add_parser in _COMMANDS:
         add_parser(commands)
     return parser
@@ -705,12 +734,8 @@ def _add_collect(commands: Commands) -> None:
         help="tokens a graph (default: 512)",
     )
     add_threads(command)
-    add_gpu_layers(command)
-    add(
-        "--rpc",
-        metavar="SERVERS",
-        help="compute on ggml-rpc-servers too: host:port,host:port,... (a build with GGML_RPC=ON)",
-    )
+    _placement_cli.add_arguments(command)
+    _cluster_cli.add_arguments(command)
     add_skipped_chunks(command)
     add(
         "--chunks",
@@ -728,19 +753,20 @@ def _add_collect(commands: Commands) -> None:
     )
     add(
         "--in-file",
-        metavar="FILE",
-        action="append",
+        metavar="FILE,...",
+        action="extend",
+        type=files,
         default=[],
-        help="earlier matrix to add to; may be repeated. Without a text: combine only",
+        help="earlier matrix to add to; several with commas between them, or with the flag "
+        "repeated. Without a text: combine only",
     )
     add(
         "-ofreq",
         "--output-frequency",
         metavar="N",
         type=at_least(0),
-        default=10,
-        help="write OUT and OUT.checkpoint every N chunks (default: 10; 0: OUT at the end only, "
-        "OUT.checkpoint every three minutes)",
+        help="write OUT and OUT.checkpoint every N chunks (default: 10, with --dask 0; 0: OUT at the "
+        "end only, OUT.checkpoint every three minutes)",
     )
     add(
         "--save-frequency",
@@ -803,6 +829,7 @@ def _add_quantize(commands: Commands) -> None:
     add = command.add_argument
     add("src", metavar="SRC", help="GGUF model, F16 or BF16")
     add("dst", metavar="DST", help="what to write")
+    _hub_cli.add_to_positional(command)
     add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
     add("--imatrix", metavar="FILE", help="importance matrix")
     add_tensor_type(command)
@@ -821,11 +848,13 @@ def _add_mtp_files(commands: Commands) -> None:
     )
     extract.set_defaults(run=_extract)
     extract.add_argument("model", metavar="MODEL", help="GGUF model with a head")
+    _hub_cli.add_to_positional(extract)
     extract.add_argument(
         "-o",
         "--output",
         metavar="OUT",
-        help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL)",
+        help="the head's file, or a folder for it (default: mtp-<name>.gguf beside MODEL, here for "
+        "one from the Hub)",
     )
     extract.add_argument("--trunk-out", metavar="TRUNK", help="write the rest as well")
     add_verbose(extract)
@@ -834,6 +863,7 @@ def _add_mtp_files(commands: Commands) -> None:
     )
     graft.set_defaults(run=_graft)
     graft.add_argument("trunk", metavar="TRUNK", help="GGUF model without a head")
+    _hub_cli.add_to_positional(graft)
     graft.add_argument("mtp_model", metavar="MTP", help="the head's file, or a bundled model")
     graft.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
     add_verbose(graft)
@@ -864,9 +894,15 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_collect,
     _check_cli.add_parser,
     _add_show,
+    _stats_cli.add_parser,
+    _plot_cli.add_parser,
+    _report_cli.add_parser,
     _files_cli.add_parser,
+    _diff_cli.add_parser,
+    _adapt_cli.add_parser,
     _add_quantize,
     _evaluate_cli.add_parser,
     _add_mtp_files,
     _add_demo,
+    _completion_cli.add_parser,
 )

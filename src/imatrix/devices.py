@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from imatrix import _session
+from imatrix._rehearsal import child_process, last_words
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Device:
         backend: the ggml backend it belongs to ("CPU", "CUDA", "Metal", "Vulkan", "RPC", ...).
         name: the engine's name for it ("CUDA0").
         description: its own name.
+        buffer_type: what override_tensor calls its memory ("CPU", "CUDA0").
         gpu: whether layers can be offloaded to it.
         memory_free, memory_total: bytes; 0 where the backend does not say.
     """
@@ -23,6 +28,7 @@ class Device:
     backend: str
     name: str
     description: str
+    buffer_type: str
     gpu: bool
     memory_free: int
     memory_total: int
@@ -108,11 +114,46 @@ def _checked(endpoint: str) -> list[str]:
     for each in found:
         host, colon, port = each.partition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-            raise ValueError(f"{each!r} is not host:port")
-        if "RPC" in _session.backends()[0]:
-            # the engine would abort (ggml-rpc.cpp, rpc_dispatcher::start)
-            try:
-                socket.create_connection((host, int(port)), timeout=10).close()
-            except OSError as error:
-                raise OSError(f"no RPC server at {each}: {error}") from error
+            raise ValueError(f"{each!r} is not host:port, in {endpoint!r}")
+    if "RPC" in _session.backends()[0]:
+        for each in found:
+            if each not in _rpc_servers:
+                _check_answers(each)
     return found
+
+
+def _check_answers(endpoint: str) -> None:
+    """Whether an RPC server of this engine's version is there. The engine would end the process
+    if not (ggml-rpc.cpp, rpc_dispatcher::start), so a child asks."""
+    host, _, port = endpoint.partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise OSError(
+            f"no RPC server at {endpoint}: {error}. Start one there: ggml-rpc-server -H {host} -p "
+            f"{port}"
+        ) from error
+    if not sys.executable:
+        return  # the engine will tell, in its way
+    try:
+        status, _, stderr = child_process(endpoint, __name__, timeout=_ANSWER)
+    except subprocess.TimeoutExpired:
+        raise OSError(
+            f"{endpoint} takes connections, but does not answer within {_ANSWER} s as a "
+            "ggml-rpc-server: it is another program, or serves another client, one at a time"
+        ) from None
+    if status != 0:
+        raise OSError(
+            f"{endpoint} is no ggml-rpc-server that this engine can talk to: "
+            f"{last_words(stderr, status)}. It has to be of the same version of llama.cpp"
+        )
+
+
+_ANSWER = 30  # seconds
+
+
+if __name__ == "__main__":
+    try:
+        _session.add_rpc_server(json.loads(sys.argv[1]))
+    except Exception as stop:
+        sys.exit(f"what(): {stop}")

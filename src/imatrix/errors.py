@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import copyreg
 from pathlib import Path
+from typing import Any
 
 
 class ImatrixError(Exception):
     """Base of the errors that this package defines."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default pickle calls the class with `args` alone, which those with keywords refuse.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ModelError(ImatrixError, ValueError):
@@ -82,3 +88,8 @@ class TemplateError(ImatrixError, ValueError):
     def __init__(self, message: str, *, line: int | None = None) -> None:
         super().__init__(message)
         self.line = line
+
+
+class ClusterError(ImatrixError, RuntimeError):
+    """The machines of a cluster cannot do the work: none answers, one is not like the others, or
+    one after the other ended with the same chunks."""

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,9 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix import _session, corpus
-from imatrix.collector import Collector, Perplexity, Progress
+from imatrix import _isolate, _session, corpus
+from imatrix._batch import usual
+from imatrix._chunking import cut
+from imatrix._models import Models, session_settings
+from imatrix._placement import Overrides, Placement, SplitMode
+from imatrix._threads import physical_cores
 from imatrix.errors import ModelError
+from imatrix.run_report import Perplexity, Progress
 
 __all__ = ["Comparison", "Difference", "Estimate", "Evaluation", "Predictions", "evaluate"]
 
@@ -484,6 +489,13 @@ def evaluate(
     skip_chunks: int = 0,
     parse_special: bool = False,
     n_gpu_layers: int = -1,
+    split_mode: SplitMode = "layer",
+    tensor_split: Sequence[float] | None = None,
+    main_gpu: int = 0,
+    devices: Sequence[str] | None = None,
+    override_tensor: Overrides = (),
+    cpu_moe: bool = False,
+    n_cpu_moe: int = 0,
     n_threads: int | None = None,
     use_mmap: bool = True,
     rehearse: bool = True,
@@ -512,6 +524,8 @@ def evaluate(
         n_ubatch: tokens a graph.
         max_chunks, skip_chunks, parse_special: as in Collector.run.
         n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
+        split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: as in
+            Collector, for all the models alike.
         progress: called with a Progress after every chunk, in this thread.
 
     Returns:
@@ -528,55 +542,86 @@ def evaluate(
     for name, value, least in (("depth", depth, 1), ("n_ctx", n_ctx, 4), ("n_ubatch", n_ubatch, 1)):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
+    if n_threads is not None and n_threads < 1:
+        raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
+    n_threads = physical_cores() if n_threads is None else n_threads
     n_batch = n_ctx if n_batch is None else min(n_batch, n_ctx)
     if n_batch < depth:
         raise ValueError(f"n_batch must be depth ({depth}) or more, got {n_batch}")
     if reference_mtp_model is not None and reference is None:
         raise ValueError("reference_mtp_model was given without a reference")
+    placement = Placement.of(
+        split_mode=split_mode,
+        tensor_split=tensor_split,
+        main_gpu=main_gpu,
+        devices=devices,
+        override_tensor=override_tensor,
+        cpu_moe=cpu_moe,
+        n_cpu_moe=n_cpu_moe,
+    )
 
     with ExitStack() as stack:
 
-        def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Collector:
-            # a Collector checks the files, loads them and cuts the text; it collects nothing here
-            return stack.enter_context(
-                Collector(
-                    path,
-                    mtp_model=head,
-                    n_ctx=n_ctx,
-                    n_gpu_layers=n_gpu_layers,
-                    n_threads=n_threads,
-                    use_mmap=use_mmap,
-                    rehearse=rehearse,
-                )
+        def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Models:
+            models = Models(
+                path,
+                head,
+                n_ctx=n_ctx,
+                n_gpu_layers=n_gpu_layers,
+                placement=placement,
+                use_mmap=use_mmap,
+                rehearse=rehearse,
             )
+            stack.callback(models.free)
+            return models
+
+        def loaded(models: Models) -> tuple[_session.Model, _session.Model | None]:
+            models.check(with_head)
+            models.rehearse(session_settings(n_ctx, usual(n_ctx), n_threads, mtp=with_head))
+            trunk = models.load(with_head)
+            assert isinstance(trunk, _session.Model)
+            assert not isinstance(models.head, _isolate.Model)
+            return trunk, models.head
 
         ours = opened(model, mtp_model)
-        if mtp is True and ours.n_nextn == 0:
+        if mtp is True and ours.head_file.n_nextn == 0:
             raise ModelError(f"{os.fspath(model)}: no MTP head in it (mtp=True)")
-        with_head = ours.n_nextn > 0 if mtp is None else mtp
+        with_head = ours.head_file.n_nextn > 0 if mtp is None else mtp
         theirs = None
         if reference is not None:
             theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
-        own, own_head = ours._native_models(with_head)
-        chunks, total, _ = ours._chunks_of(own, texts, parse_special, skip_chunks, max_chunks)
+        own, own_head = loaded(ours)
+        cut_chunks, total, _ = cut(
+            ours,
+            texts,
+            n_ctx,
+            parse_special=parse_special,
+            skip_chunks=skip_chunks,
+            max_chunks=max_chunks,
+        )
+        chunks = (chunk.tokens for chunk in cut_chunks)
         first = next(chunks)  # bad text is an error before any context is made
         beside = beside_head = None
         if theirs is not None:
-            beside, beside_head = theirs._native_models(with_head)
+            beside, beside_head = loaded(theirs)
         evaluator = _session.Evaluator(own, own_head, beside, beside_head)
         evaluator.open(
             n_ctx=n_ctx,
             n_batch=n_batch,
             n_ubatch=n_ubatch,
-            n_threads=ours._n_threads,
+            n_threads=n_threads,
             depth=depth,
         )
         found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
         n_vocab = own.n_vocab
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
-        if with_head and ours.n_nextn > 1 and ours.mtp_architecture != "gemma4-assistant":
-            depth = min(depth, ours.n_nextn)
+        if (
+            with_head
+            and ours.head_file.n_nextn > 1
+            and ours.head_file.architecture != "gemma4-assistant"
+        ):
+            depth = min(depth, ours.head_file.n_nextn)
         del evaluator, own, own_head, beside, beside_head
 
     sizes = [len(chunk["trunk"]["nll"]) for chunk in found]
@@ -606,20 +651,20 @@ def evaluate(
     )
 
 
-def _check_reference(ours: Collector, theirs: Collector, with_head: bool, path: str) -> None:
-    if ours.architecture != theirs.architecture:
+def _check_reference(ours: Models, theirs: Models, with_head: bool, path: str) -> None:
+    if ours.trunk_file.architecture != theirs.trunk_file.architecture:
         raise ValueError(
-            f"{path} is {theirs.architecture}, the model is {ours.architecture}: a reference is "
+            f"{path} is {theirs.trunk_file.architecture}, the model is {ours.trunk_file.architecture}: a reference is "
             "the same model before it was quantized"
         )
-    if with_head and theirs.n_nextn == 0:
+    if with_head and theirs.head_file.n_nextn == 0:
         raise ValueError(
             f"{path} has no MTP head to measure the model's against; give its head's file, or "
             "mtp=False to leave the heads out"
         )
-    if with_head and ours.mtp_architecture != theirs.mtp_architecture:
+    if with_head and ours.head_file.architecture != theirs.head_file.architecture:
         raise ValueError(
-            f"the head is {ours.mtp_architecture}, the reference's is {theirs.mtp_architecture}"
+            f"the head is {ours.head_file.architecture}, the reference's is {theirs.head_file.architecture}"
         )
 
 

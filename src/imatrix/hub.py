@@ -176,43 +176,43 @@ class HubModel:
     @contextmanager
     def _told_errors(self) -> Iterator[None]:
         """What huggingface_hub raises, as what a person can do about it."""
+        try:
+            yield
+        except Exception as error:
+            if (told := self._as_told(error)) is None:
+                raise
+            raise told from error
+
+    def _as_told(self, error: Exception) -> Exception | None:
+        """None for what tells enough as it is."""
         errors = self._library.errors
         where = self._endpoint or "https://huggingface.co"
         has = "the token given was not enough" if self._has_token() else "no token was given"
-        try:
-            yield
-        except errors.GatedRepoError as error:
-            raise PermissionError(
-                f"{self.repo} is gated, and {has}: accept its terms at {where.rstrip('/')}/"
-                f"{self.repo}, then set HF_TOKEN (or -hft) to a token of that account"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise ValueError(
+        why = _first_line(error)
+        set_token = "set HF_TOKEN (or -hft) to"
+        if isinstance(error, errors.GatedRepoError):
+            page = f"{where.rstrip('/')}/{self.repo}"
+            told = f"is gated, and {has}: accept its terms at {page}, then {set_token} a token of that account"
+            return PermissionError(f"{self.repo} {told}")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return ValueError(
                 f"{where} has no model {self.repo}, or it is private and {has}: look at the "
-                "spelling, or set HF_TOKEN (or -hft)"
-            ) from error
-        except errors.LocalEntryNotFoundError as error:
-            raise OSError(
-                f"{self.repo}: a file is not in the cache ({self._cache}) and cannot be fetched: "
-                f"{_first_line(error)}"
-            ) from error
-        except errors.HfHubHTTPError as error:
+                f"spelling, or {set_token} one that may see it"
+            )
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            told = f"a file is not in the cache ({self._cache}) and cannot be fetched: {why}"
+        elif isinstance(error, errors.HfHubHTTPError):
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
-                raise PermissionError(
-                    f"{self.repo}: {where} refuses access (HTTP {status}), and {has}: set "
-                    "HF_TOKEN (or -hft) to one that has it"
-                ) from error
-            raise OSError(
-                f"{self.repo}: {where} answers HTTP {status}: {_first_line(error)}"
-            ) from error
-        except (ValueError, OSError):
-            raise
-        except Exception as error:
+                told = f"{where} refuses access (HTTP {status}), and {has}: {set_token} one that has it"
+                return PermissionError(f"{self.repo}: {told}")
+            told = f"{where} answers HTTP {status}: {why}"
+        elif isinstance(error, (ValueError, OSError)):
+            return None
+        else:
             # what the HTTP client raises differs from version to version of the library
-            raise OSError(
-                f"{self.repo}: {where} cannot be reached: {_first_line(error)}"
-            ) from error
+            told = f"{where} cannot be reached: {why}"
+        return OSError(f"{self.repo}: {told}")
 
     def _has_token(self) -> bool:
         return bool(self._token or self._library.get_token())
@@ -319,6 +319,7 @@ def _huggingface_hub() -> Any:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise ImportError(
             "-hf needs the library huggingface_hub, which is not installed: "

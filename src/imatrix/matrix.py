@@ -8,10 +8,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Entry", "ImportanceMatrix", "LeftOut", "Provenance", "TextSource"]
 
@@ -287,6 +290,28 @@ class ImportanceMatrix(Mapping[str, Entry]):
         """The entries outside the head blocks."""
         blocks = self.head_blocks
         return self._only(name for name in self._entries if _block(name) not in blocks)
+
+    def to_frame(self, *, experts: bool = False, exact: bool = False) -> pandas.DataFrame:
+        """Statistics as a pandas DataFrame, one row a weight, in the order of the matrix.
+
+        Columns are the fields of imatrix.WeightStatistics, with its units: `rows_min` and
+        `rows_max` in activation rows; `total`, `minimum`, `maximum`, `mean` and `stddev` in squared
+        activations; `entropy` in bits; `active`, `entropy_norm` and `zd` in [0, 1]; `cossim` in
+        [0, 1]. The index is the weight's name. A weight that saw no row is there too, with
+        elements 0 and NaN in its figures.
+
+        Args:
+            experts: one row an expert instead, of the weights that have a count an expert; columns
+                of imatrix.ExpertStatistics, indexed by the weight's name and the expert's number,
+                computed in float64.
+            exact: compute in float64, see imatrix.statistics.
+
+        Raises:
+            ImportError: pandas is not installed; it comes with the extra `pandas`.
+        """
+        from imatrix.weight_stats import to_frame
+
+        return to_frame(self, experts=experts, exact=exact)
 
     def _only(self, names: Iterable[str]) -> ImportanceMatrix:
         return ImportanceMatrix(

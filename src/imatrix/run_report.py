@@ -1,4 +1,5 @@
-"""What a run made of its text: tokens by source, what was dropped, and how its experts fared."""
+"""What a run tells: where it stands, and what it made of its text (tokens by source, what was
+dropped, how its experts fared)."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 from imatrix.matrix import TextSource
 
-__all__ = ["Ended", "ExpertCoverage", "Report", "coverage_of"]
+__all__ = ["Ended", "ExpertCoverage", "Perplexity", "Progress", "Report", "Tally", "coverage_of"]
 
 Ended = Literal["text", "max_chunks", "min_expert_rows"]
+# of each chunk: sums of the negative log-likelihoods and of their squares, and tokens scored
+Scores = list[tuple[float, float, int]]
 
 _BLOCK = re.compile(r"(?:mtp:)?blk\.\d+")
 
@@ -65,6 +68,50 @@ class ExpertCoverage:
             f"{'' if self.wanted == 1 else 's'} or more; thinnest: {block} expert {expert}, "
             f"{rows} row{'' if rows == 1 else 's'}"
         )
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of the trunk over the chunks so far, as llama-imatrix prints it: the second
+    half of every chunk is scored (tools/imatrix/imatrix.cpp, compute_imatrix).
+
+    Attributes:
+        value: exp of the mean negative log-likelihood.
+        error: standard error of `value`; 0 with fewer than two scored tokens.
+        n_scored: tokens scored.
+    """
+
+    value: float
+    error: float
+    n_scored: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, given to its `progress` function after every step.
+
+    Attributes:
+        chunks: chunks collected so far.
+        total: chunks there will be, None where the text is a stream of unknown length.
+        tokens: tokens collected so far.
+        seconds: spent on chunks, in an interrupted run that this one goes on from too.
+        perplexity: of the chunks so far, None unless asked for.
+        resumed: chunks taken over from a checkpoint, those left out among them; 0 if none were.
+        experts: rows of the experts so far, None unless min_expert_rows was given.
+        workers: of a cluster, that are there now; None without one.
+        ahead: chunks that a cluster's workers have collected beside those, which are added when
+            their turn comes; the order is fixed.
+    """
+
+    chunks: int
+    total: int | None
+    tokens: int
+    seconds: float
+    perplexity: Perplexity | None
+    resumed: int = 0
+    experts: ExpertCoverage | None = None
+    workers: int | None = None
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +183,31 @@ class Report:
                 "of another kind may reach the thin experts sooner"
             )
         return found
+
+
+class Tally:
+    """Negative log-likelihoods summed in the order of the chunks."""
+
+    def __init__(self) -> None:
+        self.nll = 0.0
+        self.nll_sq = 0.0
+        self.n = 0
+
+    def add(self, scores: Scores) -> None:
+        for nll, nll_sq, n in scores:
+            self.nll += nll
+            self.nll_sq += nll_sq
+            self.n += n
+
+    @property
+    def perplexity(self) -> Perplexity | None:
+        if self.n == 0:
+            return None
+        mean = self.nll / self.n
+        variance = self.nll_sq / self.n - mean * mean
+        value = math.exp(mean) if mean < 700 else math.inf
+        deviation = math.sqrt(variance / (self.n - 1)) if self.n > 1 and variance > 0 else 0.0
+        return Perplexity(value, value * deviation, self.n)
 
 
 def coverage_of(counts: Mapping[str, NDArray[np.int64]], wanted: int) -> ExpertCoverage | None:

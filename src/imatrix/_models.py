@@ -1,0 +1,350 @@
+"""The models that are collected from: their files checked, rehearsed and loaded, and sessions
+on them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imatrix import _isolate, _session
+from imatrix._batch import Batch, choose_in_child
+from imatrix._placement import Placement
+from imatrix._rehearsal import rehearse as rehearse_in_child
+from imatrix.architectures import (
+    check_assistant,
+    check_head,
+    check_memory,
+    check_tables,
+    check_trunk,
+)
+from imatrix.chat_template import ChatOptions, Renderer
+from imatrix.errors import EngineDiedError, ModelError
+from imatrix.formats.checkpoint import Setting
+from imatrix.model_file import ModelFile
+from imatrix.mtp_files import check_fit
+
+__all__ = ["Models", "NativeModel", "NativeSession", "session_settings"]
+
+# Here, or in a process of their own.
+NativeModel = _session.Model | _isolate.Model
+NativeSession = _session.Session | _isolate.Session
+
+
+class Models:
+    """A trunk, and the file that holds its head: its own or another.
+
+    Args:
+        model, mtp_model: paths; None where the head is in the model's own file.
+        n_ctx: tokens a chunk, to compare with what the model was trained on.
+        n_gpu_layers, use_mmap, check_tensors, rehearse, isolate: as Collector has them.
+        placement: on which devices both lie.
+        let_go: called before a model goes, so that nothing else holds on to it.
+
+    Attributes:
+        trunk_file, head_file: the headers; the same object where there is one file.
+        head: the loaded model that holds the head, None unless load(True) was the last.
+        engine: the engine's own process with isolate, once it was needed.
+
+    Raises:
+        FileNotFoundError, ModelError: as Collector does.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        mtp_model: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int,
+        n_gpu_layers: int = -1,
+        placement: Placement | None = None,
+        use_mmap: bool = True,
+        check_tensors: bool = False,
+        rehearse: bool = True,
+        isolate: bool = False,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.trunk_file = self.head_file = ModelFile.read(model)
+        check_trunk(self.trunk_file)
+        if mtp_model is not None:
+            self.head_file = ModelFile.read(mtp_model)
+            if self.head_file.n_nextn == 0:
+                raise ModelError(
+                    f"{self.head_file.path}: no MTP head in it (nextn_predict_layers is absent "
+                    "or 0); give the head's own file as mtp_model, such as imatrix extract-mtp makes"
+                )
+            if self.head_file.architecture == "gemma4-assistant":
+                check_assistant(self.trunk_file, self.head_file)
+            else:
+                check_fit(self.trunk_file, self.head_file)
+        self.head: NativeModel | None = None
+        self._trunk: NativeModel | None = None
+        self._vocabulary: NativeModel | None = None  # the trunk without its weights
+        self._with_head = False  # whether the trunk was loaded with the head's tensors
+        self.engine: _isolate.Engine | None = None
+        self._n_ctx = n_ctx
+        self._n_gpu_layers = n_gpu_layers
+        self._placement = Placement() if placement is None else placement
+        tensors = (*self.trunk_file.tensors, *self.head_file.tensors)
+        self._placement.warn_of_idle(tensors, self.trunk_file.path.name)
+        self._use_mmap = use_mmap
+        self._check_tensors = check_tensors
+        self._isolate = isolate
+        self._let_go = let_go
+        self._rehearse = rehearse
+        self._rehearsed: set[tuple[tuple[str, object], ...]] = set()
+        self._rehearsed_loads: set[bool] = set()
+        self._tokenizer_fault: str | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether one file holds both."""
+        return self.head_file is self.trunk_file
+
+    def files(self, head: bool) -> tuple[Path, Path | None]:
+        """The trunk's file and, with `head`, that of a head which is not in it."""
+        return self.trunk_file.path, self.head_file.path if head and not self.bundled else None
+
+    def identity(self, head: bool) -> dict[str, Setting]:
+        """What tells these files from others, for a checkpoint."""
+        found: dict[str, Setting] = {
+            "model_size": self.trunk_file.size,
+            "model_fingerprint": self.trunk_file.fingerprint(),
+        }
+        if head and not self.bundled:
+            found["mtp_model_size"] = self.head_file.size
+            found["mtp_model_fingerprint"] = self.head_file.fingerprint()
+        return found
+
+    # --- before anything is loaded -------------------------------------------
+
+    def rehearse(self, settings: dict[str, Any]) -> None:
+        """Build the graphs of a session with these settings in a child process, unless that was
+        done. `settings`: what _session.Session.open takes. Wherever the model will lie: the
+        graphs are the same, and the child takes no device from whoever uses it."""
+        kind = tuple(sorted(settings.items()))
+        if self._rehearse and kind not in self._rehearsed:
+            head = bool(settings["mtp"])
+            self._tokenizer_fault = rehearse_in_child(*self.files(head), settings)
+            self._rehearsed.add(kind)
+            self._rehearsed_loads.add(head)
+
+    def choose_batch(self, settings: dict[str, Any], most: int) -> Batch:
+        """What n_batch="auto" comes to, with at most `most` chunks side by side."""
+        return choose_in_child(
+            *self.files(bool(settings["mtp"])),
+            settings,
+            n_gpu_layers=self._n_gpu_layers,
+            placement=self._placement.as_data(),
+            mapped=self._maps(self.trunk_file),
+            most=most,
+        )
+
+    def check(self, head: bool) -> None:
+        """That the files have what they claim.
+
+        Raises:
+            ModelError: they have not.
+            MemoryError: they cannot fit.
+        """
+        if head:
+            check_head(self.head_file)
+        check_memory(self.trunk_file)
+
+    # --- loaded --------------------------------------------------------------
+
+    def load(self, head: bool) -> NativeModel:
+        """The trunk's model; with `head` the head's is in `head`, else None is."""
+        self._drop_dead()
+        if head:
+            check_head(self.head_file)
+            check_tables(self.head_file)
+        check_tables(self.trunk_file)
+        bundled = head and self.bundled
+        if self._rehearse and head not in self._rehearsed_loads:
+            self._tokenizer_fault = rehearse_in_child(*self.files(head), {"mtp": head})
+            self._rehearsed_loads.add(head)
+        if self._trunk is None or (bundled and not self._with_head):
+            self._let_go()
+            self._trunk = None  # a reload with the head must not hold the model twice
+            self._vocabulary = None
+            self.head = None
+            self._trunk = self._load_file(self.trunk_file, bundled)
+            self._with_head = bundled
+        if not head:
+            self.head = None
+        elif bundled:
+            self.head = self._trunk
+        elif self.head is None:
+            self.head = self._load_file(self.head_file, True)
+        return self._trunk
+
+    def loaded(self) -> NativeModel:
+        """The trunk's model, as it is loaded; without the head where it is not."""
+        if self._trunk is not None:
+            return self._trunk
+        return self._vocabulary if self._vocabulary is not None else self.load(False)
+
+    def load_vocabulary(self) -> None:
+        """What tokenizes and tells of the model, unless it is loaded: no weights."""
+        self._drop_dead()
+        check_tables(self.trunk_file)
+        if self._trunk is None and self._vocabulary is None:
+            self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
+
+    def open(self, settings: dict[str, Any]) -> NativeSession:
+        """A session on what load() has loaded."""
+        trunk = self._trunk
+        session: NativeSession
+        with self._dropping_engine():
+            if isinstance(trunk, _isolate.Model):
+                assert not isinstance(self.head, _session.Model)
+                session = _isolate.Session(trunk, self.head)
+            else:
+                assert trunk is not None
+                assert not isinstance(self.head, _isolate.Model)
+                session = _session.Session(trunk, self.head)
+            session.open(**settings)
+        return session
+
+    def free(self) -> None:
+        """Let go of all that is loaded, and end the engine's own process."""
+        self._let_go()
+        self._trunk = None
+        self._vocabulary = None
+        self.head = None
+        self._with_head = False
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def check_tokenizer(self) -> None:
+        """That text can be tokenized.
+
+        Raises:
+            ModelError: there is no tokenizer, or the engine ends with it.
+        """
+        if not self.trunk_file.has_tokenizer:
+            raise ModelError(
+                f"{self.trunk_file.path}: the model has no tokenizer (tokenizer.ggml.model), so text "
+                "cannot be tokenized; give token lists, or a file converted with its tokenizer"
+            )
+        self.loaded()  # the tokenizer is rehearsed with it
+        if self._tokenizer_fault is not None:
+            raise ModelError(
+                f"{self.trunk_file.path}: the engine's tokenizer ends the process with the vocabulary "
+                f"of this model: {self._tokenizer_fault}. Give token lists, or convert the model "
+                "again with its tokenizer."
+            )
+
+    def renderer(self, options: ChatOptions) -> Renderer:
+        """Renders chats with the model's own template."""
+        model = self.loaded()
+        return Renderer(
+            model.metadata("tokenizer."), model.token_text, options, str(self.trunk_file.path)
+        )
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the engine sees a device to put layers on (with isolate, where it runs)."""
+        if self._isolate:
+            return _isolate.has_gpu(self._started())
+        return any(device["gpu"] for device in _session.backends()[1])
+
+    @property
+    def machine(self) -> str:
+        """What the engine's own process computes with, in words; where the same numbers come out
+        of the same work, they are the same."""
+        assert self._isolate
+        features, found = _isolate.machine(self._started())
+        devices = ", ".join(each["description"] for each in found if each["gpu"])
+        return f"{devices + ', ' if devices else ''}{features}"
+
+    def _maps(self, file: ModelFile) -> bool:
+        """The engine maps a file only where its tensors are aligned, or ends the process."""
+        return self._use_mmap and file.aligned
+
+    def _load_file(self, file: ModelFile, mtp: bool, *, no_alloc: bool = False) -> NativeModel:
+        options: dict[str, Any] = {
+            "mtp": mtp,
+            "n_gpu_layers": self._n_gpu_layers,
+            "placement": self._placement.as_data(),
+            "use_mmap": self._maps(file),
+            "check_tensors": self._check_tensors,
+        }
+        if no_alloc:  # the engine maps no file then, and nothing is to go to a device
+            options |= {
+                "n_gpu_layers": 0,
+                "placement": None,
+                "use_mmap": False,
+                "check_tensors": False,
+                "no_alloc": True,
+            }
+        model: NativeModel
+        if self._isolate:
+            with self._dropping_engine():
+                model = _isolate.Model(self._started(), str(file.path), **options)
+        else:
+            model = _session.Model(str(file.path), **options)
+        if not model.has_decoder:
+            raise ModelError(
+                f"{file.path}: {file.architecture} has no decoder; only models that decode text "
+                "can be collected from"
+            )
+        if 0 < model.n_ctx_train < self._n_ctx:
+            warnings.warn(
+                f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
+                f"{file.path.name} was trained on",
+                stacklevel=5,
+            )
+        return model
+
+    def _started(self) -> _isolate.Engine:
+        """The engine's own process, a new one where the last one has died."""
+        self._drop_dead()
+        if self.engine is None:
+            self.engine = _isolate.Engine()
+        return self.engine
+
+    def _drop_dead(self) -> None:
+        if self.engine is not None and not self.engine.alive:
+            self.free()
+
+    @contextmanager
+    def _dropping_engine(self) -> Iterator[None]:
+        """Where loading fails or is interrupted, the engine's own process goes, and with it what
+        it may still be busy with."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, EngineDiedError):
+                error.args = (f"{error.args[0]}, while it loaded {self.trunk_file.path}",)
+            elif not isinstance(error, Exception):
+                self.free()
+            raise
+
+
+def session_settings(
+    n_ctx: int,
+    batch: Batch,
+    n_threads: int,
+    *,
+    mtp: bool = False,
+    process_output: bool = False,
+    perplexity: bool = False,
+    device_sums: bool = True,
+) -> dict[str, Any]:
+    """What _session.Session.open takes."""
+    return {
+        "n_ctx": n_ctx,
+        **asdict(batch),
+        "n_threads": n_threads,
+        "mtp": mtp,
+        "process_output": process_output,
+        "perplexity": perplexity,
+        "device_sums": device_sums,
+    }

@@ -1,0 +1,97 @@
+"""Pages for check_report.py: usual ones, a large model's, and one of names that mean harm.
+
+python tests/browser/sample_pages.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import imatrix
+from imatrix import Collector, Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, report_page
+
+DATA = Path(imatrix.__file__).parent / "data"
+MODEL = DATA / "tiny-glm4moe-mtp.gguf"
+
+
+def shipped(folder: Path) -> dict[str, str]:
+    """The package's model: all of it, beside another; its trunk; a .dat file."""
+    with Collector(MODEL) as collector:
+        whole = collector.run(DATA / "calibration.txt", mtp=True)
+        other = collector.run(DATA / "held-out-prose.txt", mtp=True, max_chunks=4)
+    old = folder / "whole.dat"
+    whole.save(old, format="dat")
+    return {
+        "whole": report_page(whole, name="whole.gguf", model=MODEL, against=other),
+        "trunk": report_page(
+            whole.trunk, name="trunk.gguf", model=MODEL, types=["IQ2_XXS", "Q4_K_M"]
+        ),
+        "dat": report_page(old),
+    }
+
+
+def large() -> str:
+    """94 blocks of 20 weights, 256 experts each, many of them thin."""
+    rng = np.random.default_rng(0)
+    entries = {}
+    for block in range(94):
+        for kind in range(17):
+            sums = rng.lognormal(0, 2, (1, 64)) * 9000
+            entries[f"blk.{block}.kind_{kind}.weight"] = Entry(sums, [9000])
+        rows = rng.poisson(rng.lognormal(4, 2, 256))
+        for kind in ("gate", "up", "down"):
+            sums = rng.lognormal(0, 2, (256, 32)) * rows[:, None]
+            entries[f"blk.{block}.ffn_{kind}_exps.weight"] = Entry(sums, rows)
+    entries["blk.93.nextn.eh_proj.weight"] = Entry(rng.lognormal(0, 2, (1, 64)), [9000])
+    return report_page(ImportanceMatrix(entries, chunk_count=120, chunk_size=4096))
+
+
+def hostile() -> str:
+    """Names of scripts, of the longest kind, and in letters that run from right to left."""
+    script = "<script>alert(1)</script>"
+    rng = np.random.default_rng(1)
+    names = [
+        f"blk.0.{script}.weight",
+        'blk.1."onload=alert(1).weight',
+        "blk.2.ffn_\u202egnp.exe",
+        "blk.2.وزن_الانتباه.weight",
+        "--></style></title><img src=x onerror=alert(2)>",
+        "\x1b[31mred\x00\uffff\n",
+        "x" * 400,
+    ]
+    entries = {name: Entry(rng.random((1, 8)), [40]) for name in names}
+    matrix = ImportanceMatrix(
+        entries,
+        chunk_count=2**31,
+        chunk_size=2**31,
+        provenance=Provenance(
+            collector=script,
+            engine="محرك النص 1.0",
+            packing=script,
+            dataset_digest='"><b>',
+            left_out=(LeftOut(1, 512, script), LeftOut(3, 10**9, "blk.\u202e")),
+            tokens=10**15,
+            sources=(
+                TextSource("/home/x/" + "very-long-" * 40 + script, 1, 5, 2),
+                TextSource(
+                    "نص عربي طويل من اليمين إلى اليسار (1).txt", 10**12, 10**13, 10**9, 0.25
+                ),
+                TextSource("", 1, 1),
+            ),
+        ),
+    )
+    return report_page(matrix, name=script + "\u202e.html", against=matrix)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, page in {**shipped(folder), "large": large(), "hostile": hostile()}.items():
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
