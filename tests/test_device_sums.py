@@ -46,6 +46,9 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
     ("deepseek2", {"n_nextn": 1}),  # 3-D weights
 ]
 
+# The engine's Vulkan backend never ends its own graph of the small deepseek2, llama-imatrix's
+# neither (docs/backends.md).
+ON_GPUS = [model for model in MODELS if model[0] != "deepseek2"]
 
 GPUS = [device.name for device in imatrix.backends().devices if device.gpu]
 # Layers that are not on the device are not computed there either (offload_op in ggml-vulkan.cpp).
@@ -156,7 +159,7 @@ def test_sums_made_there_are_those_made_here(
 
 @pytest.mark.skipif(GPUS == [], reason="the build or the machine has no GPU")
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(("arch", "options"), MODELS, ids=[arch for arch, _ in MODELS])
+@pytest.mark.parametrize(("arch", "options"), ON_GPUS, ids=[arch for arch, _ in ON_GPUS])
 def test_sums_made_on_a_gpu(
     arch: Arch, options: dict[str, Any], whole: bool, forged: Forged, tmp_path: Path
 ) -> None:
@@ -168,7 +171,7 @@ def test_sums_made_on_a_gpu(
 
 
 @pytest.mark.skipif(GPUS == [], reason="the build or the machine has no GPU")
-@pytest.mark.parametrize(("arch", "options"), MODELS, ids=[arch for arch, _ in MODELS])
+@pytest.mark.parametrize(("arch", "options"), ON_GPUS, ids=[arch for arch, _ in ON_GPUS])
 def test_a_gpus_rows_are_llama_imatrix_s(
     arch: Arch, options: dict[str, Any], forged: Forged, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
