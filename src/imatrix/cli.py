@@ -1,4 +1,4 @@
-"""The `imatrix` command: collect, check, show, quantize, evaluate, extract-mtp, graft-mtp, demo.
+"""The `imatrix` command; its subcommands are those of `_COMMANDS`.
 
 It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
 does nothing that `import imatrix` does not offer.
