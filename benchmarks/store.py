@@ -94,13 +94,14 @@ class Store:
             "",
             f"{self.about['date']}, {self.about['machine']}, {passes} interleaved passes; median "
             "[lowest, highest]. Peak resident memory has the mapped model in it. Made by `make "
-            "bench` (benchmarks/test_collect.py).",
+            "bench` (benchmarks/test_collect.py). llama-imatrix's time is the difference of two runs, "
+            "and spreads the more for it.",
         ]
         if self.about["load"] > 0.5:
             lines += [
                 "",
-                f"The load average before the run was {self.about['load']:.1f}: other programs had "
-                "the processors too, and the times are not to be relied on.",
+                f"The load average before the run was {self.about['load']:.1f}. Where that was not "
+                "another benchmark, just ended, other programs had the processors too.",
             ]
         for (model, n_ctx), variants in self.grids().items():
             options = models.options(model, self.about["size"])
