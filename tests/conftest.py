@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,30 @@ WORDS = [
     "nothing",
     "answer",
 ]
+
+
+@dataclass
+class Done:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process."""
+    from imatrix import cli  # not every test needs the native part
+
+    def run_(*argv: object) -> Done:
+        capfd.readouterr()
+        status = cli.main([str(arg) for arg in argv])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return Done(status, out, err)
+
+    return run_

@@ -10,48 +10,19 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TEXT, until_told
+from conftest import TEXT, EngineTool, Run, until_told
 from gguf import GGUFReader
 from random_model import make_random_model
 
 import imatrix
 from imatrix import _run, cli
 from imatrix.matrix import Entry, ImportanceMatrix
-
-EngineTool = Callable[[str], Path]
-
-
-@dataclass
-class Done:
-    """A command that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process."""
-
-    def run_(*argv: object) -> Done:
-        capfd.readouterr()
-        status = cli.main([str(arg) for arg in argv])
-        out, err = capfd.readouterr()
-        assert "Traceback" not in err
-        return Done(status, out, err)
-
-    return run_
 
 
 def spawn(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -7,45 +7,26 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import EngineTool, Forged, run_tool
+from conftest import EngineTool, Forged, Run, run_tool
 from forge import Arch
 
 import imatrix
-from imatrix import Collector, Entry, ImportanceMatrix, cli, statistics
+from imatrix import Collector, Entry, ImportanceMatrix, statistics
 
 N_CTX = 64
 Cells = list[tuple[str, ...]]
 
 
-@dataclass
-class Done:
-    """A command that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """Run `imatrix stats` in this process."""
-
-    def run_(*argv: object) -> Done:
-        capfd.readouterr()
-        status = cli.main(["stats", *(str(arg) for arg in argv)])
-        return Done(status, *capfd.readouterr())
-
-    return run_
+    return lambda *argv: run("stats", *argv)
 
 
 # --- llama-imatrix's figures ---------------------------------------------------------------------
