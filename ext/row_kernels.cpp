@@ -16,8 +16,9 @@ namespace {
 // bandwidth, acc (a few thousand floats) stays in the first cache level.
 constexpr size_t kUnroll = 8;
 
-// Eight streams are more than a core's own prefetcher follows: each is asked for this many floats
-// ahead. Past the end of a row nothing is read; a prefetch cannot fault.
+// Each of the eight streams is asked for this many floats ahead: rows that no cache holds went at
+// 0.74 to 0.81 of a plain read without (EPYC, AVX-512), and go at 1.0 with it
+// (benchmarks/test_row_kernels.py). Past the end of a row nothing is read; a prefetch cannot fault.
 constexpr size_t kAhead = 256;
 
 void plain_row(const float * __restrict x, size_t n, float * __restrict acc) {

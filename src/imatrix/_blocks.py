@@ -86,7 +86,8 @@ class Block:
 
 
 class BlockSums:
-    """Sums and counts by weight, added block by block; to the rest of a run, a session."""
+    """Sums and counts by weight, added block by block or kept from a checkpoint; to the rest of a
+    run, a session."""
 
     def __init__(self) -> None:
         # by the weights that share them; arrays are our own

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from imatrix import _session
 from imatrix._blocks import Block, BlockSums
@@ -20,7 +19,7 @@ from imatrix._models import NativeSession
 from imatrix._version import __version__
 from imatrix.corpus import Chunk, Packing
 from imatrix.errors import CheckpointError, EngineDiedError, NonFiniteError
-from imatrix.formats.checkpoint import Checkpoint, Group, Setting
+from imatrix.formats.checkpoint import Checkpoint, Setting
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
 from imatrix.run_report import (
     Ended,
@@ -32,33 +31,12 @@ from imatrix.run_report import (
     coverage_of,
 )
 
-__all__ = ["FOREIGN_HEAD", "Kept", "Run", "engine_name", "left_out_told", "tell_where"]
+__all__ = ["FOREIGN_HEAD", "Run", "engine_name", "left_out_told", "tell_where"]
 
 FOREIGN_HEAD = "mtp:"  # kForeignHead in ext/session.h
 
 # The digest, tokens of each source, documents begun and tokens dropped of each source.
 _Mark = tuple[Any, list[int], tuple[tuple[int, int], ...]]
-
-
-class Kept:
-    """What a session had collected, without one."""
-
-    def __init__(self, groups: list[Group] | None = None) -> None:
-        self._groups = groups or []
-
-    def restore(
-        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
-    ) -> None:
-        self._groups.append((names, sums, counts))
-
-    def groups(self) -> list[Group]:
-        return self._groups
-
-    def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        return {name: (sums, counts) for names, sums, counts in self._groups for name in names}
-
-    def counts(self) -> dict[str, NDArray[np.int64]]:
-        return {name: counts for names, _, counts in self._groups for name in names}
 
 
 class Run:
@@ -75,7 +53,8 @@ class Run:
         skip_nonfinite: leave out a chunk with a NaN or Inf, instead of ending.
 
     Attributes:
-        session: what holds the sums; None before the first chunk, and once it was let go.
+        session: what holds the sums: the engine's, or BlockSums where it is elsewhere or gone; None
+            before the first chunk, and once it was let go.
         done: chunks that are done; chunks: those of them that count.
         resumed: chunks that were taken over from a checkpoint.
         seconds: spent on chunks, before an interruption too.
@@ -91,7 +70,7 @@ class Run:
         skip_nonfinite: bool = False,
     ) -> None:
         self.lock = threading.RLock()
-        self.session: NativeSession | Kept | BlockSums | None = None
+        self.session: NativeSession | BlockSums | None = None
         self.datasets = datasets
         self.with_head = with_head
         self.skipped = skipped
@@ -351,7 +330,7 @@ class Run:
             )
         self._marks = {found.done: self._mark()}
 
-    def take_over(self, found: Checkpoint, session: NativeSession | Kept | BlockSums) -> None:
+    def take_over(self, found: Checkpoint, session: NativeSession | BlockSums) -> None:
         """Stand where the checkpoint was written, with its sums in the session."""
         for group in found.groups:
             session.restore(*group)
@@ -373,7 +352,9 @@ class Run:
         self._stand_at(found)
         if (mark := self._marks.get(found.done)) is not None:
             self._digest, self._source_tokens, self.read = mark
-        self.session = Kept(found.groups)
+        self.session = kept = BlockSums()
+        for group in found.groups:
+            kept.restore(*group)
 
     def tell_death(
         self, error: EngineDiedError, n_seq: int, found: Checkpoint | None, keeper: Keeper | None

@@ -35,7 +35,7 @@ from imatrix._lock import locked
 from imatrix._models import Models, NativeModel, NativeSession, session_settings
 from imatrix._native_thread import NativeThread, end_at_exit
 from imatrix._placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
-from imatrix._run import FOREIGN_HEAD, Kept, Run, engine_name, left_out_told
+from imatrix._run import FOREIGN_HEAD, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
 from imatrix.chat_template import ChatOptions, ChatTemplate
@@ -335,7 +335,7 @@ class Collector:
         Empty where there are no contexts."""
         run = self._latest()
         with run.lock:
-            if run.session is None or isinstance(run.session, (Kept, BlockSums)):
+            if run.session is None or isinstance(run.session, BlockSums):
                 return {}
             return cast("dict[str, int]", run.session.counters)
 
@@ -673,11 +673,9 @@ class Collector:
         # bad text is an error before any context is made
         first = next(chunks, None)
 
-        session: NativeSession | Kept | BlockSums
-        if first is None:  # the checkpoint is of a run that was done
-            session = Kept()
-        elif asked.cluster is not None:
-            session = BlockSums()
+        session: NativeSession | BlockSums
+        if first is None or asked.cluster is not None:
+            session = BlockSums()  # where first is None the checkpoint is of a run that was done
         else:
             try:
                 session = self._models.open(settings)
@@ -699,7 +697,6 @@ class Collector:
         step = asked.block or self._batch.n_seq
         try:
             if first is not None and not run.enough(step):
-                assert not isinstance(session, Kept)
                 rest = itertools.chain([first], chunks)
                 if isinstance(session, BlockSums):
                     self._drive_cluster(run, session, rest, asked, keeper, report)
