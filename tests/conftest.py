@@ -46,8 +46,9 @@ NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBL
 
 
 def until_told(line: str, run: Callable[[], str]) -> str:
-    """Run one of the engine's programs until its output has `line`: it may exit before its
-    logger's thread has written everything (common/log.cpp), on a busy machine above all."""
+    """Run one of the engine's programs until its output has `line`: where run_tool cannot make it
+    wait (engine_tools.environment), it may exit before its logger's thread has written everything
+    (common/log.cpp), on a busy machine above all."""
     for _ in range(40):
         log = run()
         if line in log:
@@ -67,6 +68,7 @@ def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = 
         errors="replace",
         timeout=timeout,
         check=False,
+        env=engine_tools.environment(),
     )
     log = done.stdout + done.stderr
     assert done.returncode >= 0, f"{command} died of signal {-done.returncode}:\n{log}"

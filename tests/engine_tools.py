@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,3 +26,20 @@ def find(name: str) -> Path:
         )
     # of several builds, the one made last
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def environment() -> dict[str, str]:
+    """For these programs: one in which they write their log to its end before they exit, as far as
+    there is a way to have that (tests/native/wait_for_log.cpp).
+
+    Raises:
+        LookupError: what does it is not built.
+    """
+    if sys.platform != "linux":
+        return dict(os.environ)
+    name = "libimatrix-wait-for-log.so"
+    found = list(ROOT.glob(f"build/*/tests/native/{name}"))
+    if not found:
+        raise LookupError(f"{name} is not built: run `make tools`")
+    library = max(found, key=lambda path: path.stat().st_mtime)
+    return {**os.environ, "LD_PRELOAD": str(library)}

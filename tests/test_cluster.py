@@ -538,6 +538,29 @@ def test_jobs_of_a_queue(
     until_gone(pids)
 
 
+def test_ctrl_c_stays_what_it_was() -> None:
+    """dask_jobqueue takes SIGINT when it is imported, and can do so in the main thread only."""
+    code = """
+import signal, threading
+from imatrix import Cluster
+def start():
+    try:
+        Cluster("slurm:1")
+    except Exception as error:
+        print(type(error).__name__)
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+start()
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    env = {**os.environ, "PATH": ""}  # no sbatch
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("ClusterError\nClusterError\nTrue\n", "")
+
+
 def until_gone(pids: Iterable[int]) -> None:
     for _ in range(600):
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):

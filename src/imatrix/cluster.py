@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -547,9 +548,23 @@ def _config(values: Mapping[str, object]) -> AbstractContextManager[Any]:
     return found
 
 
+@contextmanager
+def _keeping_signals() -> Iterator[None]:
+    """Leaves the process its signal handlers. dask_jobqueue takes SIGINT for itself when it is
+    imported (runner.py), so that Ctrl-C would end a run as sys.exit() does; outside the main thread
+    it could not be imported at all."""
+    setter = signal.signal
+    signal.signal = lambda number, _: signal.getsignal(number)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = setter
+
+
 def _jobs(kind: str) -> Any:
     try:
-        import dask_jobqueue
+        with _keeping_signals():
+            import dask_jobqueue
     except ImportError as error:
         raise ImportError(
             f"{kind}:N needs dask-jobqueue: pip install 'imatrix[jobqueue]'", name="dask_jobqueue"
