@@ -7,7 +7,7 @@ import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = [
     "Commands",
@@ -70,9 +70,12 @@ def files(text: str) -> list[str]:
     return [text] if Path(text).exists() else next(csv.reader([text]))
 
 
-def gpu_layers(text: str) -> int:
-    """Layers on the GPU; -1 for all."""
-    return -1 if text in ("auto", "all") else max(-1, whole(text))
+def gpu_layers(text: str) -> int | Literal["auto"]:
+    """Layers on the GPU; -1 for all. llama.cpp's -1 is auto, and what is below all
+    (common/arg.cpp)."""
+    if text in ("auto", "-1"):
+        return "auto"
+    return -1 if text == "all" else max(-1, whole(text))
 
 
 def tensor_type(text: str) -> tuple[str, str]:
@@ -115,7 +118,8 @@ def add_gpu_layers(command: argparse.ArgumentParser) -> None:
         "--n-gpu-layers",
         metavar="N",
         type=gpu_layers,
-        help="layers on the GPU, a number, 'auto' or 'all' (default: all)",
+        help="layers on the GPU, a number, 'all' or 'auto': as many as there is room for (default: "
+        "auto)",
     )
 
 

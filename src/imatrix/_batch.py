@@ -47,7 +47,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that are free: on the host, and on each device by its name."""
+    """Bytes that are free with the model loaded: on the host, and on each device by its name."""
 
     host: int
     devices: Mapping[str, int]
@@ -74,8 +74,8 @@ def choose(
     Args:
         n_ctx: tokens a chunk.
         need: what a batch takes; None if the engine makes no such contexts.
-        room: what is free before the model is loaded.
-        mapped: whether weights on the host are mapped, so that they need no memory of their own.
+        room: what is free with the model loaded.
+        mapped: whether weights on the host are mapped: the pages of a file count as free.
         most: chunks side by side at most, 1 with a head.
     """
     least = usual(n_ctx)
@@ -83,17 +83,16 @@ def choose(
     if uses is None:
         return least  # the run will say why
     weights = sum(use["model"] for use in uses if mapped and _in_pages(use))
-    if weights + _on_host(uses, mapped) <= _ALL * room.host:
+    if weights + _on_host(uses) <= _ALL * room.host:
         return least
 
     def fits(batch: Batch) -> bool:
         uses = need(batch)
         return (
             uses is not None
-            and _on_host(uses, mapped) <= _BESIDE_WEIGHTS * room.host
+            and _on_host(uses) <= _BESIDE_WEIGHTS * room.host
             and all(
-                use["model"] + use["context"] + use["compute"]
-                <= _ALL * room.devices.get(use["device"], 0)
+                use["context"] + use["compute"] <= _ALL * room.devices.get(use["device"], 0)
                 for use in uses
                 if not use["host"]
             )
@@ -121,13 +120,9 @@ def _in_pages(use: _session.MemoryUse) -> bool:
     return use["host"] and use["plain"]
 
 
-def _on_host(uses: Uses, mapped: bool) -> int:
-    """Bytes of the system's memory that no file backs."""
-    return sum(
-        use["context"] + use["compute"] + (0 if mapped and _in_pages(use) else use["model"])
-        for use in uses
-        if use["host"]
-    )
+def _on_host(uses: Uses) -> int:
+    """Bytes of the system's memory that contexts take."""
+    return sum(use["context"] + use["compute"] for use in uses if use["host"])
 
 
 def choose_in_child(
@@ -140,11 +135,11 @@ def choose_in_child(
     mapped: bool,
     most: int,
 ) -> Batch:
-    """choose() for a model, with the memory that is free now.
+    """choose() for a model that is loaded, with the memory that is free now.
 
     Args:
         model, mtp_model, settings: as for the rehearsal; the batch in `settings` is not looked at.
-        n_gpu_layers, placement, mapped, most: as the model will be loaded, and see choose().
+        n_gpu_layers, placement, mapped, most: as the model is loaded, and see choose().
 
     Raises:
         ModelError: the engine ends the process on this model.

@@ -21,7 +21,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,9 @@ from imatrix.errors import (
     NonFiniteError,
     RowsMissingError,
 )
+
+if TYPE_CHECKING:
+    from imatrix._session import DeviceInfo, MemoryUse
 
 __all__ = ["Engine", "Model", "Session"]
 
@@ -363,19 +366,19 @@ class Session:
         self._engine.ask("restore", [sums, counts], object=self._number, names=names)
 
     @property
+    def memory(self) -> list[MemoryUse]:
+        found, _ = self._engine.ask("memory", object=self._number)
+        memory: list[MemoryUse] = found["memory"]
+        return memory
+
+    @property
     def counters(self) -> dict[str, int]:
         found, _ = self._engine.ask("counters", object=self._number)
         counters: dict[str, int] = found["counters"]
         return counters
 
 
-def has_gpu(engine: Engine) -> bool:
-    """Whether the worker sees a device to put layers on."""
-    found, _ = engine.ask("devices")
-    return any(device["gpu"] for device in found["devices"])
-
-
-def machine(engine: Engine) -> tuple[str, list[dict[str, Any]]]:
+def machine(engine: Engine) -> tuple[str, list[DeviceInfo]]:
     """What the worker computes with: instruction sets and build, in the engine's words, and
     its devices."""
     found, _ = engine.ask("devices")

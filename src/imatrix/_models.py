@@ -3,17 +3,20 @@ on them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from imatrix import _isolate, _session
-from imatrix._batch import Batch, choose_in_child
-from imatrix._placement import Placement
+from imatrix._batch import Batch, choose_in_child, usual
+from imatrix._layers import ALL, Layers, Uses, sums_size
+from imatrix._layers import choose as choose_layers
+from imatrix._placement import Placement, on_cpu
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix.architectures import (
     check_assistant,
@@ -23,7 +26,7 @@ from imatrix.architectures import (
     check_trunk,
 )
 from imatrix.chat_template import ChatOptions, Renderer
-from imatrix.errors import EngineDiedError, ModelError
+from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.formats.checkpoint import Setting
 from imatrix.model_file import ModelFile
 from imatrix.mtp_files import check_fit
@@ -49,6 +52,8 @@ class Models:
         trunk_file, head_file: the headers; the same object where there is one file.
         head: the loaded model that holds the head, None unless load(True) was the last.
         engine: the engine's own process with isolate, once it was needed.
+        layers: what is on the devices; None until a model is loaded.
+        contexts: with n_gpu_layers="auto", bytes that a session's contexts will take on each device.
 
     Raises:
         FileNotFoundError, ModelError: as Collector does.
@@ -60,7 +65,7 @@ class Models:
         mtp_model: str | os.PathLike[str] | None = None,
         *,
         n_ctx: int,
-        n_gpu_layers: int = -1,
+        n_gpu_layers: int | Literal["auto"] = -1,
         placement: Placement | None = None,
         use_mmap: bool = True,
         check_tensors: bool = False,
@@ -88,6 +93,9 @@ class Models:
         self.engine: _isolate.Engine | None = None
         self._n_ctx = n_ctx
         self._n_gpu_layers = n_gpu_layers
+        self.layers: Layers | None = None
+        self.contexts: dict[str, int] = {}
+        self._fitted = False  # whether `layers` was chosen by what there is room for
         self._placement = Placement() if placement is None else placement
         tensors = (*self.trunk_file.tensors, *self.head_file.tensors)
         self._placement.warn_of_idle(tensors, self.trunk_file.path.name)
@@ -135,11 +143,12 @@ class Models:
 
     def choose_batch(self, settings: dict[str, Any], most: int) -> Batch:
         """What n_batch="auto" comes to, with at most `most` chunks side by side."""
+        layers = self._chosen_layers()
         return choose_in_child(
             *self.files(bool(settings["mtp"])),
             settings,
-            n_gpu_layers=self._n_gpu_layers,
-            placement=self._placement.as_data(),
+            n_gpu_layers=layers.n_gpu_layers,
+            placement=self._placed(layers).as_data(),
             mapped=self._maps(self.trunk_file),
             most=most,
         )
@@ -157,24 +166,39 @@ class Models:
 
     # --- loaded --------------------------------------------------------------
 
-    def load(self, head: bool) -> NativeModel:
-        """The trunk's model; with `head` the head's is in `head`, else None is."""
+    def load(
+        self,
+        head: bool,
+        settings: dict[str, Any] | None = None,
+        beside: Mapping[str, int] | None = None,
+    ) -> NativeModel:
+        """The trunk's model; with `head` the head's is in `head`, else None is.
+
+        Args:
+            settings: of the session that will be opened, for which n_gpu_layers="auto" leaves room;
+                None for a usual one.
+            beside: bytes on each device to leave to something else.
+        """
         self._drop_dead()
         if head:
             check_head(self.head_file)
             check_tables(self.head_file)
         check_tables(self.trunk_file)
         bundled = head and self.bundled
+        more = head and not self._with_head and (self.bundled or self._fitted)
         if self._rehearse and head not in self._rehearsed_loads:
             self._tokenizer_fault = rehearse_in_child(*self.files(head), {"mtp": head})
             self._rehearsed_loads.add(head)
-        if self._trunk is None or (bundled and not self._with_head):
+        if self._trunk is None or more:
             self._let_go()
             self._trunk = None  # a reload with the head must not hold the model twice
             self._vocabulary = None
             self.head = None
+            if settings is None:
+                settings = session_settings(self._n_ctx, usual(self._n_ctx), 1, mtp=head)
+            self._choose_layers(head, settings, beside or {})
             self._trunk = self._load_file(self.trunk_file, bundled)
-            self._with_head = bundled
+            self._with_head = head
         if not head:
             self.head = None
         elif bundled:
@@ -194,20 +218,25 @@ class Models:
         self._drop_dead()
         check_tables(self.trunk_file)
         if self._trunk is None and self._vocabulary is None:
+            # nothing is to go to a device
             self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
 
     def open(self, settings: dict[str, Any]) -> NativeSession:
         """A session on what load() has loaded."""
-        trunk = self._trunk
+        assert self._trunk is not None
+        return self._opened(self._trunk, self.head, settings)
+
+    def _opened(
+        self, trunk: NativeModel, head: NativeModel | None, settings: dict[str, Any]
+    ) -> NativeSession:
         session: NativeSession
         with self._dropping_engine():
             if isinstance(trunk, _isolate.Model):
-                assert not isinstance(self.head, _session.Model)
-                session = _isolate.Session(trunk, self.head)
+                assert not isinstance(head, _session.Model)
+                session = _isolate.Session(trunk, head)
             else:
-                assert trunk is not None
-                assert not isinstance(self.head, _isolate.Model)
-                session = _session.Session(trunk, self.head)
+                assert not isinstance(head, _isolate.Model)
+                session = _session.Session(trunk, head)
             session.open(**settings)
         return session
 
@@ -218,6 +247,7 @@ class Models:
         self._vocabulary = None
         self.head = None
         self._with_head = False
+        self.layers = None
         if self.engine is not None:
             self.engine.close()
             self.engine = None
@@ -251,9 +281,7 @@ class Models:
     @property
     def has_gpu(self) -> bool:
         """Whether the engine sees a device to put layers on (with isolate, where it runs)."""
-        if self._isolate:
-            return _isolate.has_gpu(self._started())
-        return any(device["gpu"] for device in _session.backends()[1])
+        return any(device["gpu"] for device in self._devices())
 
     @property
     def machine(self) -> str:
@@ -264,26 +292,100 @@ class Models:
         devices = ", ".join(each["description"] for each in found if each["gpu"])
         return f"{devices + ', ' if devices else ''}{features}"
 
+    def _devices(self) -> list[_session.DeviceInfo]:
+        if self._isolate:
+            return _isolate.machine(self._started())[1]
+        return _session.backends()[1]
+
+    def _chosen_layers(self) -> Layers:
+        assert self.layers is not None  # load() sets it
+        return self.layers
+
+    def _placed(self, layers: Layers) -> Placement:
+        """The placement, and the experts that `layers` leaves on the CPU."""
+        kept = on_cpu("experts", layers.cpu_experts)
+        return replace(self._placement, overrides=(*self._placement.overrides, *kept))
+
+    def _choose_layers(
+        self, head: bool, settings: dict[str, Any], beside: Mapping[str, int]
+    ) -> None:
+        """Set `layers` for a model that is about to be loaded, and `contexts`."""
+        self.contexts, self._fitted = {}, False
+        if self._n_gpu_layers != "auto":
+            self.layers = Layers(self._n_gpu_layers)
+            return
+        if self._placement.split_mode == "tensor":
+            self.layers = ALL  # the engine cannot plan that mode (common/fit.cpp)
+            return
+        devices = [device for device in self._devices() if device["gpu"]]
+        if not devices:
+            self.layers = Layers(0)
+            return
+        self._fitted = True
+        if self._rehearse:
+            self.rehearse(settings)  # what the engine is going to plan here
+        free = {
+            device["name"]: device["memory_free"] - beside.get(device["name"], 0)
+            for device in devices
+            if device["memory_total"] > 0
+        }
+        other = [self.head_file] if head and not self.bundled else []
+        need = functools.cache(lambda layers: self._need(head, settings, layers))
+        self.layers = choose_layers(
+            self.trunk_file.n_trunk + self.trunk_file.n_nextn,
+            need,
+            free,
+            # what stays on the CPU is theirs who say so
+            experts=not self._placement.overrides
+            and self.trunk_file.integers.get("expert_count", 0) > 1,
+            sums=sums_size(self.trunk_file, *other) if settings["device_sums"] else 0,
+        )
+        for use in need(self.layers) or ():
+            if not use["host"]:
+                taken = use["context"] + use["compute"]
+                self.contexts[use["device"]] = self.contexts.get(use["device"], 0) + taken
+
+    def _need(self, head: bool, settings: dict[str, Any], layers: Layers) -> Uses | None:
+        """What the models and a session on them would take; None if there can be none."""
+        try:
+            bundled = head and self.bundled
+            trunk = self._load_file(self.trunk_file, bundled, no_alloc=True, layers=layers)
+            other = None
+            if head:
+                other = (
+                    trunk
+                    if bundled
+                    else self._load_file(self.head_file, True, no_alloc=True, layers=layers)
+                )
+            return self._opened(trunk, other, settings).memory
+        except (EngineError, MemoryError):
+            return None
+
     def _maps(self, file: ModelFile) -> bool:
         """The engine maps a file only where its tensors are aligned, or ends the process."""
         return self._use_mmap and file.aligned
 
-    def _load_file(self, file: ModelFile, mtp: bool, *, no_alloc: bool = False) -> NativeModel:
+    def _load_file(
+        self,
+        file: ModelFile,
+        mtp: bool,
+        *,
+        no_alloc: bool = False,
+        layers: Layers | None = None,
+    ) -> NativeModel:
+        """Load one. With `no_alloc` without its weights, for the CPU unless `layers` says how much
+        of it would go to the devices."""
+        planned = layers is not None
+        if layers is None:
+            layers = Layers(0) if no_alloc else self._chosen_layers()
         options: dict[str, Any] = {
             "mtp": mtp,
-            "n_gpu_layers": self._n_gpu_layers,
-            "placement": self._placement.as_data(),
-            "use_mmap": self._maps(file),
-            "check_tensors": self._check_tensors,
+            "n_gpu_layers": layers.n_gpu_layers,
+            "placement": self._placed(layers).as_data() if planned or not no_alloc else None,
+            "use_mmap": not no_alloc and self._maps(file),
+            "check_tensors": not no_alloc and self._check_tensors,
+            "no_alloc": no_alloc,
         }
-        if no_alloc:  # the engine maps no file then, and nothing is to go to a device
-            options |= {
-                "n_gpu_layers": 0,
-                "placement": None,
-                "use_mmap": False,
-                "check_tensors": False,
-                "no_alloc": True,
-            }
         model: NativeModel
         if self._isolate:
             with self._dropping_engine():
@@ -295,7 +397,7 @@ class Models:
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "
                 "can be collected from"
             )
-        if 0 < model.n_ctx_train < self._n_ctx:
+        if not planned and 0 < model.n_ctx_train < self._n_ctx:
             warnings.warn(
                 f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
                 f"{file.path.name} was trained on",

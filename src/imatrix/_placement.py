@@ -142,14 +142,18 @@ class Placement:
                 )
 
 
-def on_cpu(kind: Literal["experts", "dense"], n_blocks: int | None = None) -> list[tuple[str, str]]:
+def on_cpu(
+    kind: Literal["experts", "dense"], blocks: int | Sequence[int] | None = None
+) -> list[tuple[str, str]]:
     """The overrides that keep feed-forward weights on the CPU (-cmoe, -ncmoe, -ncffn): those of
-    all blocks, or of the first `n_blocks`."""
+    all blocks, of the first so many, or of these."""
     pattern = _EXPERTS if kind == "experts" else _DENSE
-    if n_blocks is None:
+    if blocks is None:
         return [(pattern, _CPU)]
-    blocks = "|".join(map(str, range(min(n_blocks, _MAX_LAYERS))))
-    return [(rf"blk\.({blocks}){pattern}", _CPU)] if blocks else []
+    if isinstance(blocks, int):
+        blocks = range(min(blocks, _MAX_LAYERS))
+    numbers = "|".join(map(str, blocks))
+    return [(rf"blk\.({numbers}){pattern}", _CPU)] if numbers else []
 
 
 def parse_overrides(text: str) -> list[tuple[str, str]]:

@@ -10,12 +10,13 @@ from typing import Any, get_args
 
 import imatrix
 from imatrix._arguments import add_gpu_layers, at_least, whole
+from imatrix._layers import ALL
 from imatrix._placement import SplitMode, on_cpu, parse_overrides
 from imatrix._terminal import Terminal, size
 
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
-__all__ = ["add_arguments", "arguments", "use_servers", "warn_of_no_device"]
+__all__ = ["add_arguments", "arguments", "layers_told", "use_servers", "warn_of_no_device"]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -102,13 +103,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What Collector and evaluate() take."""
     return {
-        "n_gpu_layers": -1 if args.gpu_layers is None else args.gpu_layers,
+        "n_gpu_layers": "auto" if args.gpu_layers is None else args.gpu_layers,
         "split_mode": args.split_mode or "layer",
         "tensor_split": args.tensor_split,
         "main_gpu": args.main_gpu or 0,
         "devices": args.device,
         "override_tensor": args.override_tensor or (),
     }
+
+
+def layers_told(collector: imatrix.Collector) -> str | None:
+    """What -ngl auto came to; None where all is on the GPU, or there is none."""
+    layers = collector.layers
+    if layers in (None, ALL) or not collector.has_gpu:
+        return None
+    n_blocks = collector.n_trunk + collector.n_nextn
+    n_layers = "all" if layers.n_gpu_layers == -1 else layers.n_gpu_layers
+    told = f"-ngl auto: {n_layers} of {n_blocks + 1} layers on the GPU"
+    if layers.cpu_experts:
+        told += f", the experts of {len(layers.cpu_experts)} blocks on the CPU"
+    return told
 
 
 def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:

@@ -132,6 +132,9 @@ class Worker:
         self._objects[request["object"]].clear_sums()
         return {}, []
 
+    def _do_memory(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        return {"memory": self._objects[request["object"]].memory}, []
+
     def _do_counters(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         return {"counters": self._objects[request["object"]].counters}, []
 

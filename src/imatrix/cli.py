@@ -270,8 +270,13 @@ def _collect_text(
         bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
 
         def on_step(progress: imatrix.Progress) -> None:
-            if args.batch_size == "auto" and saver.progress is None:
-                terminal.note(_batch_told(collector))
+            if saver.progress is None:
+                if args.batch_size == "auto":
+                    terminal.note(_batch_told(collector))
+                if args.gpu_layers in (None, "auto") and (
+                    told := _placement_cli.layers_told(collector)
+                ):
+                    terminal.note(told)
             bar(progress)
             saver.step(progress)
 

@@ -31,6 +31,7 @@ from imatrix._chunking import (
     weights_of,
 )
 from imatrix._keeper import Keeper, batch_in
+from imatrix._layers import Layers
 from imatrix._lock import locked
 from imatrix._models import Models, NativeModel, NativeSession, session_settings
 from imatrix._native_thread import NativeThread, end_at_exit
@@ -124,7 +125,9 @@ class Collector:
             sums by 5e-4 here and can tip a close choice of an expert.
         n_ubatch: tokens a graph; None for 512.
         n_seq: chunks side by side in a decode. Must be 1 for the head.
-        n_gpu_layers: layers to put on the GPU, -1 for all; ignored by a build without one.
+        n_gpu_layers: layers to put on GPUs, the last ones; -1 for all; "auto": as many as there is
+            room for when the model is loaded, of a mixture of experts without the experts of some
+            blocks before anything else (docs/backends.md); told by the property `layers`.
         split_mode: how the model is divided over several GPUs: "none" (one of them, main_gpu),
             "layer" (by blocks) or "row" (within the weights, where the backend can: CUDA, SYCL).
             llama.cpp's "tensor" is for evaluate() only: see docs/backends.md.
@@ -180,7 +183,7 @@ class Collector:
         n_batch: int | Literal["auto"] | None = None,
         n_ubatch: int | None = None,
         n_seq: int = 1,
-        n_gpu_layers: int = -1,
+        n_gpu_layers: int | Literal["auto"] = "auto",
         split_mode: SplitMode = "layer",
         tensor_split: Sequence[float] | None = None,
         main_gpu: int = 0,
@@ -223,6 +226,8 @@ class Collector:
         ):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
+        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
+            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
         placement = Placement.of(
             split_mode=split_mode,
             tensor_split=tensor_split,
@@ -264,7 +269,8 @@ class Collector:
         self._mtp = mtp
         self._device_sums = device_sums
         if mtp is not None:
-            self._models.load(mtp and self.n_nextn > 0)
+            head = mtp and self.n_nextn > 0
+            self._models.load(head, self._settings(head, False, False))
         self._closed = False
 
     # --- what it is --------------------------------------------------------
@@ -294,6 +300,11 @@ class Collector:
         """Chunks side by side, tokens a decode and tokens a graph (n_seq, n_batch, n_ubatch); with
         n_batch="auto" those that the current or last run chose."""
         return self._batch
+
+    @property
+    def layers(self) -> Layers | None:
+        """What of the model lies on GPUs (n_gpu_layers, cpu_experts); None until it is loaded."""
+        return self._models.layers
 
     @property
     def matrix(self) -> ImportanceMatrix:
@@ -792,7 +803,7 @@ class Collector:
         self._models.check(with_head)
         self._models.rehearse(self._settings(with_head, process_output, perplexity))
         if weights:
-            self._models.load(with_head)
+            self._models.load(with_head, self._settings(with_head, process_output, perplexity))
         else:
             self._models.load_vocabulary()
         return with_head

@@ -11,18 +11,18 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _isolate, _session, corpus
-from imatrix._batch import usual
+from imatrix._batch import Batch, usual
 from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
 from imatrix._placement import Overrides, Placement, SplitMode
@@ -488,7 +488,7 @@ def evaluate(
     max_chunks: int | None = None,
     skip_chunks: int = 0,
     parse_special: bool = False,
-    n_gpu_layers: int = -1,
+    n_gpu_layers: int | Literal["auto"] = "auto",
     split_mode: SplitMode = "layer",
     tensor_split: Sequence[float] | None = None,
     main_gpu: int = 0,
@@ -575,10 +575,18 @@ def evaluate(
             stack.callback(models.free)
             return models
 
-        def loaded(models: Models) -> tuple[_session.Model, _session.Model | None]:
+        def loaded(
+            models: Models, beside: Mapping[str, int]
+        ) -> tuple[_session.Model, _session.Model | None]:
             models.check(with_head)
-            models.rehearse(session_settings(n_ctx, usual(n_ctx), n_threads, mtp=with_head))
-            trunk = models.load(with_head)
+            settings = session_settings(n_ctx, usual(n_ctx), n_threads, mtp=with_head)
+            models.rehearse(settings)
+            # the evaluator reads logits, and sums nothing
+            batch = Batch(1, n_ctx if n_batch is None else n_batch, n_ubatch)
+            wanted = session_settings(
+                n_ctx, batch, n_threads, mtp=with_head, perplexity=True, device_sums=False
+            )
+            trunk = models.load(with_head, wanted, beside)
             assert isinstance(trunk, _session.Model)
             assert not isinstance(models.head, _isolate.Model)
             return trunk, models.head
@@ -591,7 +599,7 @@ def evaluate(
         if reference is not None:
             theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
-        own, own_head = loaded(ours)
+        own, own_head = loaded(ours, {})
         cut_chunks, total, _ = cut(
             ours,
             texts,
@@ -604,7 +612,7 @@ def evaluate(
         first = next(chunks)  # bad text is an error before any context is made
         beside = beside_head = None
         if theirs is not None:
-            beside, beside_head = loaded(theirs)
+            beside, beside_head = loaded(theirs, ours.contexts)
         evaluator = _session.Evaluator(own, own_head, beside, beside_head)
         evaluator.open(
             n_ctx=n_ctx,
