@@ -30,6 +30,8 @@ DENSE: dict[str, Any] = {
 }  # fmt: skip
 # the same trunk with a vocabulary of 4k: skipping the LM head gains little here
 SMALL_VOCABULARY: dict[str, Any] = DENSE | {"n_vocab": 4096}
+# and with the 248k that Qwen3.5 has, of which the small ones tie both ends too
+WIDE_VOCABULARY: dict[str, Any] = DENSE | {"n_vocab": 248320}
 # a mixture of experts: 64 of them, 6 used, one shared
 EXPERTS: dict[str, Any] = {
     "arch": "glm4moe", "dtype": "F16", "tokenizer": "qwen35", "n_vocab": 32768, "n_layer": 10,
@@ -47,8 +49,8 @@ LARGE: dict[str, Any] = EXPERTS | {
 SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}
 
 MODELS = {
-    "dense": DENSE, "small-vocabulary": SMALL_VOCABULARY, "experts": EXPERTS,
-    "large": LARGE, "small": SMALL,
+    "dense": DENSE, "wide-vocabulary": WIDE_VOCABULARY, "small-vocabulary": SMALL_VOCABULARY,
+    "experts": EXPERTS, "large": LARGE, "small": SMALL,
 }  # fmt: skip
 
 

@@ -29,6 +29,11 @@ class Cell(NamedTuple):
     peak: int
 
 
+def over(cells: list[Cell], base: list[Cell]) -> list[float]:
+    """Ratios of their times, pass by pass; a pass that is not done is left out."""
+    return [one.seconds / other.seconds for one, other in zip(cells, base, strict=False)]
+
+
 def machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -93,9 +98,10 @@ class Store:
             "# Seconds per chunk",
             "",
             f"{self.about['date']}, {self.about['machine']}, {passes} interleaved passes; median "
-            "[lowest, highest]. Peak resident memory has the mapped model in it. Made by `make "
-            "bench` (benchmarks/test_collect.py). llama-imatrix's time is the difference of two runs, "
-            "and spreads the more for it.",
+            "[lowest, highest], of the ratios too, which are of times of the same pass. Peak "
+            "resident memory has the mapped model in it. Made by `make bench` "
+            "(benchmarks/test_collect.py). llama-imatrix's time is the difference of two runs, and "
+            "spreads the more for it.",
         ]
         if self.about["load"] > 0.5:
             lines += [
@@ -121,9 +127,11 @@ class Store:
                 v: statistics.median(c.seconds for c in cells) for v, cells in variants.items()
             }
 
-            def ratio(variant: str, base: str, middle: dict[str, float] = middle) -> str:
-                both = variant in middle and base in middle
-                return f"{middle[variant] / middle[base]:.3f}" if both else ""
+            def ratio(variant: str, base: str, variants: dict[str, list[Cell]] = variants) -> str:
+                if base not in variants:
+                    return ""
+                found = over(variants[variant], variants[base])
+                return f"{statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}]"
 
             for variant, cells in variants.items():
                 seconds = [cell.seconds for cell in cells]
@@ -161,11 +169,10 @@ class Store:
                 if not variants:
                     axis.set_visible(False)
                     continue
-                bare = statistics.median(cell.seconds for cell in variants[BARE])
                 for place, variant in enumerate(order):
                     if variant not in variants:
                         continue
-                    times = [cell.seconds / bare for cell in variants[variant]]
+                    times = over(variants[variant], variants[BARE])
                     middle = statistics.median(times)
                     color = (
                         "#b0b0b0" if variant.startswith("bare")

@@ -7,11 +7,13 @@ environment:
     IMATRIX_BENCH_CHUNKS   tokens a chunk (default: 512)
     IMATRIX_BENCH_SIZE     full, or half: half the layers, for half the time (default: full)
     IMATRIX_BENCH_PASSES   (default: 3)
+    IMATRIX_BENCH_TOKENS   tokens a measurement (default: 4096, 8 chunks of 512 or 2 of 2048)
     IMATRIX_BENCH_RESUME   1: keep what collect.json has of these settings, measure the rest
 
 The whole grid:
 
-    IMATRIX_BENCH_MODELS=dense,small-vocabulary,experts IMATRIX_BENCH_CHUNKS=512,2048 make bench
+    IMATRIX_BENCH_MODELS=dense,wide-vocabulary,small-vocabulary,experts \
+        IMATRIX_BENCH_CHUNKS=512,2048 make bench
 
 A decode is one chunk and a graph at most 512 tokens, for all of them. What a program does once
 (loading, tokenizing, its first graph) is left out: a session of ours stays from pass to pass, in a
@@ -41,6 +43,7 @@ TEXT = models.ROOT / "src/imatrix/data/calibration.txt"
 NAMES = os.environ.get("IMATRIX_BENCH_MODELS", "dense").split(",")
 CHUNKS = [int(n) for n in os.environ.get("IMATRIX_BENCH_CHUNKS", "512").split(",")]
 SIZE = os.environ.get("IMATRIX_BENCH_SIZE", "full")
+TOKENS = int(os.environ.get("IMATRIX_BENCH_TOKENS", "4096"))
 N_UBATCH = 512
 
 # variant -> the session that runs it, and whether with the hook
@@ -56,7 +59,7 @@ THEIRS = {"llama-imatrix --no-ppl": ["--no-ppl"], "llama-imatrix, with perplexit
 
 def n_timed(n_ctx: int) -> int:
     """Chunks in one measurement."""
-    return max(1, 1024 // n_ctx)
+    return max(1, TOKENS // n_ctx)
 
 
 def sessions(path: Path, n_ctx: int, n_chunks: int | None = None) -> Sessions:

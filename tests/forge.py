@@ -236,7 +236,7 @@ def make_model(
 
     tokenizer: "tiny" (byte-level, see Tokenizer.encode), the name of one of the engine's
         vocabularies ("qwen35": vendor/llama.cpp/models/ggml-vocab-qwen35.gguf), or None for a
-        model that has only numbers. n_vocab pads the tiny one and cuts the others short.
+        model that has only numbers. n_vocab pads a tokenizer or cuts it short.
     tied: no output.weight; the engine then takes token_embd.weight.
     embed_tokens, shared_head_head, shared_head_norm: the head's optional tensors.
     drop: tensors left out of the file, as a predicate or as shell patterns of names; the keys
@@ -606,7 +606,8 @@ def tiny_tokenizer(n_vocab: int | None = None, add_bos: bool = False) -> Tokeniz
 def copied_tokenizer(name: str, n_vocab: int | None = None, add_bos: bool = False) -> Tokenizer:
     """One of the engine's own vocabularies; real ones have 100 to 250 thousand tokens.
 
-    With n_vocab, the first n_vocab - 1 tokens, the merges that stay among them, and the end token.
+    With n_vocab, the first n_vocab - 1 tokens, the merges that stay among them, and the end token;
+    where there are fewer, unused ones behind them.
     """
     reader = gguf.GGUFReader(VOCABS / f"ggml-vocab-{name}.gguf")
     prefix = "tokenizer."
@@ -627,5 +628,9 @@ def copied_tokenizer(name: str, n_vocab: int | None = None, add_bos: bool = Fals
         ]
         for key in [k for k in keys if k.endswith("_token_id")]:
             keys[key] = new_id.get(keys[key], new_id[eos])
+    if n_vocab is not None and n_vocab > len(tokens):
+        more = range(len(tokens), n_vocab)
+        keys["tokenizer.ggml.tokens"] = tokens = [*tokens, *(f"[PAD{i}]" for i in more)]
+        keys["tokenizer.ggml.token_type"] += [gguf.TokenType.UNUSED.value] * len(more)
     keys["tokenizer.ggml.add_bos_token"] = add_bos
     return Tokenizer(keys, len(tokens), keys.get("tokenizer.ggml.bos_token_id"), add_bos)
