@@ -417,7 +417,7 @@ def test_a_reference_beside_the_model(endpoints: list[str], forged: Forged, tmp_
 def test_what_the_command_says() -> None:
     def told(layers: Layers | None, has_gpu: bool = True) -> str | None:
         made = SimpleNamespace(layers=layers, has_gpu=has_gpu, n_trunk=40, n_nextn=1)
-        return layers_told(made)  # type: ignore[arg-type]
+        return layers_told(made, SimpleNamespace(mtp_model=None))  # type: ignore[arg-type]
 
     assert told(Layers(12)) == "-ngl auto: 12 of 42 layers on the GPU"
     assert told(Layers(-1, (0, 13, 27))) == (

@@ -33,6 +33,14 @@ class Layers:
     n_gpu_layers: int
     cpu_experts: tuple[int, ...] = ()
 
+    def told(self, n_blocks: int) -> str:
+        """In words, of a model with so many blocks, its head's included."""
+        n_layers = "all" if self.n_gpu_layers == -1 else self.n_gpu_layers
+        told = f"{n_layers} of {n_blocks + 1} layers on the GPU"
+        if self.cpu_experts:
+            told += f", the experts of {len(self.cpu_experts)} blocks on the CPU"
+        return told
+
 
 ALL = Layers(-1)
 

@@ -290,12 +290,20 @@ class Models:
         assert self._isolate
         features, found = _isolate.machine(self._started())
         devices = ", ".join(each["description"] for each in found if each["gpu"])
-        return f"{devices + ', ' if devices else ''}{features}"
+        if not devices:
+            return features
+        placed = self._chosen_layers().told(self._n_blocks)
+        return f"{devices}, {placed}, {features}"
 
     def _devices(self) -> list[_session.DeviceInfo]:
         if self._isolate:
             return _isolate.machine(self._started())[1]
         return _session.backends()[1]
+
+    @property
+    def _n_blocks(self) -> int:
+        """Those that the engine counts: the trunk's, and the head's where it is in the same file."""
+        return self.trunk_file.n_trunk + self.trunk_file.n_nextn
 
     def _chosen_layers(self) -> Layers:
         assert self.layers is not None  # load() sets it
@@ -332,7 +340,7 @@ class Models:
         other = [self.head_file] if head and not self.bundled else []
         need = functools.cache(lambda layers: self._need(head, settings, layers))
         self.layers = choose_layers(
-            self.trunk_file.n_trunk + self.trunk_file.n_nextn,
+            self._n_blocks,
             need,
             free,
             # what stays on the CPU is theirs who say so

@@ -112,17 +112,13 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def layers_told(collector: imatrix.Collector) -> str | None:
+def layers_told(collector: imatrix.Collector, args: argparse.Namespace) -> str | None:
     """What -ngl auto came to; None where all is on the GPU, or there is none."""
     layers = collector.layers
     if layers in (None, ALL) or not collector.has_gpu:
         return None
-    n_blocks = collector.n_trunk + collector.n_nextn
-    n_layers = "all" if layers.n_gpu_layers == -1 else layers.n_gpu_layers
-    told = f"-ngl auto: {n_layers} of {n_blocks + 1} layers on the GPU"
-    if layers.cpu_experts:
-        told += f", the experts of {len(layers.cpu_experts)} blocks on the CPU"
-    return told
+    in_the_file = collector.n_nextn if args.mtp_model is None else 0
+    return f"-ngl auto: {layers.told(collector.n_trunk + in_the_file)}"
 
 
 def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:

@@ -274,7 +274,7 @@ def _collect_text(
                 if args.batch_size == "auto":
                     terminal.note(_batch_told(collector))
                 if args.gpu_layers in (None, "auto") and (
-                    told := _placement_cli.layers_told(collector)
+                    told := _placement_cli.layers_told(collector, args)
                 ):
                     terminal.note(told)
             bar(progress)
