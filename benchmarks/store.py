@@ -93,7 +93,8 @@ class Store:
         return found
 
     def table(self) -> str:
-        passes = max(len(values) for values in self.cells.values())
+        sizes = sorted({len(values) for values in self.cells.values()})
+        passes = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
         lines = [
             "# Seconds per chunk",
             "",
