@@ -15,6 +15,9 @@ The whole grid:
     IMATRIX_BENCH_MODELS=dense,wide-vocabulary,small-vocabulary,experts \
         IMATRIX_BENCH_CHUNKS=512,2048 make bench
 
+(results/ has wide-vocabulary in chunks of 512 only, and two passes more of the qwen35 ones in these,
+added by IMATRIX_BENCH_RESUME=1 IMATRIX_BENCH_PASSES=5.)
+
 A decode is one chunk and a graph at most 512 tokens, for all of them. What a program does once
 (loading, tokenizing, its first graph) is left out: a session of ours stays from pass to pass, in a
 process of its own (worker.py), in which chunks with the hook and without it take turns;

@@ -157,6 +157,8 @@ def test_what_is_no_number(forged: Forged) -> None:
     path = forged("llama", seed=2).path
     with pytest.raises(ValueError, match="n_gpu_layers must be a number or 'auto', got 'most'"):
         Collector(path, n_gpu_layers="most")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_gpu_layers must be a number or 'auto', got 'most'"):
+        imatrix.evaluate(path, ["x"], n_gpu_layers="most")  # type: ignore[arg-type]
 
 
 def test_where_there_is_no_device(forged: Forged) -> None:

@@ -54,7 +54,6 @@ def choose(
     *,
     experts: bool,
     sums: int = 0,
-    margin: int = MARGIN,
 ) -> Layers:
     """The most that the devices have room for.
 
@@ -68,7 +67,6 @@ def choose(
         free: bytes free on each device by its name. One that is not there has room for all.
         experts: whether there are experts that may stay on the CPU.
         sums: bytes of the sums that devices hold, all together.
-        margin: bytes to leave free on each device.
     """
 
     def fits(layers: Layers) -> bool:
@@ -82,7 +80,7 @@ def choose(
                 continue
             # sums lie where the weights do that they are for
             taken += sums * use["model"] // max(1, weights)
-            if taken > free[use["device"]] - margin:
+            if taken > free[use["device"]] - MARGIN:
                 return False
         return True
 

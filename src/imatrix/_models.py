@@ -56,7 +56,7 @@ class Models:
         contexts: with n_gpu_layers="auto", bytes that a session's contexts will take on each device.
 
     Raises:
-        FileNotFoundError, ModelError: as Collector does.
+        FileNotFoundError, ModelError, ValueError: as Collector does.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Models:
         isolate: bool = False,
         let_go: Callable[[], None] = lambda: None,
     ) -> None:
+        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
+            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
         self.trunk_file = self.head_file = ModelFile.read(model)
         check_trunk(self.trunk_file)
         if mtp_model is not None:

@@ -226,8 +226,6 @@ class Collector:
         ):
             if value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}")
-        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
-            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
         placement = Placement.of(
             split_mode=split_mode,
             tensor_split=tensor_split,

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _isolate, _session, corpus
-from imatrix._batch import Batch, usual
+from imatrix._batch import Batch
 from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
 from imatrix._placement import Overrides, Placement, SplitMode
@@ -579,14 +579,13 @@ def evaluate(
             models: Models, beside: Mapping[str, int]
         ) -> tuple[_session.Model, _session.Model | None]:
             models.check(with_head)
-            settings = session_settings(n_ctx, usual(n_ctx), n_threads, mtp=with_head)
-            models.rehearse(settings)
             # the evaluator reads logits, and sums nothing
-            batch = Batch(1, n_ctx if n_batch is None else n_batch, n_ubatch)
-            wanted = session_settings(
+            batch = Batch(1, n_batch, n_ubatch)
+            settings = session_settings(
                 n_ctx, batch, n_threads, mtp=with_head, perplexity=True, device_sums=False
             )
-            trunk = models.load(with_head, wanted, beside)
+            models.rehearse(settings)
+            trunk = models.load(with_head, settings, beside)
             assert isinstance(trunk, _session.Model)
             assert not isinstance(models.head, _isolate.Model)
             return trunk, models.head
