@@ -40,6 +40,7 @@ KNOWN_AS: Mapping[str, str] = {
     "deepseek32": "DeepSeek-V3.2",
     "deepseek4": "DeepSeek-V4",
     "glm-dsa": "GLM-5",
+    "glm5-next": "GLM-5.3-Flash",
     "glm4moe": "GLM-4.5, 4.6 and 4.7, GLM-4.5-Air, Solar Open",
     "hy_v3": "Hunyuan 3 (Hy3)",
     "mimo2": "MiMo-V2-Flash",
@@ -47,6 +48,7 @@ KNOWN_AS: Mapping[str, str] = {
     "qwen35": "Qwen3.5, dense",
     "qwen35moe": "Qwen3.5, mixture of experts",
     "qwen3next": "Qwen3-Next",
+    "qwen4exp": "Qwen3.8-Flash-Next",
     "step35": "Step-3.5-Flash",
 }
 
@@ -55,11 +57,13 @@ NOTES: Mapping[str, str] = {
     "deepseek2": "its head needs MLA keys, `attention.q_lora_rank` above 0, experts, and no "
     "attention temperature",
     "deepseek4": "`attention.key_length` must differ from `attention.indexer.key_length`",
+    "glm5-next": "its trunk needs a layer of each kind, recurrent and attention",
     "mimo2": "the head needs a fused `attn_qkv` and a dense FFN",
     "nemotron_h_moe": "its trunk needs a layer of each kind, recurrent and attention",
     "qwen35": "its trunk needs a layer of each kind, recurrent and attention",
     "qwen35moe": "its trunk needs a layer of each kind, recurrent and attention",
     "qwen3next": "its trunk needs a layer of each kind, recurrent and attention",
+    "qwen4exp": "its trunk needs a layer of each kind, recurrent and attention",
 }
 
 _LOOKUP = "nextn.embed_tokens.weight"  # the same everywhere: said once, above the table

@@ -28,7 +28,10 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
     engine.n_threads            = params.n_threads;
     engine.n_threads_batch      = params.n_threads;
     engine.no_perf              = true;
-    engine.abort_callback       = [](void * data) -> bool {
+    // a cache of experts in device memory puts its own tensor and ids into MUL_MAT_ID, which would
+    // then be counted for the wrong experts (src/llama-moe-cache.cpp)
+    engine.moe_cache_size = 0;
+    engine.abort_callback = [](void * data) -> bool {
         return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
     };
     engine.abort_callback_data = params.cancelled;

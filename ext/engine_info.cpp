@@ -3,10 +3,29 @@
 #include "ggml-backend.h"
 #include "llama.h"
 
+#include <cstdlib>
 #include <mutex>
 #include <set>
 
 namespace imatrix {
+
+namespace {
+
+// A server forgets every graph it was sent when any buffer on it is freed (rpc_server::free_buffer
+// in ggml-rpc.cpp), and the client, which is not told, goes on asking for them by number
+// (rpc_dispatcher::graph_compute): "graph with uid N not found", and the engine ends the process.
+// Sums on the device, a second model, or a context that goes away all free buffers. A graph that
+// is made anew for each batch has a new number, so it is sent again. The engine asks for that by
+// this variable alone, each time it makes a context (llama-context.cpp).
+void keep_graphs_from_reuse() {
+#ifdef _WIN32
+    _putenv_s("LLAMA_GRAPH_REUSE_DISABLE", "1");
+#else
+    setenv("LLAMA_GRAPH_REUSE_DISABLE", "1", 1);
+#endif
+}
+
+} // namespace
 
 std::vector<std::string> backend_names() {
     ggml_backend_load_all();
@@ -59,13 +78,14 @@ Status add_rpc_server(const std::string & endpoint) {
     if (server == nullptr) {
         return Status::failed(Code::engine_failed, endpoint + ": the RPC server has no device");
     }
+    keep_graphs_from_reuse();
     ggml_backend_register(server);
     known.insert(endpoint);
     return {};
 }
 
 std::string engine_version() { return llama_version(); }
-std::string engine_commit() { return IMATRIX_ENGINE_COMMIT; }
+std::string engine_build() { return IMATRIX_ENGINE_BUILD; }
 std::string system_info() { return llama_print_system_info(); }
 
 } // namespace imatrix

@@ -24,8 +24,8 @@ std::vector<Device>      devices();
 // Makes the devices of an RPC server ("host:port") known, for models loaded from now on. The
 // engine ends the process if it cannot connect: look first whether somebody listens there.
 Status      add_rpc_server(const std::string & endpoint);
-std::string engine_version(); // "0.5.0"
-std::string engine_commit();  // of the pinned source, "unknown" for another one
+std::string engine_version(); // llama.cpp's own, such as "0.6.0"
+std::string engine_build();   // "build 11549" or a commit, as pinned; "unknown" of other sources
 std::string system_info();    // instruction sets and build options, the engine's words
 
 } // namespace imatrix

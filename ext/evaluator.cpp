@@ -169,10 +169,10 @@ Status Runner::decode(llama_context * ctx, llama_batch_ext * batch, const std::v
                                                           std::to_string(model_.n_vocab()) +
                                                           " tokens)");
         }
-        // set_embd_token as the engine's driver does; set_embd_state does nothing in this version
+        // a head's graph asserts that there is a state (llm_graph_input_embd_h::set_input)
         const bool fed = llama_batch_ext_set_pos(batch, index, &row.pos) &&
                          (row.state == nullptr ||
-                          llama_batch_ext_set_embd_token(
+                          llama_batch_ext_set_embd_state(
                               batch, index, {row.state, 1, static_cast<size_t>(n_embd_)}));
         if (!fed) {
             return Status::failed(Code::engine_failed, "the engine refused a row");

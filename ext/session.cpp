@@ -621,9 +621,8 @@ Status Session::keep_rows(int32_t first, int32_t n_tokens) {
 // Runs rows through the MTP context, in decodes of at most n_batch. With `out`, the hidden rows
 // that come back are written to it: the row of slot p as the state of slot p+1.
 //
-// The state goes in by llama_batch_ext_set_embd_token, as the engine's driver gives it;
-// llama_batch_ext_set_embd_state, which llama.h names for this, does nothing in this version
-// and returns false (llama-batch.cpp).
+// The state goes in by llama_batch_ext_set_embd_state, beside the token: the graph of a head
+// asserts that there is one (llm_graph_input_embd_h::set_input, src/llama-graph.cpp).
 Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
                           std::vector<float> * out) {
     const size_t n     = static_cast<size_t>(n_embd_h_);
@@ -635,7 +634,7 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
             const HeadRow & row = rows[first + k];
             const int32_t index = llama_batch_ext_add_token(head_batch_.get(), row.seq, row.token);
             if (index < 0 || !llama_batch_ext_set_pos(head_batch_.get(), index, &row.pos) ||
-                !llama_batch_ext_set_embd_token(head_batch_.get(), index, {row.state, 1, n})) {
+                !llama_batch_ext_set_embd_state(head_batch_.get(), index, {row.state, 1, n})) {
                 return Status::failed(Code::engine_failed, "the engine refused a row for the head");
             }
             llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);

@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # as vendor/fetch.py does
+    from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pin() -> dict[str, Any]:
+    """vendor/llama.cpp.toml, the one place that says which engine it is."""
+    return tomllib.loads((ROOT / "vendor" / "llama.cpp.toml").read_text(encoding="utf-8"))
 
 
 def find(name: str) -> Path:

@@ -520,6 +520,9 @@ def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, float(value))
     elif isinstance(value, int | np.integer):
         writer.add_uint32(key, int(value))
+    elif isinstance(value[0], np.uint64):  # gguf-py would write int32
+        kinds = gguf.GGUFValueType
+        writer.add_key_value(key, [int(v) for v in value], kinds.ARRAY, sub_type=kinds.UINT64)
     else:
         writer.add_array(key, list(value))
 

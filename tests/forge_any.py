@@ -254,6 +254,59 @@ def _deepseek4(s: _Sizes) -> dict[str, Any]:
     }
 
 
+def _glm5_next(s: _Sizes) -> dict[str, Any]:
+    m = _MLA
+    return {
+        **_common(s),
+        **_experts(),
+        **_indexer(),
+        "attention.head_count": 2,
+        # a layer without key-value heads is a recurrent one
+        "attention.head_count_kv": s.each(0, 1, head=1),
+        "attention.key_length": m["kv_lora"],
+        "attention.value_length": m["kv_lora"],
+        "attention.key_length_mla": m["nope"],
+        "attention.value_length_mla": m["v"],
+        "attention.q_lora_rank": m["q_lora"],
+        "attention.kv_lora_rank": m["kv_lora"],
+        "attention.layer_norm_epsilon": 1e-6,
+        "attention.indexer.kpool": 4,
+        "attention.indexer.kpool_select_tail": True,
+        "attention.indexer.types": [True] * s.n_layer,
+        "hyper_connection.count": 4,
+        "hyper_connection.sinkhorn_iterations": 4,
+        "hyper_connection.epsilon": 1e-6,
+        "kda.head_dim": 128,
+        "kda.gate_lower_bound": -5.0,
+        "rope.dimension_count": 0,
+        "ssm.conv_kernel": 4,
+        "swiglu_clamp_exp": [10.0] * s.n_all,
+    }
+
+
+def _qwen4exp(s: _Sizes) -> dict[str, Any]:
+    return {
+        **_common(s),
+        **_experts(1),
+        **_delta_net(),
+        **_indexer(),
+        "attention.compress_ratios": s.each(0, 4, head=4),
+        "hyper_connection.count": 4,
+        "hyper_connection.low_rank": 64,
+        "rope.dimension_sections": [6, 5, 5, 0],
+        # rows of a table by the hash of the last tokens, in a linear layer
+        "ple.layers": [0],
+        "ple.ngram_size": 3,
+        "ple.heads_per_ngram": 2,
+        "ple.conv_kernel": 4,
+        "ple.eos_token_id": 2,
+        "ple.layer_multipliers": [np.uint64(m) for m in (2654435761, 40503, 2246822519)],
+        "ple.head_offsets": [np.uint64(64 * h) for h in range(4)],
+        "ple.head_vocab_sizes": [np.uint64(64)] * 4,
+        "embedding_length_per_layer_input": s.n_embd // 4,
+    }
+
+
 def _deepseek4_head(s: _Sizes, il: int) -> Iterable[tuple[str, Shape]]:
     n, blk = s.n_embd, f"blk.{il}."
     yield blk + "nextn.eh_proj.weight", (n, 2 * n)
@@ -341,10 +394,12 @@ ARCHS: dict[str, _Arch] = {
     "hy_v3": _Arch(_hy_v3, max_nextn=3, drop=_BIASES),
     "mimo2": _Arch(_mimo2, max_nextn=3, drop=(*_BIASES, "*.layer_output_norm.weight")),
     "nemotron_h_moe": _Arch(_nemotron_h_moe, n_layer=3, drop=_BIASES),
-    "qwen35": _Arch(_qwen35, drop=_BIASES),
+    "qwen35": _Arch(_qwen35, drop=(*_BIASES, "cls.output.weight")),
     "qwen35moe": _Arch(_qwen35moe, drop=_BIASES),
     "qwen3next": _Arch(_qwen3next, drop=(*_BIASES, "*.ssm_in.weight")),
     "step35": _Arch(_step35, max_nextn=3, drop=(*_BIASES, "rope_freqs.weight")),
+    "glm5-next": _Arch(_glm5_next, drop=_BIASES),
+    "qwen4exp": _Arch(_qwen4exp, drop=_BIASES),
     "gemma4": _Arch(_gemma4, max_nextn=0),
     "gemma4-assistant": _Arch(_gemma4_assistant, n_layer=0, max_nextn=4),
 }

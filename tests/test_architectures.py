@@ -43,6 +43,7 @@ SEVERAL = ("hy_v3", "mimo2", "step35")  # graph_mtp takes nextn_layer_offset, an
 CONV = "a convolution kernel (ggml_ssm_conv)"
 SCAN = "a decay or skip factor of the state space, not a matrix"
 NORM = "a norm with one row a group"
+DEPTHWISE = "a convolution kernel, one weight a channel and tap (ggml_mul)"
 APE = "positions added to a compressed block"
 HASH = "a table of experts by token"
 INDEXER = "the MTP graph attends to every position, without the indexer"
@@ -76,6 +77,13 @@ NEVER: Mapping[str, Mapping[str, str]] = {
         "blk.{h}.indexer.attn_q_b.weight": INDEXER,
     },
     "glm4moe": {},
+    "glm5-next": {
+        "blk.0.ssm_conv1d_q.weight": CONV,
+        "blk.0.ssm_conv1d_k.weight": CONV,
+        "blk.0.ssm_conv1d_v.weight": CONV,
+        "blk.1.indexer_compressor_ape.weight": APE,
+        "blk.{h}.indexer_compressor_ape.weight": APE,
+    },
     "hy_v3": {},
     "mimo2": {},
     "nemotron_h_moe": {
@@ -87,14 +95,27 @@ NEVER: Mapping[str, Mapping[str, str]] = {
     "qwen35": {"blk.0.ssm_conv1d.weight": CONV},
     "qwen35moe": {"blk.0.ssm_conv1d.weight": CONV},
     "qwen3next": {"blk.0.ssm_conv1d.weight": CONV},
+    "qwen4exp": {
+        "blk.0.ssm_conv1d.weight": CONV,
+        "blk.0.ple_conv1d.weight": DEPTHWISE,
+        **{f"blk.0.ple_norm_{part}.weight": NORM for part in ("key", "query", "conv")},
+        **{
+            f"blk.{il}.hc_{part}_norm.weight": NORM
+            for il in (0, 1, "{h}")
+            for part in ("attn", "ffn")
+        },
+        "blk.{h}.nextn.hnorm.weight": NORM,
+        "blk.{h}.nextn.hc_head_norm.weight": NORM,
+    },
     "step35": {},
 }
 
 # The loader has no room for nextn.embed_tokens and nextn.shared_head_head (load_arch_tensors in
-# bailingmoe3.cpp and nemotron-h.cpp); every other one takes both.
-NO_TABLES = ("bailingmoe3", "nemotron_h_moe")
+# bailingmoe3.cpp, nemotron-h.cpp and qwen4exp.cpp); every other one takes both.
+NO_TABLES = ("bailingmoe3", "nemotron_h_moe", "qwen4exp")
 
-# A vector that is multiplied as a matrix of one row (build_lora_mm in qwen35moe.cpp, qwen3next.cpp)
+# A vector that is multiplied as a matrix of one row (build_lora_mm in qwen35moe.cpp, qwen3next.cpp,
+# qwen4exp.cpp)
 VECTORS = ("ffn_gate_inp_shexp.weight",)
 
 # Every trunk runs its last layer on all rows when its hidden rows are asked for unmasked: there is
@@ -107,20 +128,32 @@ HEAD_CROPS = {
     "qwen3next": "the experts run on output rows only",
     # crop_before_ffn, unless hidden rows are asked for unmasked, which one head alone does not need
     "nemotron_h_moe": "the experts run on output rows only",
+    "glm5-next": "the experts run on output rows only",  # crop_before_nextn, likewise
+    # the mixer is the norm before the LM head (flat_out in graph_mtp)
+    "qwen4exp": "the mixer of its streams (`nextn.hc_head_*`) runs on output rows only",
 }
 # Heads that crop after their block: the row that the next head takes is an output row, and a
 # single head takes none (h_nextn in graph_mtp of mimo2.cpp, step35.cpp).
 NEXT_HEAD_CROPS = ("mimo2", "step35")
 
-# Rows a token of what is not run once a token: deepseek4's four hyper-connection streams.
-ROWS_A_TOKEN = {("deepseek4", "nextn.eh_proj.weight"): 4}
+# Rows a token of what is not run once a token: four hyper-connection streams.
+ROWS_A_TOKEN = {
+    ("deepseek4", "nextn.eh_proj.weight"): 4,
+    ("qwen4exp", "nextn.eh_proj.weight"): 4,
+}
 
 # Weights outside the blocks, other than the embeddings and the output, that a type like IQ2_XXS
 # needs data for. Only `blk.` and output.weight are collected, by llama-imatrix too.
-OUTSIDE: Mapping[str, tuple[str, ...]] = {"deepseek4": ("output_hc_fn.weight",)}
+OUTSIDE: Mapping[str, tuple[str, ...]] = {
+    "deepseek4": ("output_hc_fn.weight",),
+    "qwen4exp": ("output_hc_down.weight", "output_hc_up.weight"),
+}
+# Tables outside the blocks that are looked up, never multiplied, and that such a type needs data
+# for all the same: only a larger type of their own helps.
+TABLES: Mapping[str, tuple[str, ...]] = {"qwen4exp": ("per_layer_token_embd.weight",)}
 
 # Heads that a loader takes and no graph runs; build_arch_graph there gives the trunk's, or throws
-NO_HEAD_GRAPH = ("bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4", "glm5-next")
+NO_HEAD_GRAPH = ("bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4")
 
 
 def never(arch: str, variant: str = "plain") -> dict[str, str]:
@@ -258,7 +291,7 @@ def iq2_xxs_of_most(
     """iq2_xxs of the variant with the most in its head, all that never runs at a larger type; and
     which of these the quantizer looked for data for: the others it leaves as they are anyway."""
     variant = "tables" if "tables" in found else "plain"
-    idle = [*never(arch, variant), *OUTSIDE.get(arch, ())]
+    idle = [*never(arch, variant), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())]
     log = iq2_xxs(found[variant], idle, llama_quantize)
     without = re.findall(r"did not find weights for (\S+)", log)
     return [name for name in without if name not in ("token_embd.weight", "output.weight")], log
@@ -357,7 +390,9 @@ def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing
     assert "failed to quantize" not in log
     assert "quant size" in log
     variant = "plain" if arch in NO_TABLES else "tables"
-    assert set(without) <= {*never(arch, variant), *OUTSIDE.get(arch, ())}
+    assert set(without) <= {
+        *never(arch, variant), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())
+    }  # fmt: skip
     if variant == "tables":  # it is looked up, and the quantizer wants data for it all the same
         assert f"blk.{ARCHS[arch].n_layer}.nextn.embed_tokens.weight" in without
 
@@ -377,7 +412,7 @@ def test_iq2_xxs_with_the_trunk_alone_names_a_weight_of_the_head(
     arch: str, measured: Measuring, tmp_path: Path
 ) -> None:
     found = measured(arch)["plain"]
-    larger = [*never(arch), *OUTSIDE.get(arch, ())]
+    larger = [*never(arch), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())]
     with pytest.raises(imatrix.EngineError, match=r"MTP head") as error:
         imatrix.quantize(
             found.model.path,
@@ -435,6 +470,11 @@ def refusal(model: Path, *, mtp: bool = True) -> str:
     return refusals([model], mtp=mtp)[0]
 
 
+def norm(arch: str) -> str:
+    """The norm that a block of every kind has, and a head must."""
+    return "hc_attn_norm" if arch == "qwen4exp" else "attn_norm"
+
+
 def bare(
     path: Path, arch: str, *, block_count: int = 2, n_nextn: int = 1, without: Iterable[str] = ()
 ) -> Path:
@@ -443,8 +483,8 @@ def bare(
     writer.add_block_count(block_count)
     writer.add_uint32(f"{arch}.nextn_predict_layers", n_nextn)
     writer.add_tokenizer_model("no_vocab")
-    names = ["token_embd.weight", *(f"blk.{il}.attn_norm.weight" for il in range(block_count))]
-    if arch.startswith(("qwen3",)):
+    names = ["token_embd.weight", *(f"blk.{il}.{norm(arch)}.weight" for il in range(block_count))]
+    if arch.startswith(("qwen3", "qwen4")):
         names.append("blk.0.ssm_conv1d.weight")
     for il in range(block_count - n_nextn, block_count):
         names += [f"blk.{il}.nextn.{part}.weight" for part in ("eh_proj", "enorm", "hnorm")]
@@ -498,7 +538,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("arch", MTP_ARCHS)
     def test_head_that_the_metadata_only_claim(self, arch: str, tmp_path: Path) -> None:
-        parts = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm")
+        parts = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", norm(arch))
         names = [f"blk.1.{part}.weight" for part in parts]
         paths = [bare(tmp_path / f"{name}.gguf", arch, without=[name]) for name in names]
         for name, message in zip(names, refusals(paths), strict=True):
@@ -521,9 +561,9 @@ class TestRefusals:
         lengths = {"attention.key_length": 128, "attention.value_length": 128}
         model = make_any(tmp_path / "m.gguf", "deepseek4", metadata=lengths)
         assert model.keys["deepseek4.attention.indexer.key_length"] == 128
-        message = refusal(model.path)
-        assert "attention.key_length and attention.indexer.key_length are both 128" in message
-        child(_MEASURE.replace("mtp=True", "mtp=False"), N_CTX, 1, model.path)  # the trunk runs
+        for mtp in (False, True):
+            message = refusal(model.path, mtp=mtp)
+            assert "attention.key_length and attention.indexer.key_length are both 128" in message
 
     @pytest.mark.parametrize("arch", ["qwen35", "qwen35moe", "qwen3next"])
     def test_hybrid_without_a_recurrent_layer(self, arch: str, tmp_path: Path) -> None:

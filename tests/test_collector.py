@@ -15,12 +15,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import engine_tools
 import gguf
 import numpy as np
 import oracle
 import pytest
 from conftest import Forged
 from forge import Arch, ModelSpec, make_model
+from forge_any import make_any
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix, ModelError, NonFiniteError, _session
@@ -119,7 +121,8 @@ def test_provenance_and_digest(headed: ModelSpec) -> None:
     assert found.mtp is True
     assert found.n_ctx == N_CTX
     assert found.collector == f"imatrix {imatrix.__version__}"
-    assert re.fullmatch(r"llama\.cpp \S+ \([0-9a-f]+\)", found.engine or "")
+    pin = engine_tools.pin()
+    assert found.engine == f"llama.cpp {pin['engine']} ({pin['build']})"
     assert trunk.provenance is not None
     assert trunk.provenance.mtp is False
     assert trunk.provenance.dataset_digest == found.dataset_digest
@@ -444,11 +447,12 @@ def test_a_head_in_the_keys_only(arch: Arch, drop: str, first: str, forged: Forg
         collector(spec, mtp=True)
 
 
-def test_the_trunk_of_a_file_without_its_head(forged: Forged) -> None:
-    """For glm4moe the engine takes such a file for a trunk (trunk_only in src/models/glm4-moe.cpp)."""
-    spec = forged("glm4moe", seed=SEED, n_nextn=1, drop=("blk.2.*",))
+@pytest.mark.parametrize("arch", ["glm4moe", "qwen35"])
+def test_the_trunk_of_a_file_without_its_head(arch: Arch, forged: Forged) -> None:
+    """The engine takes such a file for a trunk (nextn_flags in src/llama-model.cpp)."""
+    spec = forged(arch, seed=SEED, n_nextn=1, drop=("blk.2.*",))
     chunks = token_chunks(spec, 2)
-    with collector(spec) as made, collector(forged("glm4moe", seed=SEED, n_nextn=1)) as whole:
+    with collector(spec) as made, collector(forged(arch, seed=SEED, n_nextn=1)) as whole:
         assert_same_data(made.run(chunks), whole.run(chunks))
 
 
@@ -462,12 +466,15 @@ def test_a_head_without_one_of_its_tensors(arch: Arch, name: str, forged: Forged
         made.run(token_chunks(spec, 1), mtp=True)
 
 
-def test_the_engine_wants_a_head_it_skips(forged: Forged) -> None:
-    """Other files lack a tensor of the head that the engine looks for even to leave it out, in
-    llama-imatrix too: an error that names the tensor, not a crash."""
-    spec = forged("qwen35", seed=SEED, n_nextn=1, drop=("blk.2.*",))
-    with collector(spec) as made, pytest.raises(ModelError, match=r"'blk\.2\.attn_norm\.weight'"):
-        made.run(token_chunks(spec, 1))
+def test_the_engine_wants_a_head_it_skips(tmp_path: Path) -> None:
+    """deepseek4's file lacks a tensor of the head that the engine looks for even to leave it out
+    (src/models/deepseek4.cpp): an error that names the tensor, not a crash."""
+    model = make_any(tmp_path / "m.gguf", "deepseek4", drop=("blk.3.*",))
+    with (
+        Collector(model.path, n_ctx=N_CTX, n_threads=1) as made,
+        pytest.raises(ModelError, match=r"'blk\.3\.attn_norm\.weight'"),
+    ):
+        made.run([[1] * N_CTX])
 
 
 def test_keys_that_contradict_each_other(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -9,10 +11,13 @@ import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
+import engine_tools
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PIN = engine_tools.pin()
 
 
 def build(kind: str, out: Path) -> Path:
@@ -161,11 +166,11 @@ class TestFetch:
         )
 
     def test_a_damaged_archive_is_refused(self, tmp_path: Path) -> None:
-        archive = tmp_path / "llama_cpp_python-0.3.36.tar.gz"
+        archive = tmp_path / PIN["archive"]
         archive.write_bytes(b"not the release")
         result = self.run("--target", str(tmp_path / "out"), IMATRIX_CACHE=str(tmp_path))
         assert result.returncode == 1
-        assert "expected 832db0699007" in result.stderr
+        assert f"expected {PIN['sha256']}" in result.stderr
         assert "delete it and build again" in result.stderr
         assert not (tmp_path / "out").exists()
 
@@ -175,8 +180,46 @@ class TestFetch:
             PIP_NO_INDEX="1", PIP_FIND_LINKS="",
         )  # fmt: skip
         assert result.returncode == 1
-        assert "could not download the source of llama-cpp-python==0.3.36" in result.stderr
+        assert (
+            f"could not download the source of {PIN['package']}=={PIN['version']}" in result.stderr
+        )
         assert "IMATRIX_LLAMA_CPP" in result.stderr
+
+    def test_what_another_archive_changes_is_built_again(self, tmp_path: Path) -> None:
+        """Any package, any folder in it. A build goes by times, and the archive of a newer engine
+        may hold older ones than the objects that were made of the last engine."""
+        fetch = self.module()
+        old = {"CMakeLists.txt": b"", "src/same.cpp": b"a", "src/other.cpp": b"b"}
+        new = {"CMakeLists.txt": b"", "src/same.cpp": b"a", "src/other.cpp": b"c"}
+        target = tmp_path / "engine"
+        keep = {"keep": ["CMakeLists.txt", "src"], "keep_for_tests": [], "sha256": ""}
+        fetch.unpack(self.archive(tmp_path / "1.tar.gz", "a-1.0/vendor/llama", old),
+                     {"folder": "a-1.0/vendor/llama", **keep}, target)  # fmt: skip
+        for path in (target / "src").iterdir():
+            os.utime(path, (1000, 1000))
+        fetch.unpack(self.archive(tmp_path / "2.tar.gz", "b-2/third_party/llama.cpp", new),
+                     {"folder": "b-2/third_party/llama.cpp", **keep}, target)  # fmt: skip
+        assert (target / "src/other.cpp").read_bytes() == b"c"
+        assert (target / "src/other.cpp").stat().st_mtime > 1e9  # of now, not the archive's 0
+        assert (target / "src/same.cpp").stat().st_mtime == 1000
+
+    @staticmethod
+    def module() -> ModuleType:
+        spec = importlib.util.spec_from_file_location("fetch", ROOT / "vendor" / "fetch.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @staticmethod
+    def archive(path: Path, folder: str, files: dict[str, bytes]) -> Path:
+        with tarfile.open(path, "w:gz") as tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(f"{folder}/{name}")  # its time is 0
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return path
 
     def test_a_complete_source_is_not_fetched_again(self, tmp_path: Path) -> None:
         # the tree that the build left; an unusable cache shows that nothing is looked up

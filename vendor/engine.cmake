@@ -34,18 +34,22 @@ else()
 endif()
 message(STATUS "engine source: ${IMATRIX_ENGINE_SOURCE}")
 
-file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/llama.cpp.toml" _pin REGEX "^(engine|commit) ")
-list(JOIN _pin " " _pin)
-string(REGEX MATCH "commit += \"([^\"]+)\"" _ "${_pin}")
-set(IMATRIX_ENGINE_COMMIT "${CMAKE_MATCH_1}")
+file(STRINGS "${CMAKE_CURRENT_LIST_DIR}/llama.cpp.toml" _pin REGEX "^build ")
+string(REGEX MATCH "build += \"([^\"]+)\"" _ "${_pin}")
+set(IMATRIX_ENGINE_BUILD "${CMAKE_MATCH_1}")
 if(NOT IMATRIX_LLAMA_CPP STREQUAL "bundled")
-  set(IMATRIX_ENGINE_COMMIT "unknown")
+  set(IMATRIX_ENGINE_BUILD "unknown")
 endif()
 # The archive is no git checkout: ggml would ask the repository around it, report our commit
 # as its own and compile again after each of ours (ggml/CMakeLists.txt).
 set(ENV{GIT_DIR} "${IMATRIX_ENGINE_SOURCE}")
 set(LLAMA_BUILD_NUMBER 0)
-set(LLAMA_BUILD_COMMIT "${IMATRIX_ENGINE_COMMIT}")
+set(LLAMA_BUILD_COMMIT "unknown")
+if(IMATRIX_ENGINE_BUILD MATCHES "^build ([0-9]+)$")
+  set(LLAMA_BUILD_NUMBER "${CMAKE_MATCH_1}")
+else()
+  set(LLAMA_BUILD_COMMIT "${IMATRIX_ENGINE_BUILD}")
+endif()
 
 set(BUILD_SHARED_LIBS ON)                 # two extension modules, one set of ggml globals
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON) # a wheel holds no symlinks: one file a library

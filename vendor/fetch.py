@@ -12,6 +12,7 @@ Exit status: 0 and the path on standard output, or 1 and what to do on standard 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import os
 import shutil
@@ -119,8 +120,7 @@ def unpack(archive: Path, pin: dict[str, Any], target: Path) -> None:
                 with source, destination.open("wb") as out:
                     shutil.copyfileobj(source, out)
                 destination.chmod(0o755 if member.mode & 0o100 else 0o644)
-                # the archive's times, so that unpacking again rebuilds nothing
-                os.utime(destination, (member.mtime, member.mtime))
+                keep_time(target / name, destination)
         if not (staging / "CMakeLists.txt").is_file():
             raise FetchError(f"{archive} holds no {prefix}CMakeLists.txt")
         (staging / STAMP).write_text(fingerprint(pin))
@@ -130,6 +130,16 @@ def unpack(archive: Path, pin: dict[str, Any], target: Path) -> None:
         staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def keep_time(old: Path, new: Path) -> None:
+    """Give a file the time of the one it takes the place of, if both hold the same bytes.
+
+    A build compiles again what is newer than its object. The archive's own times would not do: a
+    newer engine's files may well be older than objects that were made of the last one's.
+    """
+    if old.is_file() and filecmp.cmp(old, new, shallow=False):
+        shutil.copystat(old, new)
 
 
 def fingerprint(pin: dict[str, Any]) -> str:

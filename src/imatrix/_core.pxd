@@ -49,7 +49,7 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
     vector[Device] devices()
     Status add_rpc_server(const string & endpoint)
     string engine_version()
-    string engine_commit()
+    string engine_build()
     string system_info()
 
 

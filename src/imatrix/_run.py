@@ -388,9 +388,9 @@ class Run:
 
 
 def engine_name() -> str:
-    """The engine as it is named in files: "llama.cpp 0.5.0 (0c1e57098)"."""
-    version, commit = _session.engine()
-    return f"llama.cpp {version} ({commit})"
+    """The engine as it is named in files: "llama.cpp 0.6.0 (build 11549)"."""
+    version, build = _session.engine()
+    return f"llama.cpp {version} ({build})"
 
 
 def tell_where(error: NonFiniteError, kept: int, what: str = "That chunk was") -> None:

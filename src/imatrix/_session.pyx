@@ -105,8 +105,8 @@ def model_file(path):
 
 
 def engine():
-    """(version, commit) of the engine this was built with."""
-    return _text(_core.engine_version()), _text(_core.engine_commit())
+    """(version, build) of the engine this was built with."""
+    return _text(_core.engine_version()), _text(_core.engine_build())
 
 
 def system_info():

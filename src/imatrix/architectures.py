@@ -18,23 +18,23 @@ from imatrix.model_file import ModelFile
 _ONE_HEAD = frozenset(
     {
         "bailingmoe3", "cohere2moe", "deepseek2", "deepseek32", "deepseek4", "glm-dsa", "glm4moe",
-        "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next",
+        "glm5-next", "nemotron_h_moe", "qwen35", "qwen35moe", "qwen3next", "qwen4exp",
     }
 )  # fmt: skip
 # Architectures that carry a head which the engine has no graph for: build_arch_graph in
 # src/models/<architecture>.cpp gives the trunk's, or throws.
-_NO_HEAD_GRAPH = frozenset(
-    {"bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4", "glm5-next"}
-)
+_NO_HEAD_GRAPH = frozenset({"bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4"})
 # Hybrids, and the mark of an attention layer in the names of their tensors; ".ssm_" marks a
 # recurrent one. Without layers of one kind a part of the hybrid memory has no buffer, which ends
 # the process when it is cleared (src/llama-memory-hybrid.cpp).
 _HYBRIDS = {
     "bailingmoe3": ".attn_kv_a_mqa.",
+    "glm5-next": ".attn_kv_a_mqa.",
     "nemotron_h_moe": ".attn_k.",
     "qwen35": ".attn_q_norm.",
     "qwen35moe": ".attn_q_norm.",
     "qwen3next": ".attn_q_norm.",
+    "qwen4exp": ".attn_q_norm.",
 }
 
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.", re.ASCII)
@@ -64,6 +64,16 @@ def check_trunk(file: ModelFile) -> None:
             + ("a head alone: give its trunk as the model and this file as mtp_model"
                if file.n_nextn else "no trunk")
         )  # fmt: skip
+    key_length = file.integers.get("attention.key_length")
+    indexer = file.integers.get("attention.indexer.key_length")
+    if file.architecture == "deepseek4" and key_length is not None and key_length == indexer:
+        # A division by zero in the constructor of llama_kv_cache (src/llama-kv-cache.cpp): one of
+        # the caches has no layer, and the rotation of its keys is forced on.
+        raise ModelError(
+            f"{file.path}: attention.key_length and attention.indexer.key_length are both "
+            f"{indexer}; the engine ends the process when it makes a context for such a deepseek4 "
+            "model. Convert it again: in DeepSeek's own models the two differ."
+        )
 
 
 def check_memory(file: ModelFile) -> None:
@@ -129,7 +139,9 @@ def check_head(file: ModelFile) -> None:
     if file.architecture == "gemma4-assistant":
         return  # blocks of another make; a missing tensor is an error of the engine's loader
     for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
-        for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "attn_norm"):
+        # qwen4exp has no attn_norm: the mixer of its hyper-connections carries the norm
+        norm = "hc_attn_norm" if file.architecture == "qwen4exp" else "attn_norm"
+        for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", norm):
             name = f"blk.{block}.{tensor}.weight"
             if name not in file.tensors:
                 raise ModelError(
@@ -147,16 +159,6 @@ def check_head(file: ModelFile) -> None:
                         f"blk.{block}.{tensor}.weight (fused q, k and v, and a dense feed-forward "
                         "part); convert the model again, or collect the trunk alone (mtp=False)"
                     )
-    key_length = file.integers.get("attention.key_length")
-    indexer = file.integers.get("attention.indexer.key_length")
-    if file.architecture == "deepseek4" and key_length is not None and key_length == indexer:
-        # a division by zero in llama_kv_cache::build_input_k_rot (src/llama-kv-cache.cpp): the
-        # head's cache has no layer of its own, and the rotation of its keys is forced on
-        raise ModelError(
-            f"{file.path}: attention.key_length and attention.indexer.key_length are both "
-            f"{indexer}; the engine ends the process on that when it makes the context for a "
-            "deepseek4 head. Collect the trunk alone (mtp=False)."
-        )
 
 
 def check_assistant(trunk: ModelFile, assistant: ModelFile) -> None:

@@ -39,7 +39,7 @@ class Backends:
     """What the build has.
 
     Attributes:
-        engine: name, version and commit of the engine.
+        engine: name, version and build of the engine.
         built: backends in this build, with or without a device here.
         devices: devices found now.
         row_kernels: kernels for adding squares that this processor can run, best first.
@@ -55,10 +55,10 @@ class Backends:
 
 def backends() -> Backends:
     """Ask the engine for its backends and devices."""
-    version, commit = _session.engine()
+    version, build = _session.engine()
     built, devices = _session.backends()
     return Backends(
-        engine=f"llama.cpp {version} ({commit})",
+        engine=f"llama.cpp {version} ({build})",
         built=tuple(built),
         devices=tuple(Device(**device) for device in devices),
         row_kernels=tuple(_session.row_kernel_names()),
