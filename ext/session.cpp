@@ -394,6 +394,12 @@ Status Session::open(const SessionParams & params) {
     Status status;
     if (params.mtp && head_model_ == nullptr) {
         status = Status::failed(Code::bad_argument, "no model with a head was given");
+    } else if (params.mtp && params.n_seq != 1) {
+        // a decode of the head takes one sequence: keep_rows() would give a chunk's first slots
+        // the rows of the chunk before it
+        status = Status::failed(Code::bad_argument,
+                                "a head is collected one chunk at a time: n_seq must be 1, got " +
+                                    std::to_string(params.n_seq));
     }
     try {
         if (status.ok() && params.mtp) {
@@ -661,22 +667,34 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
 }
 
 // Runs every head layer over the chunk, whose trunk rows are in states_[0].
+//
+// Slot 0 goes first, by itself and unobserved: the driver fills the head's cache with it, and never
+// drafts there (see FirstSlot).
 Status Session::run_heads(const int32_t * tokens, int32_t n_tokens) {
     if (sharing_) {
         return run_sharing_head(tokens, n_tokens);
     }
     const size_t         n = static_cast<size_t>(n_embd_h_);
+    std::vector<HeadRow> first;
     std::vector<HeadRow> rows;
     for (int32_t p = 0; p < n_tokens; ++p) {
-        rows.push_back({tokens[p], p, 0, states_[0].data() + static_cast<size_t>(p) * n});
+        const bool alone = p == 0 && params_.first_slot != FirstSlot::counted;
+        (alone ? first : rows)
+            .push_back({tokens[p], p, 0, states_[0].data() + static_cast<size_t>(p) * n});
+    }
+    if (params_.first_slot == FirstSlot::absent) {
+        first.clear();
     }
     Status status;
     for (int32_t head = 0; head < n_heads_ && status.ok(); ++head) {
         // the cache holds one set of positions for all head layers: each starts anew
         llama_memory_clear(llama_get_memory(head_.get()), true);
         llama_set_nextn_layer_offset(head_.get(), head);
-        const bool feeds_next = head + 1 < n_heads_;
-        status = feed_head(rows, head == 0, head == 0 && feeds_next ? &states_[1] : nullptr);
+        std::vector<float> * out = head == 0 && n_heads_ > 1 ? &states_[1] : nullptr;
+        status                   = feed_head(first, false, out);
+        if (status.ok()) {
+            status = feed_head(rows, head == 0, out);
+        }
         if (status.ok() && head > 0) {
             status = run_later_head(head, tokens, n_tokens);
         }
@@ -689,7 +707,8 @@ Status Session::run_heads(const int32_t * tokens, int32_t n_tokens) {
 // common_speculative_impl_draft_mtp::draft, chain_heads): drafting starts d slots back, at slot
 // p-d, with the trunk's row, and slot p-d+j gets the row that head j-1 gave for the slot before.
 // Keys and values of slots up to p-d come from the trunk's rows, as process() leaves them: the
-// caller has just decoded those, as sequence 0. Tokens are the text's own (teacher forcing).
+// caller has just decoded those, as sequence 0. Tokens are the text's own (teacher forcing). No
+// draft starts at slot 0, so the first slot at which head d has a turn is d+1.
 //
 // Each slot p thus has its own view of the d slots before it, so each is a sequence of its own
 // that shares the cells of sequence 0 up to p-d. Only the rows of slot p at depth d are
@@ -698,10 +717,11 @@ Status Session::run_later_head(int32_t head, const int32_t * tokens, int32_t n_t
     const llama_memory_t memory   = llama_get_memory(head_.get());
     const size_t         n        = static_cast<size_t>(n_embd_h_);
     const int32_t        together = std::min(kSlotsTogether, params_.n_batch);
+    const int32_t        start    = params_.first_slot == FirstSlot::counted ? 0 : head + 1;
     std::vector<float> * out =
         head + 1 < n_heads_ ? &states_[static_cast<size_t>(head) + 1] : nullptr;
     std::vector<HeadRow> rows;
-    for (int32_t first = 0; first < n_tokens; first += together) {
+    for (int32_t first = start; first < n_tokens; first += together) {
         const int32_t end = std::min(first + together, n_tokens);
         for (int32_t p = first; p < end; ++p) {
             if (p - head + 1 > 0) {
@@ -760,16 +780,35 @@ Status Session::run_sharing_head(const int32_t * tokens, int32_t n_tokens) {
     return {};
 }
 
+// Slots at the start of a chunk at which no draft runs the weight: of block d of the head the first
+// d+1, of the trunk none.
+int64_t Session::slots_before(const std::string & weight) const {
+    if (sharing_) {
+        return 1; // see run_sharing_head
+    }
+    if (params_.first_slot == FirstSlot::counted) {
+        return 0;
+    }
+    for (int32_t d = 1; d < n_heads_; ++d) {
+        const std::string block = "blk." + std::to_string(head_model_->n_trunk() + d) + ".";
+        if (weight.compare(0, block.size(), block) == 0) {
+            return d + 1;
+        }
+    }
+    return 1;
+}
+
 // Every weight that the graphs multiply must have seen every row of the chunk.
 Status Session::check_rows(int64_t n_tokens) const {
     for (const GraphPlan * plan : {&trunk_plan_, &head_plan_}) {
         for (const PlannedWeight & planned : plan->weights) {
-            const size_t  index = sums_.find(planned.name);
-            const int64_t seen  = index == Sums::npos ? 0 : sums_.weights()[index].pending_rows;
-            // a head that shares the trunk's memory has no slot 0
-            const bool    short_by_one = sharing_ && plan == &head_plan_;
-            const int64_t want         = planned.rows * (n_tokens - (short_by_one ? 1 : 0));
-            if (seen == want && seen > 0) {
+            const size_t  index  = sums_.find(planned.name);
+            const int64_t seen   = index == Sums::npos ? 0 : sums_.weights()[index].pending_rows;
+            const int64_t before = plan == &head_plan_ ? slots_before(planned.name) : 0;
+            const int64_t slots  = std::max<int64_t>(0, n_tokens - before);
+            const int64_t want   = planned.rows * slots;
+            // a chunk may be too short for the last heads of a chain
+            if (seen == want && (seen > 0 || slots == 0)) {
                 continue;
             }
             if (planned.rows == 0 && seen > 0) {

@@ -70,6 +70,16 @@ private:
 // blocks are numbered from 0 like the trunk's.
 inline constexpr const char * kForeignHead = "mtp:";
 
+// What becomes of slot 0 of a head: the chunk's first token beside a state of zeros. The engine's
+// driver puts it into the head's cache, where every draft attends to it, and begins no draft there
+// (common/speculative.cpp, process() and draft() of draft-mtp). Only `cached` is what drafting does;
+// the other two are for comparisons.
+enum class FirstSlot : int32_t {
+    cached,  // in the cache, its rows are not counted
+    counted, // in the cache, its rows are counted
+    absent,  // left out, as llama-imatrix --nextn leaves it out
+};
+
 struct SessionParams {
     int32_t n_ctx            = 512; // tokens a chunk
     int32_t n_batch          = 512; // tokens a decode
@@ -81,6 +91,7 @@ struct SessionParams {
     bool    perplexity       = false;
     bool    device_sums      = true; // sum rows on the device that holds them, where it can
     bool    leave_out_logits = true; // where they are asked for and nobody reads them
+    FirstSlot first_slot     = FirstSlot::cached; // of a head with keys and values of its own
 };
 
 // Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:
@@ -174,6 +185,7 @@ private:
     Status after_decode(int32_t rc, const char * which);
     Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
     Status check_rows(int64_t n_tokens) const;
+    int64_t slots_before(const std::string & weight) const;
     void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
                  const std::vector<int32_t> & batch_index, std::vector<double> & nll);
 

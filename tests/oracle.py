@@ -241,27 +241,31 @@ class _Forward:
         self.kv_dtype = kv_dtype
         self.round_inputs = round_inputs
         self.observing = True
+        self.first_row = 0  # the first that the matrix sees of what runs now
         self.result = Result()
 
     # what the matrix sees
 
     def matmul(self, name: str, x: F64) -> F64:
         """x @ weight.T for a plain weight, noting what went in."""
-        self.note(name, np.sum(x * x, axis=0)[None], len(x))
+        seen = x[self.first_row :]
+        self.note(name, np.sum(seen * seen, axis=0)[None], len(seen))
         return np.asarray(self.rounded(name, x) @ np.atleast_2d(self.weights[name]).T)
 
     def matmul_heads(self, name: str, x: F64) -> F64:
         """The same where each head has a matrix of its own; x [rows, heads, n_in]."""
-        self.note(name, np.sum(x * x, axis=0), len(x))
+        seen = x[self.first_row :]
+        self.note(name, np.sum(seen * seen, axis=0), len(seen))
         return np.asarray(np.einsum("rhi,hoi->rho", self.rounded(name, x), self.weights[name]))
 
-    def matmul_expert(self, name: str, expert: int, x: F64) -> F64:
-        """The same for the rows that were routed to one expert."""
+    def matmul_expert(self, name: str, expert: int, x: F64, rows: I64) -> F64:
+        """The same for the rows that were routed to one expert, and their numbers."""
         n_expert, _, n_in = self.weights[name].shape
         sums = np.zeros((n_expert, n_in))
         counts = np.zeros(n_expert, dtype=np.int64)
-        sums[expert] = np.sum(x * x, axis=0)
-        counts[expert] = len(x)
+        seen = x[rows >= self.first_row]
+        sums[expert] = np.sum(seen * seen, axis=0)
+        counts[expert] = len(seen)
         self.note(name, sums, counts)
         return np.asarray(self.rounded(name, x) @ self.weights[name][expert].T)
 
@@ -328,8 +332,14 @@ class _Forward:
     def head(
         self, k: int, tokens: I64, states: Sequence[F64], note_lm_head: bool
     ) -> tuple[F64, F64]:
-        """Head k's rows and logits; states by depth, of which the last one's rows are observed."""
+        """Head k's rows and logits; states by depth, of which the last one's rows are observed.
+
+        Those of the first slots are not: the engine fills its cache with slot 0, but no draft
+        begins there (process() and draft() of draft-mtp), so that head k's first turn is at slot
+        k+1.
+        """
         il = self.hp.n_layer + k
+        self.first_row = k + 1
         nextn = f"blk.{il}.nextn."
         with self.unobserved():
             earlier = [self.head_input(nextn, tokens, state) for state in states[:-1]]
@@ -338,7 +348,9 @@ class _Forward:
         x = self.norm(own_norm if own_norm in self.weights else "output_norm.weight", x)
         own_output = nextn + "shared_head_head.weight"
         output = own_output if own_output in self.weights else self.output_name()
-        return x, self.lm_head(output, x, note_lm_head)
+        logits = self.lm_head(output, x, note_lm_head)
+        self.first_row = 0
+        return x, logits
 
     def head_input(self, nextn: str, tokens: I64, states: F64) -> F64:
         own_embedding = nextn + "embed_tokens.weight"
@@ -515,8 +527,8 @@ class _Forward:
         out = np.zeros_like(x)
         for expert in range(hp.n_expert):
             rows, place = np.nonzero(chosen == expert)
-            gate = self.matmul_expert(blk + "ffn_gate_exps.weight", expert, x[rows])
-            up = self.matmul_expert(blk + "ffn_up_exps.weight", expert, x[rows])
-            y = self.matmul_expert(blk + "ffn_down_exps.weight", expert, silu(gate) * up)
+            gate = self.matmul_expert(blk + "ffn_gate_exps.weight", expert, x[rows], rows)
+            up = self.matmul_expert(blk + "ffn_up_exps.weight", expert, x[rows], rows)
+            y = self.matmul_expert(blk + "ffn_down_exps.weight", expert, silu(gate) * up, rows)
             out[rows] += share[rows, place][:, None] * y
         return out

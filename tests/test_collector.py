@@ -81,7 +81,7 @@ def test_the_two_lines_of_the_readme(headed: ModelSpec, prose: str, tmp_path: Pa
     n_chunks = len(headed.encode(prose[:6000])) // 512
     assert n_chunks >= 2
     assert (matrix.chunk_count, matrix.chunk_size) == (n_chunks, 512)
-    assert matrix["blk.2.nextn.eh_proj.weight"].counts.tolist() == [n_chunks * 512]
+    assert matrix["blk.2.nextn.eh_proj.weight"].counts.tolist() == [n_chunks * 511]
     assert matrix.datasets == (str(text),)
     assert set(ImportanceMatrix.load(tmp_path / "imatrix.gguf")) == set(matrix)
 
@@ -147,7 +147,9 @@ def test_a_short_text_is_one_short_chunk(headed: ModelSpec) -> None:
     with collector(headed) as made:
         matrix = made.run("the walked carried", mtp=True)
     assert matrix.chunk_count == 1
-    assert {tuple(entry.counts) for entry in matrix.values()} == {(len(tokens),)}
+    assert {tuple(entry.counts) for entry in matrix.trunk.values()} == {(len(tokens),)}
+    # slot 0 fills the head's cache and is not counted
+    assert {tuple(entry.counts) for entry in matrix.head.values()} == {(len(tokens) - 1,)}
 
 
 def test_every_run_starts_from_zero(headed: ModelSpec) -> None:
@@ -275,6 +277,21 @@ def test_the_head_wants_one_sequence(headed: ModelSpec) -> None:
         pytest.raises(ValueError, match=r"mtp=True needs n_seq=1.* n_seq=2.*Set n_seq=1\."),
     ):
         made.run(token_chunks(headed, 2), mtp=True)
+
+
+def test_the_native_session_refuses_it_too(headed: ModelSpec) -> None:
+    """keep_rows() in ext/session.cpp would give a chunk's first slots another chunk's rows."""
+    model = _session.Model(
+        str(headed.path), mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=False
+    )
+    session = _session.Session(model, model)
+    settings = {
+        "n_ctx": 64, "n_batch": 128, "n_ubatch": 128, "n_threads": 1, "mtp": True,
+        "process_output": False, "perplexity": False,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"one chunk at a time: n_seq must be 1, got 2"):
+        session.open(n_seq=2, **settings)
+    session.open(n_seq=1, **settings)
 
 
 def test_sequences_side_by_side(headed: ModelSpec) -> None:

@@ -86,11 +86,26 @@ def test_agrees_with_the_oracle(forged: Forged, n_nextn: int) -> None:
 
     for head in range(n_nextn):
         blk = f"blk.{spec.hparams.n_layer + head}."
-        # one row a slot, however many rows ran to make its keys and values
-        assert matrix[blk + "nextn.eh_proj.weight"].counts.tolist() == [2 * N_CTX]
-        assert matrix[blk + "attn_k.weight"].counts.tolist() == [2 * N_CTX]
+        # one row a slot, however many rows ran to make its keys and values. No draft begins at slot
+        # 0, so that head 0 has its first turn at slot 1, head 1 at slot 2, ...
+        rows = 2 * (N_CTX - 1 - head)
+        assert matrix[blk + "nextn.eh_proj.weight"].counts.tolist() == [rows]
+        assert matrix[blk + "attn_k.weight"].counts.tolist() == [rows]
         routed = matrix[blk + "ffn_up_exps.weight"].counts.sum()
-        assert routed == 2 * N_CTX * spec.hparams.n_expert_used
+        assert routed == rows * spec.hparams.n_expert_used
+
+
+def test_a_chunk_too_short_for_the_last_heads(three_heads: ModelSpec) -> None:
+    """Of three tokens head 0 has slots 1 and 2, head 1 has slot 2, head 2 has none."""
+    tokens = [[5, 6, 7]]
+    matrix = collect(three_heads, tokens)
+    rows = {
+        head: matrix[f"blk.{three_heads.hparams.n_layer + head}.nextn.eh_proj.weight"].counts
+        for head in range(2)
+    }
+    assert {head: counts.tolist() for head, counts in rows.items()} == {0: [2], 1: [1]}
+    last = f"blk.{three_heads.hparams.n_layer + 2}."
+    assert not [n for n, entry in matrix.items() if n.startswith(last) and entry.counts.any()]
 
 
 def test_later_heads_do_not_get_the_rows_of_the_trunk(three_heads: ModelSpec) -> None:

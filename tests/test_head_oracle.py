@@ -86,9 +86,11 @@ def test_every_weight_of_trunk_and_head(
     chunks = spec.chunks(prose, 192, 2)
     got = ours(spec, chunks, n_ctx=192, n_batch=n_batch)
     assert got.head_blocks == {spec.hparams.n_layer}
-    assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [2 * 192]
-    # all in tiles of 64 rows: 2e-4 is enough, see GATE
-    assert_agrees(got, reference(spec, chunks), 2e-4)
+    # slot 0 of a chunk fills the head's cache and is not counted
+    assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [2 * 191]
+    # all in tiles of 64 rows: 2e-4 is enough, see GATE. Without slot 0 the head's last batch of 64
+    # has 63
+    assert_agrees(got, reference(spec, chunks), 2e-4 if n_batch > 64 else GATE)
 
 
 # deepseek2 goes without: 512 channels added up in float16 bring its own error to the gate's size
@@ -109,7 +111,7 @@ def test_a_batch_size_that_does_not_divide_the_chunk(
 ) -> None:
     spec = forged(arch, seed=SEEDS[arch], n_nextn=1)
     chunks = spec.chunks(prose, 192, 2)
-    assert_agrees(ours(spec, chunks, n_ctx=192, n_batch=128), reference(spec, chunks), 2e-4)
+    assert_agrees(ours(spec, chunks, n_ctx=192, n_batch=120), reference(spec, chunks), 2e-4)
 
 
 @pytest.mark.parametrize("arch", HEADS)
@@ -118,7 +120,7 @@ def test_one_short_chunk(arch: Arch, forged: Forged, prose: str) -> None:
     tokens = spec.encode(prose)[:70]
     got = ours(spec, [tokens], n_ctx=128)
     assert got.chunk_count == 1
-    assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [70]
+    assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [69]
     assert_agrees(got, reference(spec, [tokens]))
 
 

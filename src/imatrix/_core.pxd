@@ -181,6 +181,11 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         Status tokenize(const string & text, cbool add_special, cbool parse_special,
                         vector[int32_t] & out) const
 
+    cdef enum class FirstSlot(int32_t):
+        cached
+        counted
+        absent
+
     cdef cppclass SessionParams:
         int32_t n_ctx
         int32_t n_batch
@@ -192,6 +197,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool perplexity
         cbool device_sums
         cbool leave_out_logits
+        FirstSlot first_slot
 
     cdef cppclass ChunkScore:
         double nll

@@ -136,6 +136,7 @@ class Session:
         perplexity: bool,
         device_sums: bool = True,
         leave_out_logits: bool = True,
+        first_slot: str = "cached",
     ) -> None: ...
     def step(
         self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]

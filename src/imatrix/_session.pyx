@@ -18,8 +18,8 @@ from libcpp.vector cimport vector
 
 from imatrix cimport _core
 from imatrix._core cimport (
-    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, ModelFile,
-    ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
+    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, FirstSlot,
+    ModelFile, ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
     Sums,
 )
 
@@ -377,6 +377,9 @@ cdef object _sums_of(const _core.Slot * slot):
     return out
 
 
+_FIRST_SLOTS = {"cached": 0, "counted": 1, "absent": 2}  # enum FirstSlot
+
+
 cdef class Session:
     """Trunk and head contexts of a model, and the sums that they collect."""
 
@@ -402,8 +405,11 @@ cdef class Session:
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
              bint process_output, bint perplexity, bint device_sums=True,
-             bint leave_out_logits=True):
-        """Make the contexts; the sums of an earlier open() stay."""
+             bint leave_out_logits=True, str first_slot="cached"):
+        """Make the contexts; the sums of an earlier open() stay.
+
+        first_slot: "cached"; "counted" and "absent" are for comparisons (FirstSlot in session.h).
+        """
         cdef SessionParams params
         cdef Status status
         set_log_level()
@@ -417,6 +423,7 @@ cdef class Session:
         params.perplexity = perplexity
         params.device_sums = device_sums
         params.leave_out_logits = leave_out_logits
+        params.first_slot = <FirstSlot><int32_t>_FIRST_SLOTS[first_slot]
         with nogil:
             status = self._session.get().open(params)
         _check(status)
