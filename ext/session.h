@@ -72,8 +72,8 @@ inline constexpr const char * kForeignHead = "mtp:";
 
 // What becomes of slot 0 of a head: the chunk's first token beside a state of zeros. The engine's
 // driver puts it into the head's cache, where every draft attends to it, and begins no draft there
-// (common/speculative.cpp, process() and draft() of draft-mtp). Only `cached` is what drafting does;
-// the other two are for comparisons.
+// (common/speculative.cpp, process() and draft() of draft-mtp). Only `cached` is what drafting
+// does; the other two are for comparisons.
 enum class FirstSlot : int32_t {
     cached,  // in the cache, its rows are not counted
     counted, // in the cache, its rows are counted
@@ -81,17 +81,17 @@ enum class FirstSlot : int32_t {
 };
 
 struct SessionParams {
-    int32_t n_ctx            = 512; // tokens a chunk
-    int32_t n_batch          = 512; // tokens a decode
-    int32_t n_ubatch         = 512; // tokens a graph
-    int32_t n_seq            = 1;   // chunks a decode
-    int32_t n_threads        = 1;
-    bool    mtp              = false;
-    bool    process_output   = false; // collect output.weight as well (trunk only)
-    bool    perplexity       = false;
-    bool    device_sums      = true; // sum rows on the device that holds them, where it can
-    bool    leave_out_logits = true; // where they are asked for and nobody reads them
-    FirstSlot first_slot     = FirstSlot::cached; // of a head with keys and values of its own
+    int32_t   n_ctx            = 512; // tokens a chunk
+    int32_t   n_batch          = 512; // tokens a decode
+    int32_t   n_ubatch         = 512; // tokens a graph
+    int32_t   n_seq            = 1;   // chunks a decode
+    int32_t   n_threads        = 1;
+    bool      mtp              = false;
+    bool      process_output   = false; // collect output.weight as well (trunk only)
+    bool      perplexity       = false;
+    bool      device_sums      = true; // sum rows on the device that holds them, where it can
+    bool      leave_out_logits = true; // where they are asked for and nobody reads them
+    FirstSlot first_slot       = FirstSlot::cached; // of a head with keys and values of its own
 };
 
 // Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:
@@ -170,24 +170,24 @@ private:
         const float * state; // [n_embd_h_]
     };
 
-    Status make_context(bool head, bool all_outputs, ContextPtr & out);
-    Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
-    bool   may_end_early() const;
-    Status probe(llama_context * ctx, bool head, GraphPlan & plan);
-    Status collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
-                   ChunkScore * scores);
-    Status decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
-                        int32_t first, std::vector<double> * nll);
-    Status keep_rows(int32_t first, int32_t n_tokens);
-    Status run_heads(const int32_t * tokens, int32_t n_tokens);
-    Status run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
-    Status feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
-    Status after_decode(int32_t rc, const char * which);
-    Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
-    Status check_rows(int64_t n_tokens) const;
+    Status  make_context(bool head, bool all_outputs, ContextPtr & out);
+    Status  open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
+    bool    may_end_early() const;
+    Status  probe(llama_context * ctx, bool head, GraphPlan & plan);
+    Status  collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                    ChunkScore * scores);
+    Status  decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                         int32_t first, std::vector<double> * nll);
+    Status  keep_rows(int32_t first, int32_t n_tokens);
+    Status  run_heads(const int32_t * tokens, int32_t n_tokens);
+    Status  run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
+    Status  feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
+    Status  after_decode(int32_t rc, const char * which);
+    Status  run_sharing_head(const int32_t * tokens, int32_t n_tokens);
+    Status  check_rows(int64_t n_tokens) const;
     int64_t slots_before(const std::string & weight) const;
-    void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                 const std::vector<int32_t> & batch_index, std::vector<double> & nll);
+    void    score(const int32_t * tokens, const std::vector<int32_t> & positions,
+                  const std::vector<int32_t> & batch_index, std::vector<double> & nll);
 
     const Model & model_;
     const Model * head_model_;

@@ -90,5 +90,20 @@ if(IMATRIX_BUILD_TOOLS)
   foreach(_tool ${_tools})
     add_subdirectory("${IMATRIX_ENGINE_SOURCE}/${_tool}" "engine/${_tool}" EXCLUDE_FROM_ALL)
   endforeach()
+
+  # llama-imatrix --nextn as it is meant: the program of 0.6.0 hands the head its state as a token's
+  # embedding (nextn_collector::decode in tools/imatrix/imatrix.cpp), on which the engine ends the
+  # process. Here its two calls hand it over as a state. Of an engine that has mended this itself
+  # nothing is replaced.
+  file(READ "${IMATRIX_ENGINE_SOURCE}/tools/imatrix/imatrix.cpp" _nextn)
+  string(REPLACE "batch.set_embd(" "batch.set_embd_state(" _nextn "${_nextn}")
+  file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/imatrix-nextn.cpp.new" "${_nextn}")
+  configure_file("${CMAKE_CURRENT_BINARY_DIR}/imatrix-nextn.cpp.new"
+                 "${CMAKE_CURRENT_BINARY_DIR}/imatrix-nextn.cpp" COPYONLY)
+  add_executable(llama-imatrix-nextn EXCLUDE_FROM_ALL
+                 "${CMAKE_CURRENT_BINARY_DIR}/imatrix-nextn.cpp")
+  target_link_libraries(llama-imatrix-nextn PRIVATE llama-common llama)
+  list(APPEND _programs llama-imatrix-nextn)
+
   add_custom_target(imatrix-tools DEPENDS ${_programs})
 endif()
