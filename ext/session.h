@@ -81,17 +81,18 @@ enum class FirstSlot : int32_t {
 };
 
 struct SessionParams {
-    int32_t   n_ctx            = 512; // tokens a chunk
-    int32_t   n_batch          = 512; // tokens a decode
-    int32_t   n_ubatch         = 512; // tokens a graph
-    int32_t   n_seq            = 1;   // chunks a decode
-    int32_t   n_threads        = 1;
-    bool      mtp              = false;
-    bool      process_output   = false; // collect output.weight as well (trunk only)
-    bool      perplexity       = false;
-    bool      device_sums      = true; // sum rows on the device that holds them, where it can
-    bool      leave_out_logits = true; // where they are asked for and nobody reads them
-    FirstSlot first_slot       = FirstSlot::cached; // of a head with keys and values of its own
+    int32_t n_ctx            = 512; // tokens a chunk
+    int32_t n_batch          = 512; // tokens a decode
+    int32_t n_ubatch         = 512; // tokens a graph
+    int32_t n_seq            = 1;   // chunks a decode
+    int32_t n_threads        = 1;
+    bool    mtp              = false;
+    bool    process_output   = false; // collect output.weight as well (trunk only)
+    bool    perplexity       = false;
+    bool    device_sums      = true; // sum rows on the device that holds them, where it can
+    bool    leave_out_logits = true; // where they are asked for and nobody reads them
+
+    FirstSlot first_slot = FirstSlot::cached; // of a head with keys and values of its own
 };
 
 // Negative log-likelihood of the second half of a chunk, as llama-imatrix scores it:
