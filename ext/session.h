@@ -171,24 +171,25 @@ private:
         const float * state; // [n_embd_h_]
     };
 
-    Status  make_context(bool head, bool all_outputs, ContextPtr & out);
-    Status  open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
-    bool    may_end_early() const;
-    Status  probe(llama_context * ctx, bool head, GraphPlan & plan);
-    Status  collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
-                    ChunkScore * scores);
-    Status  decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
-                         int32_t first, std::vector<double> * nll);
-    Status  keep_rows(int32_t first, int32_t n_tokens);
-    Status  run_heads(const int32_t * tokens, int32_t n_tokens);
-    Status  run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
-    Status  feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
-    Status  after_decode(int32_t rc, const char * which);
-    Status  run_sharing_head(const int32_t * tokens, int32_t n_tokens);
-    Status  check_rows(int64_t n_tokens) const;
+    Status make_context(bool head, bool all_outputs, ContextPtr & out);
+    Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
+    bool   may_end_early() const;
+    Status probe(llama_context * ctx, bool head, GraphPlan & plan);
+    Status collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                   ChunkScore * scores);
+    Status decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
+                        int32_t first, std::vector<double> * nll);
+    Status keep_rows(int32_t first, int32_t n_tokens);
+    Status run_heads(const int32_t * tokens, int32_t n_tokens);
+    Status run_later_head(int32_t head, const int32_t * tokens, int32_t n_tokens);
+    Status feed_head(const std::vector<HeadRow> & rows, bool observed, std::vector<float> * out);
+    Status after_decode(int32_t rc, const char * which);
+    Status run_sharing_head(const int32_t * tokens, int32_t n_tokens);
+    Status check_rows(int64_t n_tokens) const;
+    void   score(const int32_t * tokens, const std::vector<int32_t> & positions,
+                 const std::vector<int32_t> & batch_index, std::vector<double> & nll);
+
     int64_t slots_before(const std::string & weight) const;
-    void    score(const int32_t * tokens, const std::vector<int32_t> & positions,
-                  const std::vector<int32_t> & batch_index, std::vector<double> & nll);
 
     const Model & model_;
     const Model * head_model_;
