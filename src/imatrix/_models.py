@@ -24,6 +24,8 @@ from imatrix.architectures import (
     check_memory,
     check_tables,
     check_trunk,
+    check_whole,
+    lacks_head,
 )
 from imatrix.chat_template import ChatOptions, Renderer
 from imatrix.errors import EngineDiedError, EngineError, ModelError
@@ -76,14 +78,16 @@ class Models:
         if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
             raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
         self.trunk_file = self.head_file = ModelFile.read(model)
+        check_whole(self.trunk_file)
         check_trunk(self.trunk_file)
         if mtp_model is not None:
             self.head_file = ModelFile.read(mtp_model)
             if self.head_file.n_nextn == 0:
                 raise ModelError(
-                    f"{self.head_file.path}: no MTP head in it (nextn_predict_layers is absent "
-                    "or 0); give the head's own file as mtp_model, such as imatrix extract-mtp makes"
+                    f"{self.head_file.path}: {lacks_head(self.head_file)} Give the head's own file "
+                    "as mtp_model, such as imatrix extract-mtp makes."
                 )
+            check_whole(self.head_file)
             if self.head_file.architecture == "gemma4-assistant":
                 check_assistant(self.trunk_file, self.head_file)
             else:

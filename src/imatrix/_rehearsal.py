@@ -21,7 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from imatrix.architectures import loads_alone
 from imatrix.errors import ModelError
+from imatrix.model_file import ModelFile
 
 _log = logging.getLogger("imatrix")
 
@@ -96,20 +98,41 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> s
     )
 
 
-_quantizable: set[tuple[object, ...]] = set()
-
-
-def rehearse_quantize(model: Path, parts: list[Path]) -> None:
-    """Let the quantizer look through a model in a child process, once for each file.
+def rehearse_load(model: Path, *, mtp: bool) -> str | None:
+    """Let the engine load a model in a child process, its weights left out.
 
     Args:
         model: the file, or the first part.
-        parts: all of them, by whose sizes and times a file is known again.
+        mtp: load the head's tensors too.
+
+    Returns:
+        Why the engine refuses it, or ended the child, in words; None if it loads.
+    """
+    found = _tried({"load": str(model), "mtp": mtp}, model)
+    if found is None:
+        return None
+    stages, last_words = found
+    for stage in stages:
+        if stage.startswith("refused "):
+            return stage.removeprefix("refused ")
+    return last_words
+
+
+_quantizable: set[tuple[object, ...]] = set()
+
+
+def rehearse_quantize(file: ModelFile) -> None:
+    """Let the quantizer look through a model in a child process, and the engine load it, once for
+    each file: the quantizer takes a model that no engine loads, and writes another.
+
+    Args:
+        file: the model; by the sizes and times of its parts it is known again.
 
     Raises:
-        ModelError: as rehearse() does.
+        ModelError: as rehearse() does, or the engine's loader refuses the model.
     """
-    stats = [part.stat() for part in parts]
+    model = file.path
+    stats = [part.stat() for part, _ in file.parts]
     key = (model, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
     if key in _quantizable:
         return
@@ -119,6 +142,11 @@ def rehearse_quantize(model: Path, parts: list[Path]) -> None:
             f"{model}: the engine's quantizer ends the process on this model: {found[1]}. Its "
             "metadata and its tensors do not go together; convert it again, or report it with "
             "the output of `imatrix --version`."
+        )
+    if loads_alone(file) and (why := rehearse_load(model, mtp=file.n_nextn > 0)):
+        raise ModelError(
+            f"{model}: the engine does not load this model, and would not load what is made of "
+            f"it: {why}"
         )
     _quantizable.add(key)
 
@@ -217,6 +245,8 @@ def _work(work: dict[str, Any]) -> None:
     try:
         if "quantize" in work:
             _quantize(work["quantize"])
+        elif "load" in work:
+            _load(work["load"], work["mtp"])
         else:
             _build(work)
     except Exception:
@@ -256,6 +286,17 @@ def _build(work: dict[str, Any]) -> None:
         for parse_special in (False, True):
             model.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)
     _told(_TOKENIZED)
+
+
+def _load(path: str, mtp: bool) -> None:
+    from imatrix import _session
+
+    try:
+        _session.Model(
+            path, mtp=mtp, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
+        )
+    except ModelError as error:
+        _told("refused " + str(error).replace("\n", " "))
 
 
 def _quantize(path: str) -> None:

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from imatrix.errors import ModelError
-from imatrix.model_file import ModelFile
+from imatrix.model_file import ModelFile, ModelHeader
 
 # Architectures whose graph for a head runs one head block only: GGML_ASSERT(n_layer_nextn == 1)
 # in the graph_mtp of src/models/<architecture>.cpp. hy_v3, mimo2 and step35 run several.
@@ -76,6 +76,85 @@ def check_trunk(file: ModelFile) -> None:
         )
 
 
+# An image or audio encoder in the same file, as some converters write it. The engine has no tensor
+# of such a name (src/llama-arch.cpp); it reads them from a file of their own (tools/mtmd).
+_ENCODER = re.compile(r"(?:v|a|mm|resampler|vision_tower|audio_tower)\.")
+
+
+def check_whole(file: ModelFile) -> None:
+    """Refuse a file whose metadata and tensors disagree about what belongs to the model.
+
+    The engine loads none of these, or, worse, one without its last block.
+
+    Raises:
+        ModelError: what is too much or missing, and what to do.
+    """
+    drop = f"imatrix drop-mtp {file.path} -o OUT.gguf"
+    if foreign := [name for name in file.tensors if _ENCODER.match(name)]:
+        some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise ModelError(
+            f"{file.path}: {len(foreign)} tensor(s) of an image or audio encoder lie in the "
+            f"model's file ({some}), and the engine loads no such file. Convert the model again "
+            "with llama.cpp's converter, which writes the encoder into a file of its own (mmproj)"
+        )
+    by_block: dict[int, list[str]] = {}
+    for name in file.tensors:
+        if (block := block_of(name)) is not None:
+            by_block.setdefault(block, []).append(name)
+    nextn = [name for names in by_block.values() for name in names if ".nextn." in name]
+    claim = f"{file.architecture}.nextn_predict_layers"
+    if nextn and file.claimed_nextn == 0:
+        raise ModelError(
+            f"{file.path}: it holds tensors of an MTP head ({nextn[0]}), but {claim} is absent or "
+            "0, so that the engine does not know them and loads no such file. Convert the model "
+            f"again, or take the head out: {drop}"
+        )
+    if by_block and max(by_block) >= file.block_count:
+        raise ModelError(
+            f"{file.path}: block_count is {file.block_count}, but there are tensors of block "
+            f"{max(by_block)} ({by_block[max(by_block)][0]}); the engine loads no such file. "
+            "Convert the model again"
+        )
+    if file.claimed_nextn == 0 or file.n_nextn > 0:
+        return
+    left = [name for block, names in by_block.items() if block >= file.n_trunk for name in names]
+    if not left:
+        if file.architecture == "deepseek4":
+            raise ModelError(
+                f"{file.path}: {lacks_head(file)} The engine takes all {file.block_count} blocks "
+                "of such a deepseek4 file for the trunk, and does not load it. Put the head in "
+                f"with imatrix graft-mtp, or drop the claim: {drop}"
+            )
+        return  # a trunk without its head, which the engine loads
+    if not any(".nextn." in name for name in left):
+        raise ModelError(
+            f"{file.path}: {claim} is {file.claimed_nextn}, so that the engine takes the blocks "
+            f"from {file.n_trunk} on for an MTP head and leaves them out, but they have no nextn "
+            f"tensor: they are the trunk's. Drop the claim, which keeps the blocks: {drop}"
+        )
+    raise ModelError(
+        f"{file.path}: {lacks_head(file)} What there is of the head ({left[0]}, ...) is of no use: "
+        f"convert the model again, or take it out: {drop}. imatrix graft-mtp can then put a whole "
+        "one in."
+    )
+
+
+def lacks_head(file: ModelFile) -> str:
+    """Says that there is no MTP head in a file, and of one that is claimed how one comes in."""
+    if file.claimed_nextn == 0:
+        return "No MTP head in it (nextn_predict_layers is absent or 0)."
+    return (
+        f"The metadata claim {file.claimed_nextn} MTP head block(s), but the tensor "
+        f"blk.{file.block_count - file.claimed_nextn}.nextn.eh_proj.weight is missing."
+    )
+
+
+def loads_alone(file: ModelFile) -> bool:
+    """Whether the engine is meant to load a file by itself: not a head that it has no graph for,
+    in a file of its own."""
+    return file.architecture not in _NO_HEAD_GRAPH or any(block_of(t) == 0 for t in file.tensors)
+
+
 def check_memory(file: ModelFile) -> None:
     """Refuse a hybrid trunk that lacks one of its two kinds of layers.
 
@@ -138,6 +217,7 @@ def check_head(file: ModelFile) -> None:
         )
     if file.architecture == "gemma4-assistant":
         return  # blocks of another make; a missing tensor is an error of the engine's loader
+    check_vocabulary(file)
     for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
         # qwen4exp has no attn_norm: the mixer of its hyper-connections carries the norm
         norm = "hc_attn_norm" if file.architecture == "qwen4exp" else "attn_norm"
@@ -159,6 +239,31 @@ def check_head(file: ModelFile) -> None:
                         f"blk.{block}.{tensor}.weight (fused q, k and v, and a dense feed-forward "
                         "part); convert the model again, or collect the trunk alone (mtp=False)"
                     )
+
+
+def check_vocabulary(head: ModelHeader) -> None:
+    """Refuse a head that drafts from a part of the vocabulary.
+
+    Its outputs are numbered anew, and a tensor d2t maps them back. Only the engine's dflash graph
+    reads one (src/models/dflash.cpp), none of the MTP graphs.
+
+    Raises:
+        ModelError: the mapping, or the head's own output of another size than the vocabulary.
+    """
+    why = (
+        "The head drafts from a part of the vocabulary, which none of the engine's MTP graphs can. "
+        "Convert the head again with its whole vocabulary"
+    )
+    for name in head.tensors:
+        parts = name.removesuffix(".weight").split(".")
+        if parts[-1] in ("d2t", "t2d") and head.architecture != "dflash":
+            raise ModelError(f"{head.path}: it has the tensor {name}. {why}")
+    n_vocab = head.tensors.get("token_embd.weight", (0, 0))[-1]
+    for name, shape in head.tensors.items():
+        if name.endswith("nextn.shared_head_head.weight") and n_vocab and shape[-1] != n_vocab:
+            raise ModelError(
+                f"{head.path}: {name} has {shape[-1]} rows, token_embd.weight has {n_vocab}. {why}"
+            )
 
 
 def check_assistant(trunk: ModelFile, assistant: ModelFile) -> None:

@@ -39,6 +39,7 @@ from imatrix._placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix._run import FOREIGN_HEAD, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
 from imatrix._version import __version__
+from imatrix.architectures import lacks_head
 from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.cluster import Cluster
 from imatrix.corpus import Chunk, Chunks, Packing
@@ -793,8 +794,8 @@ class Collector:
             raise ValueError("mtp=True, but this Collector was made with mtp=False")
         if mtp and self.n_nextn == 0:
             warnings.warn(
-                f"{self._models.trunk_file.path.name} ({self.architecture}) has no MTP head "
-                "(nextn_predict_layers is absent or 0): collecting the trunk only",
+                f"{self._models.trunk_file.path.name} ({self.architecture}): "
+                f"{lacks_head(self._models.trunk_file)} Collecting the trunk only",
                 stacklevel=4,
             )
         with_head = mtp and self.n_nextn > 0

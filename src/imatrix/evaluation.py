@@ -27,6 +27,7 @@ from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
 from imatrix._placement import Overrides, Placement, SplitMode
 from imatrix._threads import physical_cores
+from imatrix.architectures import lacks_head
 from imatrix.errors import ModelError
 from imatrix.run_report import Perplexity, Progress
 
@@ -592,7 +593,7 @@ def evaluate(
 
         ours = opened(model, mtp_model)
         if mtp is True and ours.head_file.n_nextn == 0:
-            raise ModelError(f"{os.fspath(model)}: no MTP head in it (mtp=True)")
+            raise ModelError(f"{os.fspath(model)}: mtp=True, but {lacks_head(ours.head_file)}")
         with_head = ours.head_file.n_nextn > 0 if mtp is None else mtp
         theirs = None
         if reference is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from imatrix import _session
 from imatrix.errors import ModelError
@@ -15,6 +16,53 @@ from imatrix.split_parts import check_part, check_tensor_count, other_parts
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
+
+
+def head_blocks(
+    architecture: str, block_count: int, claimed: int, tensors: Container[str]
+) -> tuple[int, int]:
+    """Blocks of the trunk and of the MTP head, as the engine decides on them.
+
+    nextn_predict_layers claims a head; whether there is one, the engine finds out by the first
+    head block's nextn.eh_proj (nextn_flags in src/llama-model.cpp). Without it the file is one
+    of the trunk alone. For deepseek4 the claim itself then counts for nothing, and all blocks are
+    the trunk's (load_arch_hparams in src/models/deepseek4.cpp). A gemma4-assistant is a head of
+    another make.
+
+    Args:
+        architecture: general.architecture.
+        block_count: blocks that the metadata claim, the head's included.
+        claimed: nextn_predict_layers, 0 to block_count.
+        tensors: names of all tensors.
+    """
+    n_trunk = block_count - claimed
+    if claimed == 0 or architecture == "gemma4-assistant":
+        return n_trunk, claimed
+    if f"blk.{n_trunk}.nextn.eh_proj.weight" in tensors:
+        return n_trunk, claimed
+    # without any tensor of these blocks the engine does not load the file, and a head is missing
+    if architecture == "deepseek4" and f"blk.{n_trunk}.attn_norm.weight" in tensors:
+        return block_count, 0
+    return n_trunk, 0
+
+
+class ModelHeader(Protocol):
+    """What the checks of heads ask of a header; ModelFile has it. Shapes in ggml order, row length first."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def n_trunk(self) -> int: ...
+    @property
+    def n_nextn(self) -> int: ...
+    @property
+    def block_count(self) -> int: ...
+    @property
+    def claimed_nextn(self) -> int: ...
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -25,8 +73,10 @@ class ModelFile:
         path: the file, or the first part.
         architecture: general.architecture.
         has_tokenizer: whether text can be tokenized.
-        n_trunk: trunk blocks, `blk.0` to `blk.<n_trunk - 1>`.
-        n_nextn: MTP/NextN head blocks that the metadata claims, `blk.<n_trunk>` on.
+        n_trunk: trunk blocks, `blk.0` to `blk.<n_trunk - 1>`; see head_blocks.
+        n_nextn: MTP/NextN head blocks, `blk.<n_trunk>` on; see head_blocks.
+        block_count: blocks that the metadata claim, trunk and head together.
+        claimed_nextn: head blocks that the metadata claim, whose tensors may be missing.
         tensors: shape by tensor name, ggml order: the row length first.
         integers: the architecture's own whole-number keys, without its name in front.
         parts: every file, the first part first, and how many bytes its header has.
@@ -44,6 +94,8 @@ class ModelFile:
     parts: tuple[tuple[Path, int], ...] = ()
     tables: tuple[tuple[Path, str, int, int], ...] = ()
     aligned: bool = True
+    block_count: int = 0
+    claimed_nextn: int = 0
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> ModelFile:
@@ -76,20 +128,23 @@ class ModelFile:
             check_tensor_count(first, len(tensors), header["split_tensors"])
         if not header["architecture"]:
             raise ModelError(f"{first}: no general.architecture; this GGUF file is not a model")
-        n_nextn = header["n_nextn"]
-        if not 0 <= n_nextn <= header["block_count"]:
+        claimed, block_count = header["n_nextn"], header["block_count"]
+        if not 0 <= claimed <= block_count:
             raise ModelError(
-                f"{first}: nextn_predict_layers is {n_nextn}, block_count is "
-                f"{header['block_count']}; the metadata contradict each other"
+                f"{first}: nextn_predict_layers is {claimed}, block_count is "
+                f"{block_count}; the metadata contradict each other"
             )
+        n_trunk, n_nextn = head_blocks(header["architecture"], block_count, claimed, tensors)
         return cls(
             path=first,
             architecture=header["architecture"],
             # "no_vocab" is the engine's word for a model without one; asking such a model
             # to tokenize ends the process (src/llama-vocab.cpp)
             has_tokenizer=header["tokenizer"] not in ("", "no_vocab", "none"),
-            n_trunk=header["block_count"] - n_nextn,
+            n_trunk=n_trunk,
             n_nextn=n_nextn,
+            block_count=block_count,
+            claimed_nextn=claimed,
             tensors=tensors,
             integers=header["integers"],
             parts=tuple((part, other["data_offset"]) for part, other in headers),

@@ -27,9 +27,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from imatrix import atomic
+from imatrix._rehearsal import rehearse_load
+from imatrix.architectures import check_vocabulary, loads_alone
 from imatrix.errors import ModelError
 from imatrix.formats.gguf_raw import (
     STRING,
@@ -43,9 +45,19 @@ from imatrix.formats.gguf_raw import (
     integer,
     write,
 )
+from imatrix.model_file import ModelFile, ModelHeader, head_blocks
 from imatrix.split_parts import check_part, check_tensor_count, other_parts, without_part
 
-__all__ = ["ExtractReport", "GraftReport", "check_fit", "extract_mtp", "graft_mtp", "mtp_name"]
+__all__ = [
+    "DropReport",
+    "ExtractReport",
+    "GraftReport",
+    "check_fit",
+    "drop_mtp",
+    "extract_mtp",
+    "graft_mtp",
+    "mtp_name",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -76,6 +88,24 @@ class ExtractReport:
     def shared_bytes(self) -> int:
         """Bytes of tensors that lie in both halves."""
         return sum(self.shared.values())
+
+
+@dataclass(frozen=True)
+class DropReport:
+    """What drop_mtp wrote.
+
+    Attributes:
+        model, model_bytes: the file and its size.
+        source_bytes: size of the input, all its parts together.
+        n_trunk: blocks that are left.
+        dropped: names of the tensors that are not in it; none if only the claim was dropped.
+    """
+
+    model: Path
+    model_bytes: int
+    source_bytes: int
+    n_trunk: int
+    dropped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -174,6 +204,8 @@ def extract_mtp(
                 trunk,
                 meter,
             )
+        for path, half in zip(temporary, outputs, strict=True):
+            _check_loads(path, half, source.path)
     return ExtractReport(
         head=head_path,
         head_bytes=head_bytes,
@@ -184,6 +216,76 @@ def extract_mtp(
         n_trunk=source.n_trunk,
         n_nextn=source.n_nextn,
     )
+
+
+def drop_mtp(
+    model: PathLike,
+    out: PathLike,
+    *,
+    progress: Progress | None = None,
+) -> DropReport:
+    """Write a model without its MTP head, and without the claim that it has one.
+
+    What is left are the trunk's blocks, byte for byte, as convert_hf_to_gguf.py --no-mtp writes
+    them. Blocks that the metadata claim for a head are dropped if they hold a nextn tensor, which
+    makes them a head, whole or not. Without one they are the trunk's, and stay; then only the
+    claim goes. Blocks that hold a nextn tensor without a claim are dropped too.
+
+    Args:
+        model: the model, or the first part of a multi-part one.
+        out: where to write, one file. A file there is replaced.
+        progress: called with the bytes written so far and the bytes to write.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such model, or no such folder to write to.
+        ValueError: the two paths are the same file.
+        ModelError: not a GGUF model, damaged, a part is missing; there is no head and no claim of
+            one; nothing would be left; or the engine does not load the result.
+        OSError: reading or writing failed.
+    """
+    source = _Model.read(Path(model))
+    path = Path(out)
+    _check_outputs([path], source.paths)
+    heads = {t.block for t in source.infos.values() if t.block is not None and ".nextn." in t.name}
+    if source.architecture == "gemma4-assistant" or not (source.claimed_nextn or heads):
+        raise ModelError(f"{source.path}: it has no MTP head, and its metadata claim none")
+    claimed_from = source.block_count - source.claimed_nextn
+    blocks = {t.block for t in source.infos.values() if t.block is not None}
+    if source.claimed_nextn and not any(block >= claimed_from for block in heads):
+        heads = set()
+        n_trunk = max(claimed_from, 1 + max(blocks, default=-1))
+    else:
+        n_trunk = min(heads, default=claimed_from)
+    kept = [t for t in source.infos.values() if t.block is None or t.block < n_trunk]
+    if not any(t.block is not None for t in kept):
+        raise ModelError(
+            f"{source.path}: it holds a head alone, and nothing would be left without it"
+        )
+    meter = Meter(progress, sum(t.size for t in kept))
+    keys = _trunk_keys(source, _without_split(source), n_trunk)
+    with atomic.replacing(path) as temporary:
+        n_bytes = write(temporary, source.version, source.alignment, keys, kept, meter)
+        _check_loads(temporary, path, source.path)
+    return DropReport(
+        model=path,
+        model_bytes=n_bytes,
+        source_bytes=source.file_bytes,
+        n_trunk=n_trunk,
+        dropped=tuple(t.name for t in source.infos.values() if t not in kept),
+    )
+
+
+def _check_loads(temporary: Path, path: Path, source: Path) -> None:
+    """Refuse to put a file in its place that the engine does not load.
+
+    Raises:
+        ModelError: the engine's own reason.
+    """
+    written = ModelFile.read(temporary)
+    if loads_alone(written) and (why := rehearse_load(temporary, mtp=written.n_nextn > 0)):
+        raise ModelError(
+            f"{source}: nothing was written to {path}, because the engine would not load it: {why}"
+        )
 
 
 def graft_mtp(
@@ -228,7 +330,7 @@ def graft_mtp(
             f"blk.{body.n_trunk} on); take it out first (extract_mtp with trunk_out, "
             "imatrix extract-mtp --trunk-out)"
         )
-    check_fit(body, donor)
+    check_fit(body, donor, grafting=True)
     told = list(_check_keys(body, donor))
     keys = _bundled_keys(body, donor)
     shared = [t for t in donor.infos.values() if t.block is None and t.name in body.infos]
@@ -250,6 +352,7 @@ def graft_mtp(
     meter = Meter(progress, sum(t.size for t in tensors))
     with atomic.replacing(model_path) as temporary:
         model_bytes = write(temporary, body.version, body.alignment, keys, tensors, meter)
+        _check_loads(temporary, model_path, body.path)
     return GraftReport(
         model=model_path,
         model_bytes=model_bytes,
@@ -265,22 +368,7 @@ def graft_mtp(
 # --- does a head fit a trunk ---------------------------------------------------------------------
 
 
-class ModelHeader(Protocol):
-    """What check_fit asks of a header; ModelFile has it. Shapes in ggml order, row length first."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def n_trunk(self) -> int: ...
-    @property
-    def n_nextn(self) -> int: ...
-    @property
-    def tensors(self) -> Mapping[str, tuple[int, ...]]: ...
-
-
-def check_fit(trunk: ModelHeader, head: ModelHeader) -> None:
+def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) -> None:
     """Refuse a head that was not made for this trunk.
 
     The engine compares one width, by an assertion that ends the process, and takes the rest on
@@ -289,34 +377,42 @@ def check_fit(trunk: ModelHeader, head: ModelHeader) -> None:
     Args:
         trunk: a model with or without a head of its own.
         head: a head-only file, or a bundled model.
+        grafting: only the head's blocks are asked for, which go into the trunk's file; else the
+            head is to run from its own, and needs the tables of tokens there.
 
     Raises:
-        ModelError: ``head`` has no head, or lacks a tensor of it; architecture, block count,
-            number of head blocks, width or vocabulary differ. The message has both values.
+        ModelError: ``head`` has no head, or lacks a tensor of it, or drafts from a part of the
+            vocabulary; architecture, block count, number of head blocks, width or vocabulary
+            differ. The message has both values.
     """
     _check_has_head(head)
+    check_vocabulary(head)
     differ = _differing(trunk, head)
     if trunk.architecture != head.architecture:
         raise differ("architecture", trunk.architecture, head.architecture)
     if trunk.n_trunk != head.n_trunk:
         raise differ("the number of trunk blocks", trunk.n_trunk, head.n_trunk)
-    if trunk.n_nextn not in (0, head.n_nextn):
-        raise differ("nextn_predict_layers", trunk.n_nextn, head.n_nextn)
+    if trunk.claimed_nextn not in (0, head.n_nextn):
+        raise differ("nextn_predict_layers", trunk.claimed_nextn, head.n_nextn)
     embeddings = "token_embd.weight"
-    for side in (trunk, head):
-        if len(side.tensors.get(embeddings, ())) != 2:
-            raise ModelError(
-                f"{side.path}: the tensor {embeddings} is missing; a head-only file has it too, as "
-                "it is loaded as a model of its own (convert_hf_to_gguf.py --mtp)"
-            )
-    (n_embd, n_vocab), (n_embd_head, n_vocab_head) = (
-        trunk.tensors[embeddings],
-        head.tensors[embeddings],
-    )
-    if n_embd != n_embd_head:
-        raise differ(f"the width of a row (n_embd, {embeddings})", n_embd, n_embd_head)
-    if n_vocab != n_vocab_head:
-        raise differ(f"the vocabulary (rows of {embeddings})", n_vocab, n_vocab_head)
+    if len(trunk.tensors.get(embeddings, ())) != 2:
+        raise ModelError(f"{trunk.path}: the tensor {embeddings} is missing")
+    n_embd, n_vocab = trunk.tensors[embeddings]
+    if embeddings in head.tensors:
+        n_embd_head, n_vocab_head = (*head.tensors[embeddings], 1)[:2]
+        if n_embd != n_embd_head:
+            raise differ(f"the width of a row (n_embd, {embeddings})", n_embd, n_embd_head)
+        if n_vocab != n_vocab_head:
+            raise differ(f"the vocabulary (rows of {embeddings})", n_vocab, n_vocab_head)
+    if not grafting:
+        # the engine loads a head's own file as a model of its own
+        for table in (embeddings, "output_norm.weight"):
+            if table not in head.tensors:
+                raise ModelError(
+                    f"{head.path}: it has the head's blocks, but the tensor {table} is missing, and "
+                    "the engine loads a head from a file of its own only with it. Put the head "
+                    f"into its model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
+                )
     for block in range(head.n_trunk, head.n_trunk + head.n_nextn):
         # [2 * n_embd, n_embd] in every architecture that has one (src/models/)
         name = f"blk.{block}.nextn.eh_proj.weight"
@@ -337,6 +433,12 @@ def _differing(
 
 
 def _check_has_head(model: ModelHeader) -> None:
+    if model.n_nextn == 0 and model.claimed_nextn:
+        raise ModelError(
+            f"{model.path}: the metadata claim {model.claimed_nextn} MTP head block(s), but "
+            f"blk.{model.block_count - model.claimed_nextn}.nextn.eh_proj.weight is missing; the "
+            "file holds no complete head"
+        )
     if model.n_nextn == 0:
         raise ModelError(
             f"{model.path}: it has no MTP head ({model.architecture}.nextn_predict_layers is 0 or "
@@ -432,16 +534,19 @@ def _without_split(model: _Model) -> dict[str, Value]:
     return {key: value for key, value in model.keys.items() if not key.startswith("split.")}
 
 
-def _trunk_keys(model: _Model, keys: Mapping[str, Value]) -> dict[str, Value]:
+def _trunk_keys(
+    model: _Model, keys: Mapping[str, Value], n_trunk: int | None = None
+) -> dict[str, Value]:
+    n_trunk = model.n_trunk if n_trunk is None else n_trunk
     block_count = f"{model.architecture}.block_count"
     out = {}
     for key, value in keys.items():
         if key == f"{model.architecture}.nextn_predict_layers":
             continue
         if key == block_count:
-            out[key] = value.with_scalar(model.n_trunk)
+            out[key] = value.with_scalar(n_trunk)
         elif model.is_per_layer(key):
-            out[key] = value.first(model.n_trunk)
+            out[key] = value.first(min(n_trunk, value.count))
         else:
             out[key] = value
     return out
@@ -463,7 +568,7 @@ def _bundled_keys(trunk: _Model, head: _Model) -> dict[str, Value]:
             out[key] = theirs[key]
         elif (
             trunk.is_per_layer(key)
-            and trunk.n_nextn == 0
+            and trunk.claimed_nextn == 0
             and key in theirs
             and not theirs[key].is_array
         ):
@@ -527,6 +632,8 @@ class _Model:
     file_bytes: int
     architecture: str
     block_count: int
+    claimed_nextn: int
+    n_trunk: int
     n_nextn: int
 
     @classmethod
@@ -546,10 +653,10 @@ class _Model:
             if not isinstance(architecture, str):
                 raise DamagedError("no general.architecture; this GGUF file is not a model")
             block_count = integer(first.keys, f"{architecture}.block_count", 0)
-            n_nextn = integer(first.keys, f"{architecture}.nextn_predict_layers", 0)
-            if not 0 <= n_nextn <= block_count:
+            claimed = integer(first.keys, f"{architecture}.nextn_predict_layers", 0)
+            if not 0 <= claimed <= block_count:
                 raise DamagedError(
-                    f"nextn_predict_layers is {n_nextn}, block_count is {block_count}; the "
+                    f"nextn_predict_layers is {claimed}, block_count is {block_count}; the "
                     "metadata contradict each other"
                 )
             infos: dict[str, Tensor] = {}
@@ -566,6 +673,7 @@ class _Model:
                 check_tensor_count(path, len(infos), expected)
         except DamagedError as error:
             raise ModelError(f"{path}: {error}") from None
+        n_trunk, n_nextn = head_blocks(architecture, block_count, claimed, infos)
         return cls(
             paths=[part.path for part in parts],
             version=first.version,
@@ -575,16 +683,14 @@ class _Model:
             file_bytes=sum(part.file_bytes for part in parts),
             architecture=architecture,
             block_count=block_count,
+            claimed_nextn=claimed,
+            n_trunk=n_trunk,
             n_nextn=n_nextn,
         )
 
     @property
     def path(self) -> Path:
         return self.paths[0]
-
-    @property
-    def n_trunk(self) -> int:
-        return self.block_count - self.n_nextn
 
     @cached_property
     def tensors(self) -> Mapping[str, tuple[int, ...]]:

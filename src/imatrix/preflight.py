@@ -20,7 +20,7 @@ import numpy as np
 
 from imatrix import _quantize_pybind, _session
 from imatrix._rehearsal import rehearse_quantize
-from imatrix.architectures import check_head, check_trunk
+from imatrix.architectures import check_head, check_trunk, check_whole
 from imatrix.errors import EngineError, ModelError
 from imatrix.matrix import THIN, Entry, ImportanceMatrix
 from imatrix.model_file import ModelFile
@@ -224,7 +224,8 @@ def coverage(
             f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
         )
     file = ModelFile.read(model)
-    rehearse_quantize(file.path, [path for path, _ in file.parts])
+    check_whole(file)
+    rehearse_quantize(file)
     if isinstance(matrix, (str, os.PathLike)):
         matrix = ImportanceMatrix.load(matrix)
     check = _Check(

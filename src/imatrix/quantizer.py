@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
-from imatrix._rehearsal import rehearse_quantize
+from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
+from imatrix.architectures import check_whole, loads_alone
 from imatrix.errors import EngineError
 from imatrix.matrix import ImportanceMatrix
 from imatrix.model_file import ModelFile
@@ -153,7 +154,8 @@ def quantize(
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
     overrides = overrides_of(tensor_types or {})
     model = ModelFile.read(src)
-    rehearse_quantize(model.path, [path for path, _ in model.parts])
+    check_whole(model)
+    rehearse_quantize(model)
     _check_not_itself(model.path, Path(dst))
     matrix = imatrix
     if isinstance(matrix, (str, os.PathLike)):
@@ -219,6 +221,11 @@ def quantize(
                 f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
                 "the model's metadata and its tensors do not go together"
             ) from None
+        if loads_alone(model) and (why := rehearse_load(temporary, mtp=model.n_nextn > 0)):
+            raise EngineError(
+                f"{model.path}: nothing was written to {os.fspath(dst)}, because the engine would "
+                f"not load it: {why}"
+            )
     return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values)
 
 
