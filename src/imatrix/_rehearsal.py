@@ -14,6 +14,7 @@ the process within an operation is looked for in the graph instead (ext/graph_ch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -282,10 +283,8 @@ def _build(work: dict[str, Any]) -> None:
             _told("refused " + f"{separate or work['model']}: {error}".replace("\n", " "))
             return
         _told(_BUILT)
-        try:
+        with contextlib.suppress(EngineError, MemoryError):  # the run will say why
             session.try_decode()
-        except (EngineError, MemoryError):
-            pass  # the run will say why
     _told(_DECODED)
     if model.has_tokenizer:
         for parse_special in (False, True):
