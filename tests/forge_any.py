@@ -377,6 +377,29 @@ def _gemma_embedding(s: _Sizes) -> dict[str, Any]:
     return {**_two_ways(s), "attention.sliding_window": 32, "rope.freq_base_swa": 5000.0}
 
 
+def _gemma3(s: _Sizes) -> dict[str, Any]:
+    return {**_two_ways(s), "attention.sliding_window": 32, "attention.causal": False}
+
+
+def _lfm2(s: _Sizes) -> dict[str, Any]:
+    return {
+        **_two_ways(s),
+        "attention.head_count_kv": s.each(0, 2, head=2),
+        "attention.causal": False,
+        "shortconv.l_cache": 3,
+    }
+
+
+def _gpt2(s: _Sizes) -> dict[str, Any]:
+    # a table of as many positions as context_length says
+    return {
+        **_two_ways(s),
+        "attention.head_count_kv": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+        "context_length": 96,
+    }
+
+
 def _t5(s: _Sizes) -> dict[str, Any]:
     return {**_two_ways(s), "attention.relative_buckets_count": 32, "decoder_start_token_id": 0}
 
@@ -433,7 +456,10 @@ ARCHS: dict[str, _Arch] = {
     "gemma4": _Arch(_gemma4, max_nextn=0),
     "gemma4-assistant": _Arch(_gemma4_assistant, n_layer=0, max_nextn=4),
     "dream": _Arch(_two_ways, max_nextn=0, drop=_BIASES),
+    "gemma3": _Arch(_gemma3, n_layer=6, max_nextn=0, drop=_BIASES),
     "gemma-embedding": _Arch(_gemma_embedding, max_nextn=0, drop=_BIASES),
+    "gpt2": _Arch(_gpt2, max_nextn=0),
+    "lfm2": _Arch(_lfm2, max_nextn=0, drop=_BIASES),
     "llada": _Arch(_two_ways, max_nextn=0, drop=_BIASES),
     "llada-moe": _Arch(_two_ways_moe, max_nextn=0, drop=_BIASES),
     "llama": _Arch(_two_ways, max_nextn=0, drop=(*_BIASES, "rope_freqs.weight")),

@@ -23,8 +23,9 @@ from imatrix import Cluster, Collector, ImportanceMatrix, ModelError, evaluate
 from imatrix._batch import Batch, Room, choose
 
 N_CTX = 64
-# Without a causal mask by the architecture (src/models/dream.cpp and so on) or by the metadata; all
-# but llama have no memory, so that every decode is an encode.
+# Without a causal mask by the architecture (src/models/dream.cpp and so on) or by the metadata. The
+# last three have a memory: one of keys and values, one with windows beside it, and one of states.
+# The others have none, so that every decode is an encode.
 OPTIONS: dict[str, dict[str, Any]] = {
     "dream": {},
     "llada": {},
@@ -33,6 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "modern-bert": {},  # no logits, and windows
     "gemma-embedding": {"n_layer": 6},  # the sixth is the first that has no window
     "llama": {"metadata": {"attention.causal": False}},
+    "gemma3": {},
+    "lfm2": {},
 }
 Forge = Callable[[str], AnyModel]
 
@@ -120,7 +123,7 @@ def test_a_chunk_longer_than_the_usual_batch(
     assert "give n_batch=2304 (-b 2304)" in done.err
 
 
-@pytest.mark.parametrize("arch", ["dream", "llama"])
+@pytest.mark.parametrize("arch", ["dream", "llama", "gemma3", "lfm2"])
 def test_chunks_of_many_lengths_side_by_side(arch: str, forge: Forge) -> None:
     """A memory would divide them at the end of the shortest."""
     model = forge(arch)
@@ -254,6 +257,23 @@ def test_what_decodes_no_text_by_itself(tmp_path: Path, prose_file: Path) -> Non
         Collector(path)
     with pytest.raises(ModelError, match=r"t5.gguf: t5 has an encoder"):
         evaluate(path, prose_file)
+
+
+def test_no_more_tokens_than_positions(tmp_path: Path, prose_file: Path, run: Run) -> None:
+    path = make_any(tmp_path / "gpt2.gguf", "gpt2").path
+    with Collector(path, n_ctx=96) as collector:
+        matrix = collector.run(prose_file, max_chunks=1)
+    assert matrix["blk.0.attn_qkv.weight"].counts[0] == 96
+    told = r"n_ctx=97 \(-c\), but gpt2.gguf \(gpt2\) has a table of 96 positions.*give n_ctx=96"
+    with Collector(path, n_ctx=97) as collector:
+        for call in (collector.plan, lambda: collector.run(prose_file)):
+            with pytest.raises(ValueError, match=told):
+                call()
+    with pytest.raises(ValueError, match=told):
+        evaluate(path, prose_file, n_ctx=97)
+    done = run("collect", "-m", path, "-f", prose_file, "-o", tmp_path / "o.gguf", "-c", 97)
+    assert done.status == 2
+    assert "-c 96" in done.err
 
 
 # --- evaluate ------------------------------------------------------------------------------------

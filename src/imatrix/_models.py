@@ -216,15 +216,25 @@ class Models:
         )
 
     def check(self, head: bool) -> None:
-        """That the files have what they claim.
+        """That the files have what they claim, and what a chunk needs.
 
         Raises:
             ModelError: they have not.
+            ValueError: a chunk is longer than the table of positions.
             MemoryError: they cannot fit.
         """
         if head:
             check_head(self.head_file)
         check_memory(self.trunk_file)
+        # each token looks its position up (src/models/gpt2.cpp, bert.cpp), and a row that the table
+        # does not have ends the process (ggml-cpu/ops.cpp, ggml_compute_forward_get_rows)
+        positions = self.trunk_file.tensors.get("position_embd.weight")
+        if positions is not None and positions[1:] and positions[1] < self._n_ctx:
+            raise ValueError(
+                f"n_ctx={self._n_ctx} (-c), but {self.trunk_file.path.name} "
+                f"({self.trunk_file.architecture}) has a table of {positions[1]} positions "
+                f"(position_embd.weight): give n_ctx={positions[1]} (-c {positions[1]}) or less"
+            )
 
     # --- loaded --------------------------------------------------------------
 

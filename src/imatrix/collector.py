@@ -311,6 +311,8 @@ class Collector:
             ModelError: the engine cannot run the model.
         """
         self._check_process()
+        if self._closed and not self._models.knows_causal:
+            raise ValueError("this Collector is closed")
         with self._guard:
             if not self._models.knows_causal:
                 self._models.rehearse(self._settings(False, False, False))
