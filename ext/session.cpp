@@ -314,6 +314,11 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     if (!status.ok()) {
         return status;
     }
+    if (!params_.computes) {
+        // a change of what is asked for plans the buffers once more, at the next decode, and again
+        // takes none (llama_context::sched_reserve)
+        return {};
+    }
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
         // layer on every token without being asked for logits (e.g. src/models/qwen35.cpp,
@@ -348,7 +353,7 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (sound.ok()) {
             sound = check_graph(graph);
         }
-        if (!params_.computes) {
+        if (!params_.computes) { // and reserving has taken what activations need
             give_addresses(graph);
         }
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
@@ -415,7 +420,7 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
             status = probe(ctx.get(), head, plan); // what this one has is without addresses
         }
     }
-    if (status.ok() && plan.needs_outputs && !head && !params_.mtp) {
+    if (status.ok() && plan.needs_outputs && !head && !params_.mtp && params_.computes) {
         llama_set_embeddings_nextn(ctx.get(), false, false); // nobody wants them
     }
     return status;

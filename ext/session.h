@@ -145,8 +145,9 @@ public:
                 ChunkScore * scores);
 
     // Decodes a chunk up to where the engine would begin to compute, and a few rows of the head:
-    // batches, memory, graphs and inputs are as they are in a run. Of a model loaded with no_alloc,
-    // on a session opened with computes = false, which is of no use afterwards.
+    // batches, memory and inputs are as they are in a run, graphs too but for the rows that a trunk
+    // gives its head. Of a model loaded with no_alloc, on a session opened with computes = false,
+    // which is of no use afterwards.
     Status try_decode();
 
     // Puts back what an earlier session had committed for weights that shared their activation;

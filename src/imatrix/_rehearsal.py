@@ -276,14 +276,16 @@ def _build(work: dict[str, Any]) -> None:
     if len(settings) > 1 and model.has_decoder and not model.has_encoder:
         causal = model.causal()
         _told(_CAUSAL if causal else _NOT_CAUSAL)
+        settings = settings if causal else whole(settings)
         session = _session.Session(model, head)
         try:
-            session.open(**(settings if causal else whole(settings)), computes=False)
+            session.open(**settings)
         except ModelError as error:
             _told("refused " + f"{separate or work['model']}: {error}".replace("\n", " "))
             return
         _told(_BUILT)
         with contextlib.suppress(EngineError, MemoryError):  # the run will say why
+            session.open(**settings, computes=False)
             session.try_decode()
     _told(_DECODED)
     if model.has_tokenizer:
