@@ -17,6 +17,12 @@ void FreeContext::operator()(llama_context * ctx) const {
 }
 void FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
 
+bool is_causal(const llama_context * ctx) {
+    // what has no memory is encoded, and that without a causal mask whatever the metadata say
+    // (llama-context.cpp, llama_context::encode)
+    return llama_get_causal_attn(ctx) && llama_get_memory(ctx) != nullptr;
+}
+
 Status make_context(const Model & model, const ContextParams & params, ContextPtr & out) {
     clear_error();
     llama_context_params engine = llama_context_default_params();
@@ -39,6 +45,12 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
         engine.cb_eval           = EvalHook::callback;
         engine.cb_eval_user_data = params.hook;
     }
+    if (!params.computes) {
+        // asked before the first node, when all else of a decode is done (ggml-backend.cpp)
+        engine.cb_eval = [](ggml_tensor *, bool, void *) -> bool {
+            throw NothingComputed{};
+        };
+    }
     if (params.trunk != nullptr) {
         engine.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
         engine.ctx_other = params.trunk;
@@ -49,13 +61,32 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
         engine.n_ctx += static_cast<uint32_t>(params.branch_cells);
         engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
     }
-    out.reset(llama_init_from_model(model.get(), engine));
+    const auto init = [&] {
+        out.reset(llama_init_from_model(model.get(), engine));
+        g_live_contexts += out == nullptr ? 0 : 1;
+    };
+    init();
+    // without a memory every token is an output (llama_context::encode), asked for or not
+    if (out != nullptr && llama_get_memory(out.get()) == nullptr &&
+        engine.n_outputs_max < engine.n_batch) {
+        engine.n_outputs_max = engine.n_batch;
+        out.reset();
+        init();
+    }
     if (out == nullptr) {
         return engine_error(Code::engine_failed, params.trunk != nullptr
                                                      ? "the engine made no MTP context"
                                                      : "the engine made no context");
     }
-    ++g_live_contexts;
+    // the engine would end the process on a larger decode, and smaller ones would hide from tokens
+    // what they should see
+    if (!is_causal(out.get()) && engine.n_ubatch < static_cast<uint32_t>(params.n_whole)) {
+        out.reset();
+        return Status::failed(Code::bad_argument,
+                              "tokens of this model see those after them: n_batch and n_ubatch "
+                              "must be " +
+                                  std::to_string(params.n_whole) + " or more");
+    }
     return {};
 }
 

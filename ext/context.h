@@ -15,6 +15,9 @@ namespace imatrix {
 class EvalHook;
 class Model;
 
+// Thrown instead of computing anything, see ContextParams::computes.
+struct NothingComputed {};
+
 // Tokens in a graph that is only looked at. Prime, so that a layer cropped to its output rows
 // cannot look like one that keeps them all.
 inline constexpr int32_t kProbeTokens = 61;
@@ -38,13 +41,20 @@ struct ContextParams {
     int32_t n_seq     = 1;
     int32_t n_outputs = 1; // rows whose logits a decode may ask for: every graph has room for them
     int32_t n_threads = 1;
+    // tokens that one decode and one graph must hold where tokens see those after them
+    int32_t n_whole = 0;
     // kSlotsTogether sequences more that share the cells of the first one, and this many cells for
     // what they do not share; negative for no such sequences
     int32_t             branch_cells = -1;
     llama_context *     trunk        = nullptr; // of a head's context: makes that an MTP context
     EvalHook *          hook         = nullptr;
     std::atomic<bool> * cancelled    = nullptr; // ends decodes early, from any thread
+    // false: a decode throws NothingComputed once its graph is built, allocated and fed
+    bool computes = true;
 };
+
+// Whether a token sees only those before it, so that a text may be decoded part by part.
+bool is_causal(const llama_context * ctx);
 
 Status make_context(const Model & model, const ContextParams & params, ContextPtr & out);
 

@@ -74,6 +74,7 @@ Status Runner::make_context(bool head, ContextPtr & out) {
     params.n_batch   = params_.n_batch;
     params.n_ubatch  = params_.n_ubatch;
     params.n_threads = params_.n_threads;
+    params.n_whole   = params_.n_ctx;
     params.cancelled = &cancelled_;
     params.trunk     = head ? trunk_.get() : nullptr;
     // the second half of a chunk is scored
@@ -107,6 +108,15 @@ Status Runner::crops_rows(llama_context * ctx, bool & out) const {
     return {};
 }
 
+Status Runner::gives_logits(llama_context * ctx, bool & out) const {
+    ggml_cgraph * graph = llama_graph_reserve(ctx, kProbeTokens, 1, kProbeTokens);
+    if (graph == nullptr) {
+        return engine_error(Code::engine_failed, "the engine could not reserve a graph");
+    }
+    out = ggml_graph_get_tensor(graph, "result_output") != nullptr;
+    return {};
+}
+
 Status Runner::open(const EvaluatorParams & params) {
     params_      = params;
     all_outputs_ = false;
@@ -116,6 +126,18 @@ Status Runner::open(const EvaluatorParams & params) {
         n_embd_  = llama_model_n_embd_out(model_.get());
     }
     Status status = make_context(false, trunk_);
+    all_outputs_  = status.ok() && llama_get_memory(trunk_.get()) == nullptr; // see make_context
+    if (status.ok() && !is_causal(trunk_.get())) {
+        // those that make embeddings have none (src/models/bert.cpp, modern-bert.cpp)
+        bool         logits = false;
+        const Status found  = gives_logits(trunk_.get(), logits);
+        if (!found.ok() || !logits) {
+            return !found.ok() ? found
+                               : Status::failed(Code::bad_model,
+                                                "this architecture gives no logits, so that there "
+                                                "is nothing to evaluate");
+        }
+    }
     if (status.ok() && params.mtp) {
         status = crops_rows(trunk_.get(), all_outputs_);
         if (status.ok() && all_outputs_) {

@@ -87,6 +87,7 @@ public:
 private:
     Status make_context(bool head, ContextPtr & out);
     Status crops_rows(llama_context * ctx, bool & out) const;
+    Status gives_logits(llama_context * ctx, bool & out) const;
     Status decode(llama_context * ctx, llama_batch_ext * batch, const std::vector<Row> & rows,
                   const char * which);
 

@@ -79,6 +79,26 @@ bool with_stack(size_t bytes, const std::function<void()> & work) {
 }
 #endif
 
+// Weights, keys and values that were given no memory (llama_model_params.no_alloc) have none to
+// make a view of, on which the engine insists when it allocates a graph (ggml-backend.cpp,
+// ggml_backend_view_init): an address for them that nothing will ever read.
+void give_addresses(ggml_cgraph * graph) {
+    alignas(64) static char nothing[64];
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        for (int k = -1; k < GGML_MAX_SRC; ++k) {
+            ggml_tensor * tensor = k < 0 ? node : node->src[k];
+            while (tensor != nullptr && tensor->view_src != nullptr) {
+                tensor = tensor->view_src;
+            }
+            if (tensor != nullptr && tensor->buffer != nullptr && tensor->data == nullptr &&
+                ggml_backend_buffer_get_size(tensor->buffer) == 0) {
+                tensor->data = nothing;
+            }
+        }
+    }
+}
+
 } // namespace
 
 Status engine_error(Code code, const std::string & what) {
@@ -161,6 +181,20 @@ std::vector<std::pair<std::string, std::string>> Model::metadata(const std::stri
 
 int32_t Model::n_ctx_train() const { return llama_model_n_ctx_train(model_.get()); }
 bool    Model::has_decoder() const { return llama_model_has_decoder(model_.get()); }
+bool    Model::has_encoder() const { return llama_model_has_encoder(model_.get()); }
+
+// Only a context tells (llama_get_causal_attn): architectures and metadata both have a say
+// (src/models/*.cpp, load_arch_hparams; llama-model.cpp, LLM_KV_ATTENTION_CAUSAL).
+Status Model::causal(bool & out) const {
+    ContextParams params;
+    params.n_ctx = params.n_batch = params.n_ubatch = 1;
+    ContextPtr   ctx;
+    const Status status = make_context(*this, params, ctx);
+    if (status.ok()) {
+        out = is_causal(ctx.get());
+    }
+    return status;
+}
 
 int32_t Model::n_vocab() const { return llama_vocab_n_tokens(llama_model_get_vocab(model_.get())); }
 bool    Model::has_tokenizer() const {
@@ -268,6 +302,8 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     params.n_seq         = params_.n_seq;
     params.n_outputs     = all_outputs ? params_.n_batch : params_.n_seq;
     params.n_threads     = params_.n_threads;
+    params.n_whole       = params_.n_ctx * params_.n_seq;
+    params.computes      = params_.computes;
     params.hook          = &hook_;
     params.cancelled     = &cancelled_;
     params.trunk         = head ? trunk_.get() : nullptr;
@@ -277,6 +313,11 @@ Status Session::make_context(bool head, bool all_outputs, ContextPtr & out) {
     const Status status = imatrix::make_context(head ? *head_model_ : model_, params, out);
     if (!status.ok()) {
         return status;
+    }
+    if (!params_.computes) {
+        // a change of what is asked for plans the buffers once more, at the next decode, and again
+        // takes none (llama_context::sched_reserve)
+        return {};
     }
     if (!head) {
         // The trunk's rows for every token. Several architectures then also run their last
@@ -311,6 +352,9 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         }
         if (sound.ok()) {
             sound = check_graph(graph);
+        }
+        if (!params_.computes) { // and reserving has taken what activations need
+            give_addresses(graph);
         }
         for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
             weights.push_back(std::move(weight));
@@ -372,8 +416,11 @@ Status Session::open_context(bool head, bool all_outputs, ContextPtr & ctx, Grap
     if (status.ok() && plan.needs_outputs && !all_outputs) {
         ctx.reset();
         status = make_context(head, true, ctx);
+        if (status.ok() && !params_.computes) {
+            status = probe(ctx.get(), head, plan); // what this one has is without addresses
+        }
     }
-    if (status.ok() && plan.needs_outputs && !head && !params_.mtp) {
+    if (status.ok() && plan.needs_outputs && !head && !params_.mtp && params_.computes) {
         llama_set_embeddings_nextn(ctx.get(), false, false); // nobody wants them
     }
     return status;
@@ -410,6 +457,12 @@ Status Session::open(const SessionParams & params) {
         if (status.ok()) {
             status = open_context(false, params.process_output || params.perplexity, trunk_,
                                   trunk_plan_);
+        }
+        causal_ = trunk_ == nullptr || is_causal(trunk_.get());
+        if (status.ok() && params.mtp && !causal_) {
+            status = Status::failed(Code::bad_argument,
+                                    "a head has nothing to predict after a trunk whose tokens see "
+                                    "those after them");
         }
         trunk_plan_.needs_outputs |= params.process_output;
         head_plan_ = {};
@@ -481,8 +534,9 @@ std::vector<MemoryUse> Session::memory() const {
         }
         // What the breakdown leaves out (llama-context.cpp, output_reserve): logits of the rows
         // that are asked for them, and the trunk's rows for the head.
-        const bool all =
-            head ? head_plan_.needs_outputs : trunk_plan_.needs_outputs || params_.perplexity;
+        const bool    all     = head ? head_plan_.needs_outputs
+                                     : trunk_plan_.needs_outputs || params_.perplexity ||
+                                           llama_get_memory(ctx) == nullptr; // see make_context
         const int64_t n_rows  = params_.n_batch;
         const int64_t outputs = (all ? n_rows : params_.n_seq) * model_.n_vocab();
         const int64_t hidden  = n_rows * llama_model_n_embd_out(model_.get());
@@ -541,8 +595,9 @@ Status Session::after_decode(int32_t rc, const char * which) {
 // Feeds positions [first, first + n_batch/n_seq) of every chunk to the trunk.
 Status Session::decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                              int32_t first, std::vector<double> * nll) {
-    const int32_t        each = std::max(1, params_.n_batch / n_chunks);
-    const bool           all  = trunk_plan_.needs_outputs;
+    const int32_t each = std::max(1, params_.n_batch / n_chunks);
+    // without a memory all are outputs, and the engine complains of tokens that are not marked so
+    const bool all = trunk_plan_.needs_outputs || llama_get_memory(trunk_.get()) == nullptr;
     std::vector<int32_t> scored_position; // where in `tokens`
     std::vector<int32_t> scored_index;    // where in the batch
     std::vector<int32_t> scored_chunk;
@@ -827,6 +882,59 @@ Status Session::check_rows(int64_t n_tokens) const {
     return {};
 }
 
+// Every chunk in one graph, where its tokens see each other. Of chunks that differ in length a
+// memory takes what all have into a first graph and the rest into others (llama-kv-cache.cpp,
+// init_batch): they go one by one.
+Status Session::decode_whole(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks) {
+    std::vector<double> * nll = params_.perplexity ? nll_.data() : nullptr;
+    if (std::all_of(lengths, lengths + n_chunks, [&](int32_t n) { return n == lengths[0]; })) {
+        return decode_trunk(tokens, lengths, n_chunks, 0, nll);
+    }
+    Status status;
+    for (int32_t i = 0; i < n_chunks && status.ok(); tokens += lengths[i++]) {
+        llama_memory_clear(llama_get_memory(trunk_.get()), true);
+        status = decode_trunk(tokens, lengths + i, 1, 0, nll == nullptr ? nullptr : nll + i);
+    }
+    return status;
+}
+
+Status Session::try_decode() {
+    if (trunk_ == nullptr || params_.computes) {
+        return Status::failed(Code::bad_argument, "the session is open to compute, or not at all");
+    }
+    clear_error();
+    // only where tokens see those after them does it matter how many there are
+    const int32_t n_tokens = causal_ ? std::min(params_.n_ctx, kProbeTokens) : params_.n_ctx;
+    const std::vector<int32_t> tokens(static_cast<size_t>(n_tokens), 0);
+    states_.assign(
+        1, std::vector<float>(static_cast<size_t>(n_tokens + 1) * static_cast<size_t>(n_embd_h_)));
+    const auto tried = [](const std::function<Status()> & decode) {
+        try {
+            return decode();
+        } catch (const NothingComputed &) {
+            return Status{};
+        } catch (const std::bad_alloc &) {
+            return Status::failed(Code::out_of_memory, "out of memory in a decode");
+        } catch (const std::exception & error) {
+            return Status::failed(Code::engine_failed, error.what());
+        }
+    };
+    Status status = tried([&] { return decode_trunk(tokens.data(), &n_tokens, 1, 0, nullptr); });
+    if (head_ != nullptr && sharing_ && status.ok()) {
+        return tried([&] { return run_sharing_head(tokens.data(), n_tokens); });
+    }
+    for (int32_t head = 0; head < n_heads_ && status.ok(); ++head) {
+        std::vector<HeadRow> rows;
+        for (int32_t p = 0; p < n_tokens; ++p) {
+            rows.push_back({0, p, 0, states_[0].data()});
+        }
+        llama_memory_clear(llama_get_memory(head_.get()), true);
+        llama_set_nextn_layer_offset(head_.get(), head);
+        status = tried([&] { return feed_head(rows, true, nullptr); });
+    }
+    return status;
+}
+
 Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                         ChunkScore * scores) {
     // however it ends: rows may still be on their way to sums that will be dropped
@@ -850,7 +958,13 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
     for (int32_t i = 0; i < n_chunks; ++i) {
         total += lengths[i];
     }
-    for (int32_t first = 0; first < longest; first += each) {
+    if (!causal_) {
+        const Status status = decode_whole(tokens, lengths, n_chunks);
+        if (!status.ok()) {
+            return status;
+        }
+    }
+    for (int32_t first = 0; causal_ && first < longest; first += each) {
         Status status = decode_trunk(tokens, lengths, n_chunks, first,
                                      params_.perplexity ? nll_.data() : nullptr);
         if (status.ok() && head_ != nullptr) {

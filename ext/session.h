@@ -44,11 +44,15 @@ public:
     int32_t       n_ctx_train() const;
     bool          has_tokenizer() const;
     bool          has_decoder() const;
+    bool          has_encoder() const;
     bool          shares_memory() const; // a head that reads its trunk's keys and values
     bool          add_bos() const;
     int32_t       bos() const;
     std::string   description() const;
     std::string   token_text(int32_t token) const; // "" for a token that there is not
+
+    // Whether a token sees only those before it, as a context of the engine says.
+    Status causal(bool & out) const;
 
     // Keys that begin with `prefix` and their values as text, arrays left out.
     std::vector<std::pair<std::string, std::string>> metadata(const std::string & prefix) const;
@@ -91,6 +95,7 @@ struct SessionParams {
     bool    perplexity       = false;
     bool    device_sums      = true; // sum rows on the device that holds them, where it can
     bool    leave_out_logits = true; // where they are asked for and nobody reads them
+    bool    computes         = true; // false: for try_decode() only
 
     FirstSlot first_slot = FirstSlot::cached; // of a head with keys and values of its own
 };
@@ -139,6 +144,12 @@ public:
     Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                 ChunkScore * scores);
 
+    // Decodes a chunk up to where the engine would begin to compute, and a few rows of the head:
+    // batches, memory and inputs are as they are in a run, graphs too but for the rows that a trunk
+    // gives its head. Of a model loaded with no_alloc, on a session opened with computes = false,
+    // which is of no use afterwards.
+    Status try_decode();
+
     // Puts back what an earlier session had committed for weights that shared their activation;
     // before the first step(). Should they not share it here, the first chunk finds out.
     Status restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
@@ -175,6 +186,7 @@ private:
     Status open_context(bool head, bool all_outputs, ContextPtr & ctx, GraphPlan & plan);
     bool   may_end_early() const;
     Status probe(llama_context * ctx, bool head, GraphPlan & plan);
+    Status decode_whole(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks);
     Status collect(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                    ChunkScore * scores);
     Status decode_trunk(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
@@ -203,6 +215,7 @@ private:
     GraphPlan     trunk_plan_;
     GraphPlan     head_plan_;
     int32_t       n_heads_  = 0;     // graphs of the head, one after the other
+    bool          causal_   = true;  // a token sees only those before it
     bool          sharing_  = false; // the head shares the trunk's memory
     int32_t       n_embd_h_ = 0;     // width of the rows that go from the trunk to the head
     // states_[d] row p is the state of slot p at depth d: zeros for slot 0; then at depth 0 the

@@ -351,6 +351,59 @@ def _gemma4_assistant(s: _Sizes) -> dict[str, Any]:
     }
 
 
+def _two_ways(s: _Sizes) -> dict[str, Any]:
+    """dream, llada: tokens that see each other, by the architecture alone."""
+    return {**_common(s), "nextn_predict_layers": None}
+
+
+def _two_ways_moe(s: _Sizes) -> dict[str, Any]:
+    return {**_two_ways(s), **_experts(), "leading_dense_block_count": None}
+
+
+def _modern_bert(s: _Sizes) -> dict[str, Any]:
+    # heads as wide as what the engine takes them for, n_embd / head_count
+    return {
+        **_two_ways(s),
+        "attention.head_count_kv": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.causal": False,
+        "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": s.each(False, True, True, head=False),
+        "rope.freq_base_swa": 5000.0,
+    }
+
+
+def _gemma_embedding(s: _Sizes) -> dict[str, Any]:
+    return {**_two_ways(s), "attention.sliding_window": 32, "rope.freq_base_swa": 5000.0}
+
+
+def _gemma3(s: _Sizes) -> dict[str, Any]:
+    return {**_two_ways(s), "attention.sliding_window": 32, "attention.causal": False}
+
+
+def _lfm2(s: _Sizes) -> dict[str, Any]:
+    return {
+        **_two_ways(s),
+        "attention.head_count_kv": s.each(0, 2, head=2),
+        "attention.causal": False,
+        "shortconv.l_cache": 3,
+    }
+
+
+def _gpt2(s: _Sizes) -> dict[str, Any]:
+    # a table of as many positions as context_length says
+    return {
+        **_two_ways(s),
+        "attention.head_count_kv": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+        "context_length": 96,
+    }
+
+
+def _t5(s: _Sizes) -> dict[str, Any]:
+    return {**_two_ways(s), "attention.relative_buckets_count": 32, "decoder_start_token_id": 0}
+
+
 def _gemma4_assistant_shapes(s: _Sizes) -> Iterable[tuple[str, Shape]]:
     """From gemma4-assistant.cpp: without a file the engine cannot be asked, it trips over an
     optional tensor that has no shape (masked_embd_centroids)."""
@@ -402,8 +455,19 @@ ARCHS: dict[str, _Arch] = {
     "qwen4exp": _Arch(_qwen4exp, drop=_BIASES),
     "gemma4": _Arch(_gemma4, max_nextn=0),
     "gemma4-assistant": _Arch(_gemma4_assistant, n_layer=0, max_nextn=4),
+    "dream": _Arch(_two_ways, max_nextn=0, drop=_BIASES),
+    "gemma3": _Arch(_gemma3, n_layer=6, max_nextn=0, drop=_BIASES),
+    "gemma-embedding": _Arch(_gemma_embedding, max_nextn=0, drop=_BIASES),
+    "gpt2": _Arch(_gpt2, max_nextn=0),
+    "lfm2": _Arch(_lfm2, max_nextn=0, drop=_BIASES),
+    "llada": _Arch(_two_ways, max_nextn=0, drop=_BIASES),
+    "llada-moe": _Arch(_two_ways_moe, max_nextn=0, drop=_BIASES),
+    "llama": _Arch(_two_ways, max_nextn=0, drop=(*_BIASES, "rope_freqs.weight")),
+    "modern-bert": _Arch(_modern_bert, n_layer=4, max_nextn=0),
+    "rnd1": _Arch(_two_ways_moe, max_nextn=0, drop=_BIASES),
+    "t5": _Arch(_t5, max_nextn=0),
 }
-MTP_ARCHS = tuple(arch for arch in ARCHS if not arch.startswith("gemma4"))
+MTP_ARCHS = tuple(arch for arch, about in ARCHS.items() if about.max_nextn and "gemma4" not in arch)
 
 
 def _unwritten(arch: str, s: _Sizes) -> list[str]:

@@ -21,7 +21,7 @@ from imatrix._memory import available_memory
 from imatrix._rehearsal import in_child
 from imatrix.errors import EngineError
 
-__all__ = ["Batch", "Room", "choose", "choose_in_child", "usual"]
+__all__ = ["Batch", "Room", "Wanted", "choose", "choose_in_child", "usual", "whole"]
 
 # Sequences that one context can have (LLAMA_MAX_SEQ in src/llama-cparams.h)
 MAX_SEQ = 256
@@ -56,6 +56,58 @@ class Room:
 Uses: TypeAlias = "Sequence[_session.MemoryUse]"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for: chunks side by side, and tokens a decode and a graph, None where they
+    are left to us."""
+
+    n_seq: int
+    n_batch: int | None
+    n_ubatch: int | None
+
+    def of_causal(self, n_ctx: int) -> Batch:
+        """The batch for chunks of n_ctx tokens where a token sees only those before it."""
+        tokens = n_ctx * self.n_seq
+        # a larger batch than a group of chunks is never filled
+        return Batch(
+            self.n_seq,
+            tokens if self.n_batch is None else min(self.n_batch, tokens),
+            USUAL_UBATCH if self.n_ubatch is None else self.n_ubatch,
+        )
+
+    def of_whole(self, n_ctx: int, model: str) -> Batch:
+        """The batch for chunks of n_ctx tokens that all see each other: each in one decode and one
+        graph. As many of the n_seq side by side as there is room for in n_batch and n_ubatch, which
+        is the usual graph where none is given.
+
+        Args:
+            model: for the message.
+
+        Raises:
+            ValueError: not even one chunk goes into what was given.
+        """
+        for name, flag, value in (
+            ("n_batch", "-b", self.n_batch),
+            ("n_ubatch", "-ub", self.n_ubatch),
+        ):
+            if value is not None and value < n_ctx:
+                raise ValueError(
+                    f"{name}={value} ({flag}) is less than a chunk of {n_ctx} tokens, but the "
+                    f"tokens of {model} see those after them too, so that a chunk has to be "
+                    f"decoded in one piece: give {name}={n_ctx} ({flag} {n_ctx}), or leave it out"
+                )
+        graph = max(n_ctx, USUAL_UBATCH) if self.n_ubatch is None else self.n_ubatch
+        room = graph if self.n_batch is None else min(graph, self.n_batch)
+        n_seq = min(self.n_seq, room // n_ctx)
+        return Batch(n_seq, n_seq * n_ctx, n_seq * n_ctx)
+
+
+def whole(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A session's settings with all its chunks in one decode and one graph."""
+    tokens = settings["n_ctx"] * settings["n_seq"]
+    return {**settings, **{n: max(settings[n], tokens) for n in ("n_batch", "n_ubatch")}}
+
+
 def usual(n_ctx: int) -> Batch:
     """One chunk a decode, in graphs of the usual size."""
     return Batch(1, n_ctx, min(n_ctx, USUAL_UBATCH))
@@ -68,6 +120,7 @@ def choose(
     *,
     mapped: bool,
     most: int,
+    causal: bool = True,
 ) -> Batch:
     """The batch that reads the weights least often.
 
@@ -77,8 +130,9 @@ def choose(
         room: what is free with the model loaded.
         mapped: whether weights on the host are mapped: the pages of a file count as free.
         most: chunks side by side at most, 1 with a head.
+        causal: whether a chunk can be decoded in parts.
     """
-    least = usual(n_ctx)
+    least = usual(n_ctx) if causal else Batch(1, n_ctx, n_ctx)
     uses = need(least)
     if uses is None:
         return least  # the run will say why
@@ -109,7 +163,7 @@ def choose(
             good, bad = (n_seq, bad) if fits(side_by_side(n_seq)) else (good, n_seq)
         return side_by_side(good)
     # not even one chunk in one graph: a part of it, the parts as equal as can be
-    for parts in range(2, -(-n_ctx // USUAL_UBATCH)):
+    for parts in range(2, -(-n_ctx // USUAL_UBATCH) if causal else 0):
         part = Batch(1, -(-n_ctx // parts), -(-n_ctx // parts))
         if fits(part):
             return part
@@ -134,12 +188,13 @@ def choose_in_child(
     placement: _session.PlacementData,
     mapped: bool,
     most: int,
+    causal: bool,
 ) -> Batch:
     """choose() for a model that is loaded, with the memory that is free now.
 
     Args:
         model, mtp_model, settings: as for the rehearsal; the batch in `settings` is not looked at.
-        n_gpu_layers, placement, mapped, most: as the model is loaded, and see choose().
+        n_gpu_layers, placement, mapped, most, causal: as the model is loaded, and see choose().
 
     Raises:
         ModelError: the engine ends the process on this model.
@@ -166,6 +221,7 @@ def choose_in_child(
         "host": available_memory(),
         "mapped": mapped,
         "most": most,
+        "causal": causal,
     }
     status, stdout, stderr = in_child(__name__, work, mtp_model or model, cards=gpus)
     try:
@@ -210,7 +266,14 @@ def _main() -> None:
     room = Room(
         work["host"], {device.name: device.memory_free for device in devices.backends().devices}
     )
-    chosen = choose(settings["n_ctx"], need, room, mapped=work["mapped"], most=work["most"])
+    chosen = choose(
+        settings["n_ctx"],
+        need,
+        room,
+        mapped=work["mapped"],
+        most=work["most"],
+        causal=work["causal"],
+    )
     print(json.dumps(asdict(chosen)))
 
 

@@ -173,6 +173,8 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         int32_t n_ctx_train() const
         cbool has_tokenizer() const
         cbool has_decoder() const
+        cbool has_encoder() const
+        Status causal(cbool & out) const
         cbool add_bos() const
         int32_t bos() const
         string description() const
@@ -198,6 +200,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool device_sums
         cbool leave_out_logits
         FirstSlot first_slot
+        cbool computes
 
     cdef cppclass ChunkScore:
         double nll
@@ -219,6 +222,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
     cdef cppclass CSession "imatrix::Session":
         CSession(const CModel & trunk, const CModel * head)
         Status open(const SessionParams & params)
+        Status try_decode()
         Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                     ChunkScore * scores)
         Status restore(const vector[string] & names, const Shape & shape, const double * sums,

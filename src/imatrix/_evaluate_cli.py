@@ -84,8 +84,8 @@ def add_parser(commands: Commands) -> None:
         "--ubatch-size",
         metavar="N",
         type=at_least(1),
-        default=512,
-        help="tokens a graph (default: 512)",
+        help="tokens a graph (default: 512; all of -c, of a model whose tokens see those after "
+        "them)",
     )
     add_threads(command)
     _placement_cli.add_arguments(command)
@@ -213,6 +213,11 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
     for name, figure, share in _figures(found):
         add(name, figure, share)
     out.print(table)
+    if not found.causal:
+        terminal.warn(
+            f"{found.model}: its tokens see those after them, so that it has seen the tokens that "
+            "NLL and perplexity are about: only what is said of it against a reference counts"
+        )
 
 
 def _render_difference(

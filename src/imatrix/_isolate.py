@@ -284,6 +284,7 @@ class Model:
         self.n_ctx_train: int = found["n_ctx_train"]
         self.has_tokenizer: bool = found["has_tokenizer"]
         self.has_decoder: bool = found["has_decoder"]
+        self.has_encoder: bool = found["has_encoder"]
         self.add_bos: bool = found["add_bos"]
         self.bos: int = found["bos"]
         self.description: str = found["description"]
@@ -291,6 +292,11 @@ class Model:
     def __del__(self) -> None:
         if hasattr(self, "number"):
             self.engine.tell("free", self.number)
+
+    def causal(self) -> bool:
+        found, _ = self.engine.ask("causal", object=self.number)
+        causal: bool = found["causal"]
+        return causal
 
     def token_text(self, token: int) -> str:
         found, _ = self.engine.ask("token_text", object=self.number, token=token)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imatrix import _isolate, _session
-from imatrix._batch import Batch, choose_in_child, usual
+from imatrix._batch import Batch, Wanted, choose_in_child, usual, whole
 from imatrix._layers import ALL, Layers, Uses, sums_size
 from imatrix._layers import choose as choose_layers
 from imatrix._placement import Placement, on_cpu
+from imatrix._rehearsal import Rehearsal
 from imatrix._rehearsal import rehearse as rehearse_in_child
 from imatrix.architectures import (
     check_assistant,
@@ -113,6 +114,7 @@ class Models:
         self._rehearsed: set[tuple[tuple[str, object], ...]] = set()
         self._rehearsed_loads: set[bool] = set()
         self._tokenizer_fault: str | None = None
+        self._causal: bool | None = None  # not asked yet
 
     @property
     def bundled(self) -> bool:
@@ -140,12 +142,69 @@ class Models:
         """Build the graphs of a session with these settings in a child process, unless that was
         done. `settings`: what _session.Session.open takes. Wherever the model will lie: the
         graphs are the same, and the child takes no device from whoever uses it."""
-        kind = tuple(sorted(settings.items()))
-        if self._rehearse and kind not in self._rehearsed:
+
+        def kind() -> tuple[tuple[str, object], ...]:
+            # a larger batch is taken where a chunk is decoded in one piece
+            return tuple(sorted((whole(settings) if self._causal is False else settings).items()))
+
+        if self._rehearse and kind() not in self._rehearsed:
             head = bool(settings["mtp"])
-            self._tokenizer_fault = rehearse_in_child(*self.files(head), settings)
-            self._rehearsed.add(kind)
+            self._learn(rehearse_in_child(*self.files(head), settings))
+            self._rehearsed.add(kind())
             self._rehearsed_loads.add(head)
+
+    def _learn(self, found: Rehearsal | None) -> None:
+        """What a rehearsal found out."""
+        self._tokenizer_fault = None if found is None else found.tokenizer_fault
+        if found is not None and found.causal is not None:
+            self._causal = found.causal
+
+    @property
+    def knows_causal(self) -> bool:
+        """Whether `causal` takes no loading."""
+        return self._causal is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token of the trunk sees only those before it, as the engine says; if no
+        rehearsal has told yet, of a model without weights.
+
+        Raises:
+            ModelError: it does not decode text, or cannot be loaded.
+            EngineError, MemoryError: there can be no context.
+        """
+        if self._causal is None:
+            self._drop_dead()
+            model = self._trunk or self._vocabulary
+            if model is None:
+                model = self._load_file(self.trunk_file, False, no_alloc=True, layers=Layers(0))
+            self._causal = model.causal()
+        return self._causal
+
+    def batch(self, wanted: Wanted) -> Batch:
+        """What is wanted, as the model can run it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.causal:
+            return wanted.of_causal(self._n_ctx)
+        return wanted.of_whole(
+            self._n_ctx, f"{self.trunk_file.path.name} ({self.trunk_file.architecture})"
+        )
+
+    def check_predicts(self, what: str, cure: str) -> None:
+        """That the model predicts what comes next, for something that is asked of it.
+
+        Raises:
+            ValueError: it has seen that.
+        """
+        if not self.causal:
+            raise ValueError(
+                f"{what}, but the tokens of {self.trunk_file.path.name} "
+                f"({self.trunk_file.architecture}) see those after them, so that there is no next "
+                f"token to predict: {cure}"
+            )
 
     def choose_batch(self, settings: dict[str, Any], most: int) -> Batch:
         """What n_batch="auto" comes to, with at most `most` chunks side by side."""
@@ -157,18 +216,29 @@ class Models:
             placement=self._placed(layers).as_data(),
             mapped=self._maps(self.trunk_file),
             most=most,
+            causal=self.causal,
         )
 
     def check(self, head: bool) -> None:
-        """That the files have what they claim.
+        """That the files have what they claim, and what a chunk needs.
 
         Raises:
             ModelError: they have not.
+            ValueError: a chunk is longer than the table of positions.
             MemoryError: they cannot fit.
         """
         if head:
             check_head(self.head_file)
         check_memory(self.trunk_file)
+        # each token looks its position up (src/models/gpt2.cpp, bert.cpp), and a row that the table
+        # does not have ends the process (ggml-cpu/ops.cpp, ggml_compute_forward_get_rows)
+        positions = self.trunk_file.tensors.get("position_embd.weight")
+        if positions is not None and positions[1:] and positions[1] < self._n_ctx:
+            raise ValueError(
+                f"n_ctx={self._n_ctx} (-c), but {self.trunk_file.path.name} "
+                f"({self.trunk_file.architecture}) has a table of {positions[1]} positions "
+                f"(position_embd.weight): give n_ctx={positions[1]} (-c {positions[1]}) or less"
+            )
 
     # --- loaded --------------------------------------------------------------
 
@@ -193,7 +263,7 @@ class Models:
         bundled = head and self.bundled
         more = head and not self._with_head and (self.bundled or self._fitted)
         if self._rehearse and head not in self._rehearsed_loads:
-            self._tokenizer_fault = rehearse_in_child(*self.files(head), {"mtp": head})
+            self._learn(rehearse_in_child(*self.files(head), {"mtp": head}))
             self._rehearsed_loads.add(head)
         if self._trunk is None or more:
             self._let_go()
@@ -338,6 +408,8 @@ class Models:
         self._fitted = True
         if self._rehearse:
             self.rehearse(settings)  # what the engine is going to plan here
+        if not self.causal:
+            settings = whole(settings)
         free = {
             device["name"]: device["memory_free"] - beside.get(device["name"], 0)
             for device in devices
@@ -410,6 +482,12 @@ class Models:
             raise ModelError(
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "
                 "can be collected from"
+            )
+        if model.has_encoder:
+            raise ModelError(
+                f"{file.path}: {file.architecture} decodes what its encoder has made of another "
+                "text, which a text to collect from does not give; only models that decode text by "
+                "themselves can be collected from"
             )
         if not planned and 0 < model.n_ctx_train < self._n_ctx:
             warnings.warn(

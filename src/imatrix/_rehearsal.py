@@ -6,11 +6,15 @@ is done once in a child process first, from the header alone (llama_model_params
 weights are read and no memory is taken for them). What ends the child is refused in the parent,
 in the engine's own last words.
 
-What would end the process only while a graph runs is looked for in the graph (ext/graph_check.cpp).
+A chunk is then decoded as far as the engine goes before it computes: it has split the batch, found
+room in the memory, built and allocated the graph, and filled its inputs (Session::try_decode in
+ext/session.h). Nothing is computed, because there are no weights to compute with: what would end
+the process within an operation is looked for in the graph instead (ext/graph_check.cpp).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,11 +22,12 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imatrix.architectures import loads_alone
-from imatrix.errors import ModelError
+from imatrix.errors import EngineError, ModelError
 from imatrix.model_file import ModelFile
 
 _log = logging.getLogger("imatrix")
@@ -49,7 +54,22 @@ _SAMPLE = (
     + "\U000e0001\U0010ffff\u200b\u2028 \u00a0\ud7ff"
 )
 
-_LOADED, _BUILT, _TOKENIZED = "loaded", "built", "tokenized"
+_LOADED, _BUILT, _DECODED, _TOKENIZED = "loaded", "built", "decoded", "tokenized"
+_CAUSAL, _NOT_CAUSAL = "causal", "not causal"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a child found out of a model that it survived.
+
+    Attributes:
+        tokenizer_fault: how the engine's tokenizer ended the child, in words; None if it did not.
+            Token lists can still be run.
+        causal: whether a token sees only those before it; None if it was not asked.
+    """
+
+    tokenizer_fault: str | None
+    causal: bool | None
 
 
 def module_command(module: str, *argv: str) -> list[str]:
@@ -62,17 +82,18 @@ def module_command(module: str, *argv: str) -> list[str]:
     return [sys.executable, "-c", start, *argv]
 
 
-def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> str | None:
-    """Load a model, build the graphs of a run, and tokenize, in a child process.
+def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> Rehearsal | None:
+    """Load a model, build the graphs of a run, decode without computing, and tokenize, in a child
+    process.
 
     Args:
         model: the trunk's file.
         mtp_model: the head's own file, None where the head is bundled or not wanted.
-        settings: what _session.Session.open takes; "mtp" alone to load and build no graphs.
+        settings: what _session.Session.open takes; "mtp" alone to load and build no graphs. The
+            batch is made larger where a chunk has to be decoded in one piece.
 
     Returns:
-        How the engine's tokenizer ended the child, in words; None if it did not. Token lists
-        can still be run.
+        What was found out; None if no child could be started.
 
     Raises:
         ModelError: the engine ended the child; the message has its assertion or the signal.
@@ -86,11 +107,17 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> s
     for stage in stages:
         if stage.startswith("refused "):
             raise ModelError(stage.removeprefix("refused "))
-    if last_words is None:
-        return None
-    if _BUILT in stages:
-        return last_words
+    causal = None if _CAUSAL not in stages and _NOT_CAUSAL not in stages else _CAUSAL in stages
+    if last_words is None or _DECODED in stages:
+        return Rehearsal(last_words, causal)
     doing = "builds the graphs" if _LOADED in stages else "loads it"
+    if _BUILT in stages:
+        raise ModelError(
+            f"{mtp_model or model}: the engine ends the process on this model when it decodes a "
+            f"chunk: {last_words}. It cannot run the model, and llama.cpp's own programs that decode "
+            "with the same version end likewise; report it there, or here with the output of "
+            "`imatrix --version`."
+        )
     raise ModelError(
         f"{mtp_model or model}: the engine ends the process on this model while it {doing}: "
         f"{last_words}. Its metadata and its tensors do "
@@ -260,6 +287,7 @@ def _told(stage: str) -> None:
 
 def _build(work: dict[str, Any]) -> None:
     from imatrix import _session
+    from imatrix._batch import whole
 
     settings = work["settings"]
     separate = work["mtp_model"]
@@ -275,13 +303,21 @@ def _build(work: dict[str, Any]) -> None:
     if with_head:
         head = model if separate is None else load(separate, True)
     _told(_LOADED)
-    if len(settings) > 1:
+    if len(settings) > 1 and model.has_decoder and not model.has_encoder:
+        causal = model.causal()
+        _told(_CAUSAL if causal else _NOT_CAUSAL)
+        settings = settings if causal else whole(settings)
+        session = _session.Session(model, head)
         try:
-            _session.Session(model, head).open(**settings)
+            session.open(**settings)
         except ModelError as error:
             _told("refused " + f"{separate or work['model']}: {error}".replace("\n", " "))
             return
-    _told(_BUILT)
+        _told(_BUILT)
+        with contextlib.suppress(EngineError, MemoryError):  # the run will say why
+            session.open(**settings, computes=False)
+            session.try_decode()
+    _told(_DECODED)
     if model.has_tokenizer:
         for parse_special in (False, True):
             model.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)

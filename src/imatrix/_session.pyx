@@ -11,6 +11,7 @@ from imatrix.errors import EngineError, ModelError, NonFiniteError, RowsMissingE
 
 from libc.stdint cimport int8_t, int32_t, int64_t
 from libc.string cimport memcpy
+from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.utility cimport pair
@@ -326,6 +327,20 @@ cdef class Model:
         return bool(self._model.get().has_decoder())
 
     @property
+    def has_encoder(self):
+        return bool(self._model.get().has_encoder())
+
+    def causal(self):
+        """Whether a token sees only those before it; makes a context of one token to ask it."""
+        cdef cbool found = True
+        cdef Status status
+        set_log_level()
+        with nogil:
+            status = self._model.get().causal(found)
+        _check(status)
+        return bool(found)
+
+    @property
     def add_bos(self):
         return bool(self._model.get().add_bos())
 
@@ -405,10 +420,11 @@ cdef class Session:
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
              bint process_output, bint perplexity, bint device_sums=True,
-             bint leave_out_logits=True, str first_slot="cached"):
+             bint leave_out_logits=True, str first_slot="cached", bint computes=True):
         """Make the contexts; the sums of an earlier open() stay.
 
         first_slot: "cached"; "counted" and "absent" are for comparisons (FirstSlot in session.h).
+        computes: False for try_decode() only.
         """
         cdef SessionParams params
         cdef Status status
@@ -424,8 +440,17 @@ cdef class Session:
         params.device_sums = device_sums
         params.leave_out_logits = leave_out_logits
         params.first_slot = <FirstSlot><int32_t>_FIRST_SLOTS[first_slot]
+        params.computes = computes
         with nogil:
             status = self._session.get().open(params)
+        _check(status)
+
+    def try_decode(self):
+        """Decode a chunk and a few rows of the head, up to where the engine would compute. Only of
+        models loaded with no_alloc, after open(computes=False), and once."""
+        cdef Status status
+        with nogil:
+            status = self._session.get().try_decode()
         _check(status)
 
     def step(self, const int32_t[::1] tokens not None, const int32_t[::1] lengths not None):

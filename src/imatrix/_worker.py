@@ -24,8 +24,8 @@ Answer = tuple[dict[str, Any], list[NDArray[Any]]]
 _log = logging.getLogger("imatrix.engine")
 
 _MODEL = (
-    "n_nextn", "n_trunk", "n_vocab", "n_ctx_train", "has_tokenizer", "has_decoder", "add_bos",
-    "bos", "description",
+    "n_nextn", "n_trunk", "n_vocab", "n_ctx_train", "has_tokenizer", "has_decoder",
+    "has_encoder", "add_bos", "bos", "description",
 )  # fmt: skip
 
 
@@ -98,6 +98,9 @@ class Worker:
 
     def _do_metadata(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         return {"metadata": self._objects[request["object"]].metadata(request["prefix"])}, []
+
+    def _do_causal(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        return {"causal": self._objects[request["object"]].causal()}, []
 
     def _do_session(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         head = None if request["head"] is None else self._objects[request["head"]]

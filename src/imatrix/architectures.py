@@ -57,6 +57,12 @@ def check_trunk(file: ModelFile) -> None:
             f"{file.path}: gemma4-assistant is a draft head, not a model of its own; give the "
             "gemma4 model as the model and this file as mtp_model"
         )
+    if any(name.startswith(("enc.blk.", "dec.blk.")) for name in file.tensors):
+        raise ModelError(
+            f"{file.path}: {file.architecture} has an encoder, and a decoder (if any) that needs "
+            "what the encoder makes of another text; only models that decode text by themselves "
+            "can be collected from"
+        )
     blocks = {block_of(name) for name in file.tensors}
     if file.n_trunk > 0 and 0 not in blocks:
         raise ModelError(

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import imatrix
 from imatrix import (
@@ -74,6 +75,9 @@ __all__ = ["entry", "main"]
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 TERMINATED = 143
+
+# tokens a decode where none are given, as llama.cpp has it (common/common.h, n_batch)
+_BATCH_SIZE = 2048
 
 
 class _Terminated(KeyboardInterrupt):
@@ -241,7 +245,7 @@ def _collect_text(
     text_arguments = _sources_cli.run_arguments(args)
     checkpoint = _checkpoint_path(args)
     n_seq = 1
-    n_batch = args.batch_size
+    n_batch = _BATCH_SIZE if args.batch_size is None else args.batch_size
     if n_batch == "auto":
         if args.ubatch_size is not None:
             raise _Stopped("-b auto chooses the tokens a graph too: leave -ub out", USAGE)
@@ -249,19 +253,28 @@ def _collect_text(
         # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
         n_seq = 1 if mtp else max(1, n_batch // args.ctx_size)
         n_batch = min(n_batch, args.ctx_size * n_seq)
-    with imatrix.Collector(
-        args.model,
-        mtp_model=args.mtp_model,
-        n_ctx=args.ctx_size,
-        n_batch=n_batch,
-        n_ubatch=args.ubatch_size,
-        n_seq=n_seq,
-        **_placement_cli.arguments(args),
-        n_threads=args.threads,
-        use_mmap=not args.no_mmap,
-        check_tensors=args.check_tensors,
-        isolate=args.isolate,
-    ) as collector:
+
+    def made(n_batch: int | Literal["auto"] | None) -> imatrix.Collector:
+        return imatrix.Collector(
+            args.model,
+            mtp_model=args.mtp_model,
+            n_ctx=args.ctx_size,
+            n_batch=n_batch,
+            n_ubatch=args.ubatch_size,
+            n_seq=n_seq,
+            **_placement_cli.arguments(args),
+            n_threads=args.threads,
+            use_mmap=not args.no_mmap,
+            check_tensors=args.check_tensors,
+            isolate=args.isolate,
+        )
+
+    if args.batch_size is None and args.ctx_size > _BATCH_SIZE:
+        # the default is no wish: where chunks cannot be divided it gives way
+        with made(None) as asked:
+            if not asked.causal:
+                n_batch = None
+    with made(n_batch) as collector:
         if cluster is None:
             _placement_cli.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
@@ -312,6 +325,11 @@ def _collect_text(
         _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
             _tell_run(saver.progress, terminal)
+        if args.ppl is None and not collector.causal:
+            terminal.note(
+                f"no perplexity: the tokens of {collector.architecture} see those after them, so "
+                "that there is no next token to predict"
+            )
         if cluster is not None:
             _cluster_cli.tell(cluster, terminal)
     return OK
@@ -726,9 +744,9 @@ def _add_collect(commands: Commands) -> None:
         "--batch-size",
         metavar="N",
         type=_batch_size,
-        default=2048,
         help="tokens a decode; as many chunks as fit run side by side, with --mtp one "
-        "(default: 2048). auto: where the model does not fit into memory, as many as the memory "
+        "(default: 2048). A model whose tokens see those after them needs at least -c, and -ub as "
+        "well; without the flags it gets that. auto: where the model does not fit into memory, as many as the memory "
         "has room for, so that it is read from the disk less often",
     )
     add(
@@ -753,8 +771,9 @@ def _add_collect(commands: Commands) -> None:
     add(
         "--ppl",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="perplexity along the way (default: on; it costs time)",
+        default=None,
+        help="perplexity along the way (default: on, where the model predicts what comes next; it "
+        "costs time)",
     )
     add(
         "--in-file",

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import corpus
-from imatrix._batch import MAX_SEQ, USUAL_UBATCH, Batch, usual
+from imatrix._batch import MAX_SEQ, Batch, Wanted, usual
 from imatrix._blocks import BlockSums, differing
 from imatrix._chunking import (
     cut,
@@ -87,7 +87,7 @@ class _Asked:
     packing: Packing
     chat: ChatOptions | None
     min_expert_rows: int | None
-    perplexity: bool
+    perplexity: bool | None
     on_nonfinite: Literal["stop", "skip"]
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
@@ -103,7 +103,7 @@ class _Asked:
             "mtp": with_head,
             "process_output": self.process_output,
             "parse_special": self.parse_special,
-            "perplexity": self.perplexity,
+            "perplexity": bool(self.perplexity),
             "skip_chunks": self.skip_chunks,
             "max_chunks": -1 if self.max_chunks is None else self.max_chunks,
             **({} if self.block is None else {"block": self.block}),
@@ -125,7 +125,11 @@ class Collector:
             by the engine's rounding: below 64 rows its CPU attention adds in float16, which moved
             sums by 5e-4 here and can tip a close choice of an expert.
         n_ubatch: tokens a graph; None for 512.
-        n_seq: chunks side by side in a decode. Must be 1 for the head.
+        n_seq: chunks side by side in a decode. Must be 1 for the head. A model whose tokens see
+            those after them too (the property `causal`) needs each chunk in one graph: there
+            n_batch and n_ubatch are chosen accordingly where they are None, must be n_ctx or more
+            where they are not, and n_seq is the most that run side by side, as far as n_batch and
+            n_ubatch (512 or n_ctx, if not given) have room for whole chunks.
         n_gpu_layers: layers to put on GPUs, the last ones; -1 for all; "auto": as many as there is
             room for when the model is loaded, of a mixture of experts without the experts of some
             blocks before anything else (docs/backends.md); told by the property `layers`.
@@ -258,12 +262,9 @@ class Collector:
             let_go=let_go,
         )
         self._n_ctx = n_ctx
-        # a larger batch than a group of chunks is never filled
-        self._batch = Batch(
-            n_seq, min(n_ctx * n_seq, tokens), USUAL_UBATCH if n_ubatch is None else n_ubatch
-        )
-        if self._auto:
-            self._batch = usual(n_ctx)  # until a run chooses
+        self._wanted = Wanted(n_seq, None if isinstance(n_batch, str) else n_batch, n_ubatch)
+        # until a run finds out what the model needs; "auto": until a run chooses
+        self._batch = usual(n_ctx) if self._auto else self._wanted.of_causal(n_ctx)
         self._n_threads = physical_cores() if n_threads is None else n_threads
         self._mtp = mtp
         self._device_sums = device_sums
@@ -297,8 +298,26 @@ class Collector:
     @property
     def batch(self) -> Batch:
         """Chunks side by side, tokens a decode and tokens a graph (n_seq, n_batch, n_ubatch); with
-        n_batch="auto" those that the current or last run chose."""
+        n_batch="auto", and for a model that is not `causal`, those that the current or last run
+        chose."""
         return self._batch
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token of the trunk sees only those before it, as in any model that writes text
+        from left to right. Models that fill in masked tokens (dream, llada, rnd1) and most that make
+        embeddings are not so. The engine is asked, in the rehearsal; no weights are loaded.
+
+        Raises:
+            ModelError: the engine cannot run the model.
+        """
+        self._check_process()
+        if self._closed and not self._models.knows_causal:
+            raise ValueError("this Collector is closed")
+        with self._guard:
+            if not self._models.knows_causal:
+                self._models.rehearse(self._settings(False, False, False))
+            return self._models.causal
 
     @property
     def layers(self) -> Layers | None:
@@ -502,7 +521,7 @@ class Collector:
         packing: Packing = "stream",
         chat: ChatOptions | None = None,
         min_expert_rows: int | None = None,
-        perplexity: bool = False,
+        perplexity: bool | None = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
@@ -530,7 +549,8 @@ class Collector:
             min_expert_rows: go on until every expert of every block, the head's too, has seen
                 that many rows, or the text or max_chunks comes to its end; None for all the text.
                 Whether it has is seen after each step, of n_seq chunks.
-            perplexity: score the text as it runs; see the property `perplexity`.
+            perplexity: score the text as it runs; see the property `perplexity`. None: of a model
+                that is `causal`, others have none.
             on_nonfinite: what a NaN or Inf activation does: end the run, or leave out its chunk,
                 which the matrix then remembers (Provenance.left_out).
             checkpoint: file to go on from if the run is interrupted; one run at a time can have
@@ -559,7 +579,8 @@ class Collector:
 
         Raises:
             ValueError: no tokens, a bad number, mtp with n_seq other than 1, a source that cannot
-                be understood, or min_expert_rows for a model without experts.
+                be understood, or min_expert_rows for a model without experts; of a model that is
+                not `causal`: mtp, perplexity, or an n_batch or n_ubatch below n_ctx.
             TemplateError (a ValueError): a chat cannot be rendered.
             ImportError: a library that reads a source is not installed.
             ModelError: the head that the metadata claim is not in the file, or text was given to
@@ -589,9 +610,6 @@ class Collector:
                 "n_batch='auto' (-b auto) goes by the memory of one machine, and the sums by the "
                 "batch: for a cluster give n_batch (-b) as a number"
             )
-        block = part = None
-        if cluster is not None:
-            block, part = cluster._sizes(self._batch.n_seq)
         asked = _Asked(
             mtp=mtp,
             max_chunks=max_chunks,
@@ -608,8 +626,8 @@ class Collector:
             restart=restart,
             progress=progress,
             cluster=cluster,
-            block=block,
-            part=part,
+            block=None,
+            part=None,
         )
         with self._running(), _locked(checkpoint):
             return self._run_alone(texts, asked)
@@ -619,6 +637,11 @@ class Collector:
         with_head = self._prepare(
             asked.mtp, asked.process_output, asked.perplexity, weights=asked.cluster is None
         )
+        if asked.perplexity is None:
+            asked = replace(asked, perplexity=self._models.causal)
+        if asked.cluster is not None:
+            block, part = asked.cluster._sizes(self._batch.n_seq)
+            asked = replace(asked, block=block, part=part)
         self._let_go()
         run = self._run = Run(
             dataset_names(texts),
@@ -638,7 +661,7 @@ class Collector:
             skip_chunks=asked.skip_chunks,
             max_chunks=asked.max_chunks,
         )
-        settings = self._settings(with_head, asked.process_output, asked.perplexity)
+        settings = self._settings(with_head, asked.process_output, bool(asked.perplexity))
         if self._auto:
             # rounding goes with the batch: a run that goes on keeps that of its first part
             taken = None
@@ -776,7 +799,7 @@ class Collector:
         )
 
     def _prepare(
-        self, mtp: bool, process_output: bool, perplexity: bool, *, weights: bool = True
+        self, mtp: bool, process_output: bool, perplexity: bool | None, *, weights: bool = True
     ) -> bool:
         """Load the model for what was asked, without `weights` its vocabulary only; whether there
         is a head to collect."""
@@ -784,9 +807,9 @@ class Collector:
             raise ValueError("this Collector is closed")
         if self._auto:
             self._batch = usual(self._n_ctx)
-        if mtp and self._batch.n_seq != 1:
+        if mtp and self._wanted.n_seq != 1:
             raise ValueError(
-                f"mtp=True needs n_seq=1, this Collector has n_seq={self._batch.n_seq}: the head is fed "
+                f"mtp=True needs n_seq=1, this Collector has n_seq={self._wanted.n_seq}: the head is fed "
                 "each token with the trunk's row of the token before it, and rows of chunks that "
                 "run side by side would be paired across them. Set n_seq=1."
             )
@@ -800,9 +823,18 @@ class Collector:
             )
         with_head = mtp and self.n_nextn > 0
         self._models.check(with_head)
-        self._models.rehearse(self._settings(with_head, process_output, perplexity))
+        self._models.rehearse(self._settings(with_head, process_output, perplexity is not False))
+        if with_head:
+            self._models.check_predicts("mtp=True (--mtp)", "leave the head out")
+        if perplexity:
+            self._models.check_predicts(
+                "perplexity=True (--ppl)", "leave it out (perplexity=False, --no-ppl)"
+            )
+        if not self._auto or not self._models.causal:
+            self._batch = self._models.batch(self._wanted)
         if weights:
-            self._models.load(with_head, self._settings(with_head, process_output, perplexity))
+            scored = self._models.causal if perplexity is None else perplexity
+            self._models.load(with_head, self._settings(with_head, process_output, scored))
         else:
             self._models.load_vocabulary()
         return with_head
@@ -883,7 +915,7 @@ class Collector:
             self._arguments,
             mtp=run.with_head,
             process_output=asked.process_output,
-            perplexity=asked.perplexity,
+            perplexity=bool(asked.perplexity),
             identity=tuple(self._identity(run.with_head).items()),
         )
 
@@ -931,6 +963,7 @@ class Collector:
         Raises:
             ModelError: this is another model than there.
         """
+        self._batch = self._models.batch(self._wanted)
         if told := differing(wanted, self._identity(mtp)):
             raise ModelError(
                 f"{self._models.trunk_file.path} is not what the run was started with: {told}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _isolate, _session, corpus
-from imatrix._batch import Batch
+from imatrix._batch import Batch, Wanted
 from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
 from imatrix._placement import Overrides, Placement, SplitMode
@@ -165,6 +165,9 @@ class Evaluation:
             that the trunk wrote greedily, accepted[i] is what the engine's speculative decoding
             accepts of the draft that it begins at slot position[i]; the next one begins at
             position[i] + accepted[i] + 1.
+        causal: False of a model whose tokens see those after them too: then it has seen the token
+            that `nll`, `perplexity` and the head's figures are about, and only what compares it
+            with a reference says something of it.
     """
 
     model: str
@@ -180,6 +183,7 @@ class Evaluation:
     depth: int
     known: NDArray[np.int8]
     accepted: NDArray[np.int8]
+    causal: bool = True
 
     # --- figures -------------------------------------------------------------
 
@@ -365,6 +369,7 @@ class Evaluation:
             "depth": self.depth,
             "n_chunks": self.n_chunks,
             "n_scored": len(self.chunk),
+            "causal": self.causal,
             "tokens_sha256": self.digest,
             "trunk": {
                 "nll": _data(self.nll),
@@ -485,7 +490,7 @@ def evaluate(
     depth: int = 3,
     n_ctx: int = 512,
     n_batch: int | None = None,
-    n_ubatch: int = 512,
+    n_ubatch: int | None = None,
     max_chunks: int | None = None,
     skip_chunks: int = 0,
     parse_special: bool = False,
@@ -522,7 +527,9 @@ def evaluate(
         n_ctx: tokens a chunk, 4 or more.
         n_batch: tokens a decode; None for n_ctx. Each context keeps the logits of the scored rows
             of a batch: n_batch * n_vocab * 4 bytes at most, half of it where n_batch is n_ctx.
-        n_ubatch: tokens a graph.
+        n_ubatch: tokens a graph; None for 512. A model whose tokens see those after them too
+            (Collector.causal) needs each chunk in one decode and one graph: there both are n_ctx
+            where they are None, and must be no less where they are not.
         max_chunks, skip_chunks, parse_special: as in Collector.run.
         n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
         split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: as in
@@ -540,15 +547,19 @@ def evaluate(
         NonFiniteError: NaN or infinite logits.
         MemoryError: the models or the contexts do not fit.
     """
-    for name, value, least in (("depth", depth, 1), ("n_ctx", n_ctx, 4), ("n_ubatch", n_ubatch, 1)):
+    wanted = Wanted(1, n_batch, n_ubatch)
+    for name, value, least in (
+        ("depth", depth, 1),
+        ("n_ctx", n_ctx, 4),
+        ("n_ubatch", 1 if n_ubatch is None else n_ubatch, 1),
+    ):
         if value < least:
             raise ValueError(f"{name} must be {least} or more, got {value}")
     if n_threads is not None and n_threads < 1:
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
     n_threads = physical_cores() if n_threads is None else n_threads
-    n_batch = n_ctx if n_batch is None else min(n_batch, n_ctx)
-    if n_batch < depth:
-        raise ValueError(f"n_batch must be depth ({depth}) or more, got {n_batch}")
+    if (least := wanted.of_causal(n_ctx).n_batch) < depth:
+        raise ValueError(f"n_batch must be depth ({depth}) or more, got {least}")
     if reference_mtp_model is not None and reference is None:
         raise ValueError("reference_mtp_model was given without a reference")
     placement = Placement.of(
@@ -561,6 +572,7 @@ def evaluate(
         n_cpu_moe=n_cpu_moe,
     )
 
+    batches: list[Batch] = []  # as each model needs it
     with ExitStack() as stack:
 
         def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Models:
@@ -581,11 +593,17 @@ def evaluate(
         ) -> tuple[_session.Model, _session.Model | None]:
             models.check(with_head)
             # the evaluator reads logits, and sums nothing
-            batch = Batch(1, n_batch, n_ubatch)
+            batch = wanted.of_causal(n_ctx)
             settings = session_settings(
                 n_ctx, batch, n_threads, mtp=with_head, perplexity=True, device_sums=False
             )
             models.rehearse(settings)
+            if with_head:
+                models.check_predicts(
+                    "there is a head to score", "leave it out (mtp=False, --no-mtp)"
+                )
+            batches.append(models.batch(wanted))
+            settings |= asdict(batches[-1])
             trunk = models.load(with_head, settings, beside)
             assert isinstance(trunk, _session.Model)
             assert not isinstance(models.head, _isolate.Model)
@@ -614,15 +632,20 @@ def evaluate(
         if theirs is not None:
             beside, beside_head = loaded(theirs, ours.contexts)
         evaluator = _session.Evaluator(own, own_head, beside, beside_head)
-        evaluator.open(
-            n_ctx=n_ctx,
-            n_batch=n_batch,
-            n_ubatch=n_ubatch,
-            n_threads=n_threads,
-            depth=depth,
-        )
+        try:
+            evaluator.open(
+                n_ctx=n_ctx,
+                # the larger one, where only one of the two needs its chunks whole
+                n_batch=max(batch.n_batch for batch in batches),
+                n_ubatch=max(batch.n_ubatch for batch in batches),
+                n_threads=n_threads,
+                depth=depth,
+            )
+        except ModelError as error:
+            raise ModelError(f"{os.fspath(model)}: {error}") from None
         found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
         n_vocab = own.n_vocab
+        causal = ours.causal
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
         if (
             with_head
@@ -656,6 +679,7 @@ def evaluate(
         depth=depth,
         known=np.concatenate([chunk["known"] for chunk in found]),
         accepted=np.concatenate([chunk["accepted"] for chunk in found]),
+        causal=causal,
     )
 
 
