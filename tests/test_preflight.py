@@ -28,10 +28,10 @@ from forge_any import MTP_ARCHS, make_any
 
 from imatrix import (
     Collector,
-    EngineError,
     Entry,
     FormatError,
     ImportanceMatrix,
+    ModelError,
     ModelFile,
     _check_cli,
 )
@@ -472,7 +472,7 @@ def test_errors(hollow: Forged, tmp_path: Path) -> None:
     with pytest.raises(FormatError):
         coverage(model, model, "IQ2_XXS")
     broken = hollow("llama", metadata={"llama.embedding_length": None}, **small("llama")).path
-    with pytest.raises(EngineError, match=r"cannot quantize to IQ2_XXS: .*embedding_length"):
+    with pytest.raises(ModelError, match=r"does not load this model.*embedding_length"):
         coverage(broken, None, "IQ2_XXS")
 
 

@@ -46,7 +46,14 @@ if TYPE_CHECKING:
     from imatrix.html_report import report_page
     from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
     from imatrix.model_file import ModelFile
-    from imatrix.mtp_files import ExtractReport, GraftReport, extract_mtp, graft_mtp
+    from imatrix.mtp_files import (
+        DropReport,
+        ExtractReport,
+        GraftReport,
+        drop_mtp,
+        extract_mtp,
+        graft_mtp,
+    )
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
     from imatrix.run_report import ExpertCoverage, Perplexity, Progress, Report
@@ -75,6 +82,7 @@ __all__ = [
     "Coverage",
     "Device",
     "Difference",
+    "DropReport",
     "EngineDiedError",
     "EngineError",
     "Entry",
@@ -119,6 +127,7 @@ __all__ = [
     "compare_matrices",
     "convert",
     "coverage",
+    "drop_mtp",
     "evaluate",
     "expert_statistics",
     "extract_mtp",
@@ -151,8 +160,10 @@ _NATIVE = {
     "Predictions": "evaluation",
     "evaluate": "evaluation",
     "ModelFile": "model_file",
+    "DropReport": "mtp_files",
     "ExtractReport": "mtp_files",
     "GraftReport": "mtp_files",
+    "drop_mtp": "mtp_files",
     "extract_mtp": "mtp_files",
     "graft_mtp": "mtp_files",
     "Coverage": "preflight",

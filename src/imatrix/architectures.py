@@ -121,7 +121,7 @@ def check_whole(file: ModelFile) -> None:
             f"{max(by_block)} ({by_block[max(by_block)][0]}); the engine loads no such file. "
             "Convert the model again"
         )
-    if file.claimed_nextn == 0 or file.n_nextn > 0:
+    if file.n_nextn == file.claimed_nextn or file.n_trunk == file.block_count:
         return
     left = [name for block, names in by_block.items() if block >= file.n_trunk for name in names]
     if not left:

@@ -653,6 +653,22 @@ def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
     return OK
 
 
+def _drop(args: argparse.Namespace, terminal: Terminal) -> int:
+    check_output(args.output, [args.model])
+    args.model, _ = _hub_cli.fetched(args.model, args, terminal)
+    with StepProgress(terminal, "writing", bytes_told) as bar:
+        report = imatrix.drop_mtp(args.model, args.output, progress=bar)
+    what = (
+        f"without {len(report.dropped)} tensor(s) of the head"
+        if report.dropped
+        else "with all tensors, without the claim of a head"
+    )
+    terminal.note(
+        f"wrote {report.model}: {size(report.model_bytes)}, {report.n_trunk} trunk blocks, {what}"
+    )
+    return OK
+
+
 def _demo(args: argparse.Namespace, terminal: Terminal) -> int:
     from imatrix import demo
 
@@ -891,6 +907,16 @@ def _add_mtp_files(commands: Commands) -> None:
     graft.add_argument("mtp_model", metavar="MTP", help="the head's file, or a bundled model")
     graft.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
     add_verbose(graft)
+    drop = commands.add_parser(
+        "drop-mtp",
+        help="write a model without its head, or without the claim of one that it lacks",
+        allow_abbrev=False,
+    )
+    drop.set_defaults(run=_drop)
+    drop.add_argument("model", metavar="MODEL", help="GGUF model")
+    _hub_cli.add_to_positional(drop)
+    drop.add_argument("-o", "--output", metavar="OUT", required=True, help="what to write")
+    add_verbose(drop)
 
 
 def _add_demo(commands: Commands) -> None:

@@ -24,10 +24,12 @@ import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from gguf import GGMLQuantizationType
 
 from imatrix import atomic
 from imatrix._rehearsal import rehearse_load
@@ -60,6 +62,8 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
+
+_TYPES = frozenset(map(int, GGMLQuantizationType))
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,9 @@ def drop_mtp(
             f"{source.path}: it holds a head alone, and nothing would be left without it"
         )
     meter = Meter(progress, sum(t.size for t in kept))
-    keys = _trunk_keys(source, _without_split(source), n_trunk)
+    # arrays are as long as there are blocks, though block_count may leave out those of the head
+    whole = replace(source, block_count=max(source.block_count, 1 + max(blocks)))
+    keys = _trunk_keys(whole, _without_split(source), n_trunk)
     with atomic.replacing(path) as temporary:
         n_bytes = write(temporary, source.version, source.alignment, keys, kept, meter)
         _check_loads(temporary, path, source.path)
@@ -282,6 +288,8 @@ def _check_loads(temporary: Path, path: Path, source: Path) -> None:
         ModelError: the engine's own reason.
     """
     written = ModelFile.read(temporary)
+    if any(t.kind not in _TYPES for t in Part.read(temporary).tensors):
+        return  # types of a fork's quantizer, which its engine loads and this one does not
     if loads_alone(written) and (why := rehearse_load(temporary, mtp=written.n_nextn > 0)):
         raise ModelError(
             f"{source}: nothing was written to {path}, because the engine would not load it: {why}"
