@@ -163,9 +163,11 @@ def _check_pattern(pattern: str) -> None:
             f"{_MAX_PATTERN} and {_MAX_GROUPS} are the most. Give several rules."
         )
     try:
-        _quantize_pybind.matching(pattern, [])
+        pattern.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{wrong}: {shown} is not UTF-8") from None
+    try:
+        _quantize_pybind.matching(pattern, [])
     except ValueError as error:
         raise ValueError(
             f"{wrong}: {error}: {shown}. The engine takes expressions of ECMAScript (std::regex): "
