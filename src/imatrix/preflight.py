@@ -240,7 +240,8 @@ def coverage(
 ) -> Coverage:
     """Find out what quantizing a model would do, without doing it.
 
-    The verdict is llama-quantize's, given the same options and the matrix as a file.
+    The verdict is llama-quantize's, given the same options and the matrix as a file; with
+    `tensor_types` for F32, F16 or BF16, which it passes over, that of imatrix.quantize.
 
     Args:
         model: the model, or the first part of a multi-part one.
@@ -610,11 +611,15 @@ class _Check:
                 never,
             )
         if unknown:
+            which = "is" if len(unknown) == 1 else "are"
             yield self._with_paste(
-                f"{_plural(len(unknown), 'tensor')} of a part that the matrix covers {'is' if len(unknown) == 1 else 'are'} not in it. "
-                f"Whether a run reaches them, and the cure, tells {self._check_command()} --plan. "
-                "A type that needs no data lets them pass",
+                f"{_plural(len(unknown), 'tensor')} of a part that the matrix covers {which} not "
+                "in it. A type that needs no data lets such pass",
                 unknown,
+            )
+            yield (
+                "Whether a run reaches them, so that collecting again is better: "
+                f"{self._check_command()} --plan"
             )
         # a whole model is not spelled out
         if (collect or adaptable or merge) and (self.matrix is not None or len(overrides) <= 16):
