@@ -13,7 +13,7 @@ import pytest
 from conftest import EngineTool, Forged
 from gguf import GGUFReader
 
-from imatrix import Coverage, cli, coverage, quantize
+from imatrix import Coverage, RuleUse, cli, coverage, quantize
 from imatrix.tensor_rules import read_rules
 
 Tensors = dict[str, tuple[str, bytes]]
@@ -266,6 +266,7 @@ def test_one_that_does_nothing_is_warned_of(
     assert warning.filename == __file__
     assert told in str(warning.message)
     assert str(warning.message).startswith(f"the rule {pattern}=q5_1 ")
+    assert [type(use) for use in done.rules] == [RuleUse]
     assert done.rules[0].idle
     assert coverage(model, None, ftype, tensor_types={pattern: "q5_1"}).warnings == (
         str(warning.message),

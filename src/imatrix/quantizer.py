@@ -365,4 +365,7 @@ def _cure(tensor: TensorCoverage, found: Coverage) -> str:
             f"Block {block} is the model's MTP head, which the importance matrix does not "
             "cover: collect it with mtp (imatrix collect --mtp)."
         )
-    return f"The importance matrix has no entry for it. {' '.join(found.fixes[:1])}"
+    fixes = found.fixes
+    if tensor.cure in ("another type", "find out"):  # these name their tensors
+        fixes = tuple(fix for fix in fixes if tensor.name in fix) or fixes
+    return f"The importance matrix has no entry for it. {' '.join(fixes[:1])}"
