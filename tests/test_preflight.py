@@ -22,6 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import reconvert
 from conftest import EngineTool, Forged
 from forge import ARCHS, Arch, ModelSpec, make_model
 from forge_any import MTP_ARCHS, make_any
@@ -34,7 +35,9 @@ from imatrix import (
     ModelError,
     ModelFile,
     _check_cli,
+    cli,
 )
+from imatrix import quantize as quantize_model
 from imatrix._terminal import Terminal
 from imatrix.preflight import THIN, Coverage, coverage
 
@@ -397,6 +400,226 @@ def test_a_plan_tells_what_no_run_reaches(any_model: Callable[[str], Path]) -> N
     assert any("indexer" in name for name in never)
     assert never <= set(plan.never)
     assert set(pasted(found.fixes[1])[1::2]) == {f"{n}=q4_k" for n in never}
+
+
+# Each cure, done as it is printed: the command is run, or the rules are given, and then the check
+# has to say ready.
+
+
+def follow(fix: str, text: Path, tmp_path: Path) -> Path:
+    """Run the command that ends a fix; what it wrote."""
+    words = shlex.split(fix[fix.index("imatrix ") :].partition("\n")[0])[1:]
+    out = tmp_path / "followed.gguf"
+    if words[0] == "collect":
+        words[words.index("TEXT")] = str(text)
+        words += ["-o", str(out), "-c", "64", "--chunks", "3", "--no-ppl"]
+    else:
+        words[words.index("adapted.gguf")] = str(out)
+    assert cli.main(words) == 0
+    return out
+
+
+def rules_in(fix: str) -> list[tuple[str, str]]:
+    return [(p, t) for p, _, t in (flag.rpartition("=") for flag in pasted(fix)[1::2])]
+
+
+def causes(found: Coverage) -> dict[str, str]:
+    """Kind of tensor -> cure."""
+    return {re.sub(r"^blk\.\d+\.|\.weight$", "", t.name): t.cure for t in found.missing}
+
+
+def saved(matrix: ImportanceMatrix | None, path: Path) -> Path:
+    assert matrix is not None
+    matrix.save(path)
+    return path
+
+
+def test_cure_mtp(forged: Forged, prose_file: Path, tmp_path: Path) -> None:
+    model = forged("qwen35", **small("qwen35")).path
+    file = saved(made_up(model, "trunk"), tmp_path / "trunk.gguf")
+    found = coverage(model, file, "IQ2_XXS")
+    assert set(causes(found).values()) == {"collect the head"}
+    assert coverage(model, follow(found.fixes[0], prose_file, tmp_path), "IQ2_XXS").ready
+
+
+@pytest.mark.parametrize("data", ["full", "trunk", "none"])
+def test_cure_process_output(data: str, forged: Forged, prose_file: Path, tmp_path: Path) -> None:
+    """One command for it and for the head, which the matrix may have and must not lose."""
+    model = forged("qwen35", **small("qwen35")).path
+    rules = [("^output.weight", "iq2_xs")]
+    found = coverage(model, made_up(model, data), "IQ2_XXS", tensor_types=rules)
+    assert causes(found)["output"] == "collect the output"
+    if data == "full":
+        assert len(found.missing) == 1
+        assert found.fixes[0].startswith("Collect output.weight too: imatrix collect -m ")
+    again = follow(found.fixes[0], prose_file, tmp_path)
+    assert coverage(model, again, "IQ2_XXS", tensor_types=rules).ready
+    # and of a model without a head
+    plain = forged("llama", **small("llama")).path
+    found = coverage(plain, made_up(plain, "full"), "Q4_0", tensor_types=rules)
+    assert "--mtp" not in found.fixes[0]
+    again = follow(found.fixes[0], prose_file, tmp_path)
+    assert coverage(plain, again, "Q4_0", tensor_types=rules).ready
+
+
+@pytest.mark.parametrize(
+    ("drop", "kinds", "how"),
+    [
+        ("ffn_gate_exps", {"ffn_gate_exps"}, "gate and up take the same rows"),
+        ("ffn_gate_shexp", {"ffn_gate_shexp"}, "gate and up take the same rows"),
+        ("ffn_gate.weight", {"ffn_gate"}, "gate and up take the same rows"),
+        ("ffn_", {"ffn_down", "ffn_up", "ffn_gate"}, "experts are apart there and merged here"),
+        ("attn_q.", {"attn_q"}, "weights are fused there and apart here"),
+    ],
+)
+def test_cure_adapt(
+    drop: str, kinds: set[str], how: str, hollow: Forged, prose_file: Path, tmp_path: Path
+) -> None:
+    """What an older program or another conversion has in another form."""
+    model = hollow("glm4moe", **small("glm4moe")).path
+    whole = made_up(model, "full")
+    assert whole is not None
+    entries = dict(whole)
+    for name in [name for name in whole if drop in name]:
+        entry = entries.pop(name)
+        if how.startswith("experts") and "_exps" in name:
+            for expert in range(3):
+                old = name.replace("_exps", f".{expert}")
+                entries[old] = Entry(entry.sums[expert : expert + 1], [500])
+        elif how.startswith("experts"):
+            entries[name] = entry
+        elif drop == "attn_q.":
+            entries[name.replace("attn_q", "attn_qkv")] = entry
+    file = saved(ImportanceMatrix(entries, chunk_count=1, chunk_size=512), tmp_path / "old.gguf")
+    found = coverage(model, file, "IQ2_XXS")
+    assert set(causes(found).values()) == {"adapt"}
+    assert {kind.removesuffix("_exps").removesuffix("_shexp") for kind in causes(found)} == {
+        kind.removesuffix("_exps").removesuffix("_shexp") for kind in kinds
+    }
+    assert how in found.fixes[0]
+    assert f"imatrix adapt {file} --to {model} -o adapted.gguf" in found.fixes[0]
+    again = coverage(model, follow(found.fixes[0], prose_file, tmp_path), "IQ2_XXS")
+    assert again.ready
+    assert not again.without_data or {t.name for t in again.without_data} == {
+        "token_embd.weight",
+        "output.weight",
+    }
+    # the other way is told to be a loss, and works
+    assert "at a loss" in found.fixes[1]
+    assert coverage(model, file, "IQ2_XXS", tensor_types=rules_in(found.fixes[1])).ready
+    # and quantize says the same
+    with pytest.raises(EngineError, match=r"has no entry for it\. .*imatrix adapt "):
+        quantize_model(model, tmp_path / "q.gguf", "IQ2_XXS", imatrix=file)
+
+
+def test_cure_merge(prose_file: Path, tmp_path: Path) -> None:
+    """Experts apart: the engine runs no such model, only the other conversion gives data."""
+    merged = make_any(tmp_path / "merged.gguf", "glm4moe")
+    tensors = reconvert.experts_apart(reconvert.tensors_of(merged.path))
+    apart = reconvert.write(tmp_path / "apart.gguf", merged.arch, merged.keys, tensors)
+    hollowed(apart)
+    for data in ("none", "trunk"):
+        matrix = made_up(merged.path, data)
+        if matrix is not None:  # of the trunk, and no experts
+            names = [name for name in matrix if "_exps" not in name]
+            matrix = ImportanceMatrix({name: matrix[name] for name in names})
+        found = coverage(apart, matrix, "IQ2_XXS")
+        assert causes(found)["ffn_up.0"] == "merge"
+        assert set(causes(found).values()) == {"merge"}
+        assert "The engine runs no model whose experts are apart" in found.fixes[0]
+    whole = saved(made_up(merged.path, "full"), tmp_path / "MERGED-MATRIX.gguf")
+    fix = found.fixes[0].replace("MERGED-MATRIX.gguf", str(whole))
+    assert coverage(apart, follow(fix, prose_file, tmp_path), "IQ2_XXS").ready
+    # with the merged matrix itself: adapt at once
+    found = coverage(apart, whole, "IQ2_XXS")
+    assert set(causes(found).values()) == {"adapt"}
+    assert "experts are merged there and apart here" in found.fixes[0]
+    assert coverage(apart, follow(found.fixes[0], prose_file, tmp_path), "IQ2_XXS").ready
+
+
+def test_cure_of_what_is_looked_up(hollow: Forged) -> None:
+    model = hollow("glm4moe", embed_tokens=True, **small("glm4moe")).path
+    matrix = made_up(model, "full")
+    assert matrix is not None
+    output = Entry(np.ones((1, ModelFile.read(model).tensors["output.weight"][0])), [500])
+    matrix = ImportanceMatrix({**matrix, "output.weight": output})
+    found = coverage(model, matrix, "IQ2_XXS", pure=True)
+    assert causes(found) == {"token_embd": "another type", "nextn.embed_tokens": "another type"}
+    assert len(found.fixes) == 1
+    assert "rows are looked up in a table" in found.fixes[0]
+    rules = rules_in(found.fixes[0])
+    assert coverage(model, matrix, "IQ2_XXS", pure=True, tensor_types=rules).ready
+
+
+def test_cure_of_what_only_a_plan_tells(
+    forged: Forged, prose_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight that is run, and lacks in the matrix for no reason that the file shows."""
+    model = forged("qwen35", **small("qwen35")).path
+    lost = "blk.0.ffn_up.weight"
+    file = saved(made_up(model, "full", drop=[lost]), tmp_path / "part.gguf")
+    found = coverage(model, file, "IQ2_XXS")
+    assert causes(found) == {"ffn_up": "find out"}
+    assert "no run" not in " ".join(found.fixes).lower()
+    safe = rules_in(found.fixes[0])
+    assert coverage(model, file, "IQ2_XXS", tensor_types=safe).ready
+    words = shlex.split(found.fixes[1][found.fixes[1].index("imatrix ") :])[1:]
+    assert words[-1] == "--plan"
+    assert cli.main(words) == 1
+    told = capsys.readouterr().out
+    printed = re.search(r"1\. Collect the data: (imatrix collect .*)", told)
+    assert printed is not None
+    # the head's data, which the matrix has, are collected again
+    assert printed[1].endswith("--mtp")
+    assert coverage(model, follow(printed[1], prose_file, tmp_path), "IQ2_XXS").ready
+
+
+def test_cure_of_what_no_graph_multiplies(
+    any_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = any_model("deepseek32")
+    whole = made_up(model, "full")
+    assert whole is not None
+    with Collector(model, n_ctx=32, n_threads=1) as collector:
+        never = [name for name in collector.plan(mtp=True).never if "indexer" in name]
+    part = ImportanceMatrix({name: e for name, e in whole.items() if name not in never})
+    file = saved(part, tmp_path / "part.gguf")
+    assert {t.cure for t in coverage(model, file, "IQ2_XXS").missing} == {"find out"}
+    assert check(model, file, "--type", "IQ2_XXS", "--plan", "--json") == 1
+    data = json.loads(capsys.readouterr().out)
+    assert {t["cure"] for t in data["tensors"]} == {"", "another type"}
+    assert "no graph multiplies it" in data["fixes"][0]
+    rules = rules_in(data["fixes"][0])
+    assert coverage(model, file, "IQ2_XXS", tensor_types=rules).ready
+
+
+def test_cure_for_a_tensor_outside_the_blocks(
+    any_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """qwen4exp's output_hc_down: multiplied, but data are taken of the blocks and the output."""
+    model = any_model("qwen4exp")
+    matrix = made_up(model, "full")
+    found = coverage(model, matrix, "IQ2_XXS")
+    outside = {t.name for t in found.missing if not t.name.startswith("blk.")}
+    assert outside
+    assert {t.cure for t in found.missing if t.name in outside} == {"another type"}
+    fixes = [fix for fix in found.fixes if "for blk.* and output.weight alone" in fix]
+    rules = rules_in(fixes[0])
+    again = coverage(model, matrix, "IQ2_XXS", tensor_types=rules)
+    assert outside.isdisjoint(t.name for t in again.missing)
+
+
+def test_rules_given_are_kept_behind_a_fix(hollow: Forged, tmp_path: Path) -> None:
+    """Pairs, in order, the same pattern twice among them."""
+    model = hollow("llama", **small("llama")).path
+    own = [("attn_q", "iq2_xxs"), ("attn_q", "q8_0"), ("ffn_up", "q6_k")]
+    found = coverage(model, made_up(model, "full", drop=["blk.1.attn_q.weight"]), "Q4_K_M",
+                     tensor_types=own)  # fmt: skip
+    assert rules_in(found.fixes[0]) == [
+        ("blk.1.attn_q.weight", "q4_k"), ("attn_q", "iq2_xxs"), ("attn_q", "q8_0"),
+        ("ffn_up", "q6_K"),
+    ]  # fmt: skip
+    assert "instead of the rules given" in found.fixes[0]
 
 
 def test_a_head_that_the_engine_cannot_run(hollow: Forged) -> None:

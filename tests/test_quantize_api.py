@@ -239,7 +239,9 @@ def test_another_weight_without_data(model: Path, matrix_file: Path, tmp_path: P
     part = ImportanceMatrix({n: e for n, e in whole.items() if n != "blk.1.attn_q.weight"})
     message = (
         "Missing importance matrix for tensor blk.1.attn_q.weight in a very low-bit quantization. "
-        "The importance matrix has no entry for it"
+        "The importance matrix has no entry for it. 1 tensor of a part that the matrix covers is "
+        "not in it. A type that needs no data lets such pass:\n"
+        "--tensor-type blk.1.attn_q.weight=q4_k"
     )
     refused(imatrix.EngineError, message, model, tmp_path / "q.gguf", "IQ2_XXS", imatrix=part)
 

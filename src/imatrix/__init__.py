@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from imatrix.preflight import Coverage, TensorCoverage, coverage
     from imatrix.quantizer import Quantized, quantize
     from imatrix.run_report import ExpertCoverage, Perplexity, Progress, Report
+    from imatrix.tensor_rules import RuleUse
     from imatrix.weight_stats import (
         ExpertStatistics,
         LayerStatistics,
@@ -113,6 +114,7 @@ __all__ = [
     "Quantized",
     "Report",
     "RowsMissingError",
+    "RuleUse",
     "Source",
     "Statistics",
     "TemplateError",
@@ -173,6 +175,7 @@ _NATIVE = {
     "Report": "run_report",
     "Quantized": "quantizer",
     "quantize": "quantizer",
+    "RuleUse": "tensor_rules",
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {

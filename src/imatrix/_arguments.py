@@ -21,7 +21,8 @@ __all__ = [
     "chunks",
     "files",
     "gpu_layers",
-    "tensor_type",
+    "tensor_type_files",
+    "tensor_types",
     "threads",
     "whole",
 ]
@@ -78,25 +79,55 @@ def gpu_layers(text: str) -> int | Literal["auto"]:
     return -1 if text == "all" else max(-1, whole(text))
 
 
-def tensor_type(text: str) -> tuple[str, str]:
-    """NAME=TYPE."""
-    name, _, kind = text.partition("=")
-    if not name or not kind:
-        raise argparse.ArgumentTypeError(f"expected NAME=TYPE, as attn_q=q8_0, got {text!r}")
-    # llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp)
-    return name.lower(), kind
-
-
 def add_tensor_type(command: argparse.ArgumentParser) -> None:
-    """--tensor-type, into `args.tensor_type`: a list of (name, type)."""
+    """--tensor-type and --tensor-type-file, into `args.tensor_type`; see `tensor_types`."""
     command.add_argument(
         "--tensor-type",
         metavar="NAME=TYPE",
         action="append",
         default=[],
-        type=tensor_type,
-        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated",
+        type=_tensor_type,
+        help="another type for the weights whose names match, as attn_q=q8_0; may be repeated: of "
+        "several that match the first counts",
     )
+    command.add_argument(
+        "--tensor-type-file",
+        metavar="FILE",
+        dest="tensor_type",
+        action="append",
+        default=[],
+        type=Path,
+        help="a file of such NAME=TYPE, with spaces or line ends between them, in this place",
+    )
+
+
+def _tensor_type(text: str) -> tuple[str, str]:
+    from imatrix.tensor_rules import parsed  # here: it needs the native part
+
+    try:
+        return parsed(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def tensor_types(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The rules of `add_tensor_type`, in the order given, those of a file in its place.
+
+    Raises:
+        ValueError: a rule of a file is wrong.
+        OSError: a file cannot be read.
+    """
+    from imatrix.tensor_rules import read_rules
+
+    rules: list[tuple[str, str]] = []
+    for given in args.tensor_type:
+        rules += read_rules(given) if isinstance(given, Path) else [given]
+    return rules
+
+
+def tensor_type_files(args: argparse.Namespace) -> list[str]:
+    """The files of `add_tensor_type`."""
+    return [str(given) for given in args.tensor_type if isinstance(given, Path)]
 
 
 def add_threads(command: argparse.ArgumentParser) -> None:

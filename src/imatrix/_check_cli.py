@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from imatrix import _hub_cli
-from imatrix._arguments import Commands, add_tensor_type, add_verbose
+from imatrix._arguments import Commands, add_tensor_type, add_verbose, tensor_types
 from imatrix._terminal import Terminal, size
 from imatrix.collector import Collector, Plan
 from imatrix.errors import ModelError
@@ -62,18 +62,22 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace, terminal: Terminal) -> int:
     """Do what `add_parser` describes; the exit status."""
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
+    rules = tensor_types(args)
     args.model, _ = _hub_cli.fetched(args.model, args, terminal)
     plan = _plan(args.model) if args.plan else None
     found = coverage(
         args.model,
         matrix,
         args.type,
-        tensor_types=dict(args.tensor_type),
+        tensor_types=rules,
         allow_requantize=args.allow_requantize,
         pure=args.pure,
         quantize_output=not args.leave_output_tensor,
         plan=plan,
+        matrix_name=args.imatrix,
     )
+    for text in found.warnings:
+        terminal.warn(text)
     if args.json:
         json.dump(as_data(found, args.imatrix), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -109,6 +113,8 @@ def as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:
         "unused": list(found.unused),
         "fixes": list(found.fixes),
         "overrides": dict(found.overrides),
+        "rules": [asdict(use) for use in found.rules],
+        "warnings": list(found.warnings),
         "tensors": [asdict(tensor) for tensor in found.tensors],
     }
 

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <regex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -34,6 +35,7 @@ struct Watch {
     std::atomic<int>  done{0};  // tensors
     std::atomic<int>  total{0}; // 0: not known yet
     std::string       errors;   // the quantizing thread's, until it returns
+    std::string       unsaid;   // log lines with this in them are not handed on
 };
 
 thread_local Watch * t_watch = nullptr;
@@ -118,10 +120,12 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
         t_dry_run->read(level, text);
         return; // nothing happens in a dry run that anybody else should hear of
     }
-    if (const ggml_log_callback next = g_next.load()) {
+    Watch *    watch = t_watch;
+    const bool said  = watch == nullptr || watch->unsaid.empty() ||
+                       std::strstr(text, watch->unsaid.c_str()) == nullptr;
+    if (const ggml_log_callback next = g_next.load(); next != nullptr && said) {
         next(level, text, g_next_data.load());
     }
-    Watch * watch = t_watch;
     if (watch == nullptr) {
         return;
     }
@@ -183,6 +187,22 @@ py::dict tensor_types() {
     return out;
 }
 
+// Which of the names a pattern is found in, as the quantizer searches (llama_tensor_get_type in
+// src/llama-quant.cpp).
+std::vector<bool> matching(const std::string & pattern, const std::vector<std::string> & names) {
+    try {
+        const std::regex  compiled(pattern);
+        std::vector<bool> out;
+        out.reserve(names.size());
+        for (const std::string & name : names) {
+            out.push_back(std::regex_search(name, compiled));
+        }
+        return out;
+    } catch (const std::regex_error & error) {
+        throw std::invalid_argument(error.what());
+    }
+}
+
 // (bytes of tensor data, values) of a GGUF file.
 std::pair<int64_t, int64_t> tensor_totals(const std::string & path) {
     struct Free {
@@ -208,7 +228,9 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
               int n_threads, bool allow_requantize, bool pure, bool quantize_output,
               const std::vector<std::pair<std::string, Data>> &  matrix,
               const std::vector<std::pair<std::string, int>> &   tensor_types,
-              const std::vector<std::pair<std::string, Value>> & metadata) {
+              const std::vector<std::pair<std::string, Value>> & metadata,
+              const std::string &                                unsaid) {
+    watch.unsaid                       = unsaid;
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.ftype                       = static_cast<llama_ftype>(ftype);
     params.nthread                     = n_threads;
@@ -336,6 +358,7 @@ PYBIND11_MODULE(_quantize_pybind, m) {
         });
     m.def("ftypes", &ftypes);
     m.def("tensor_types", &tensor_types);
+    m.def("matching", &matching, py::arg("pattern"), py::arg("names"));
     m.def("tensor_totals", &tensor_totals, py::arg("path"));
     m.def("type_blocks", &type_blocks);
     m.def("dry_run", &dry_run, py::arg("src"), py::kw_only(), py::arg("ftype"), py::arg("pure"),
@@ -343,5 +366,5 @@ PYBIND11_MODULE(_quantize_pybind, m) {
     m.def("quantize", &quantize, py::arg("watch"), py::arg("src"), py::arg("dst"), py::kw_only(),
           py::arg("ftype"), py::arg("n_threads"), py::arg("allow_requantize"), py::arg("pure"),
           py::arg("quantize_output"), py::arg("matrix"), py::arg("tensor_types"),
-          py::arg("metadata"));
+          py::arg("metadata"), py::arg("unsaid"));
 }

@@ -51,6 +51,8 @@ class Terminal:
         handler = _EngineLog(self)
         level, propagate = log.level, log.propagate
         log.addHandler(handler)
+        package, own = logging.getLogger("imatrix"), _OwnLog(self)
+        package.addHandler(own)
         log.setLevel(logging.INFO if self.verbose else logging.WARNING)
         log.propagate = False
         try:
@@ -59,6 +61,7 @@ class Terminal:
                 warnings.showwarning = self._show_warning
                 yield
         finally:
+            package.removeHandler(own)
             log.removeHandler(handler)
             log.setLevel(level)
             log.propagate = propagate
@@ -99,6 +102,17 @@ class _EngineLog(logging.Handler):
             self._terminal.note(line)
         elif record.levelno == logging.WARNING and not any(known in line for known in _NO_NEWS):
             self._terminal.warn(f"engine: {line.strip()}")
+
+
+class _OwnLog(logging.Handler):
+    """What the package itself has to tell, on stderr."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._terminal.warn(record.getMessage())
 
 
 class CollectProgress:

@@ -53,6 +53,8 @@ from imatrix._arguments import (
     at_least,
     chunks,
     files,
+    tensor_type_files,
+    tensor_types,
 )
 from imatrix._lock import locked
 from imatrix._output import check_output
@@ -593,7 +595,8 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.dst, [args.imatrix])
+    check_output(args.dst, [args.imatrix, *tensor_type_files(args)])
+    rules = tensor_types(args)
     args.src, _ = _hub_cli.fetched(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
         done = imatrix.quantize(
@@ -601,7 +604,7 @@ def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
             args.dst,
             args.type,
             imatrix=args.imatrix,
-            tensor_types=dict(args.tensor_type),
+            tensor_types=rules,
             n_threads=args.threads,
             allow_requantize=args.allow_requantize,
             pure=args.pure,

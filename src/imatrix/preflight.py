@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,16 +21,18 @@ import numpy as np
 
 from imatrix import _quantize_pybind, _session
 from imatrix._rehearsal import rehearse_quantize
+from imatrix.adaptation import Placed, adapt
 from imatrix.architectures import check_head, check_trunk, check_whole
 from imatrix.errors import EngineError, ModelError
 from imatrix.matrix import THIN, Entry, ImportanceMatrix
 from imatrix.model_file import ModelFile
-from imatrix.quantizer import FTYPES, UNASKED, near, overrides_of
+from imatrix.quantizer import FTYPES, UNASKED
+from imatrix.tensor_rules import Rule, RuleUse, TensorTypes, near, request, rules_of, uses
 
 if TYPE_CHECKING:
     from imatrix.collector import Plan
 
-__all__ = ["THIN", "Coverage", "Status", "TensorCoverage", "coverage"]
+__all__ = ["THIN", "Coverage", "Cure", "Status", "TensorCoverage", "coverage"]
 
 Status = Literal[
     "ready",
@@ -40,6 +43,17 @@ Status = Literal[
     "requantize",
     "not convertible",
     "kept",
+]
+
+Cure = Literal[
+    "",
+    "collect",
+    "collect the head",
+    "collect the output",
+    "adapt",
+    "merge",
+    "another type",
+    "find out",
 ]
 
 # Statuses that stop the quantizer.
@@ -54,6 +68,21 @@ _ASKING = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
 _INDIFFERENT = frozenset(
     {"f32", "f16", "bf16", "q8_0", "q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"}
 )
+
+# An expert's own weight, as old conversions have it (LLM_TENSOR_FFN_GATE_EXP and its like in
+# src/llama-arch.cpp); no graph of the engine runs them any more.
+_EXPERT_APART = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+
+_COLLECT: tuple[Cure, ...] = ("collect", "collect the head", "collect the output")
+
+# What adapt() does for a weight, in a few words.
+_HOW = {
+    "stacked": "the experts are apart there and merged here",
+    "cut": "the experts are merged there and apart here",
+    "fused": "weights are apart there and fused here",
+    "split": "weights are fused there and apart here",
+    "shared": "gate and up take the same rows",
+}
 
 # The smallest type that is common, needs no data, and falls back by itself where rows are no
 # multiple of 256 long (tensor_type_fallback).
@@ -84,6 +113,11 @@ class TensorCoverage:
         thinnest: (expert, rows) of the lowest count above 0; None if there is none.
         collectable: whether a run can reach it; None: not known without a Plan.
         detail: a status in words, where it needs some; else "".
+        cure: what gives a "missing" tensor data: "collect", with "the head" (mtp) or "the output"
+            (process_output). "adapt": the matrix has them under another name or in another shape.
+            "merge": experts apart, which no graph runs: collect from a conversion that has them
+            merged, and adapt. "another type": no run collects data for it. "find out": the matrix
+            has data for others of its part, and only a Plan tells whether a run reaches it.
     """
 
     name: str
@@ -101,6 +135,7 @@ class TensorCoverage:
     thinnest: tuple[int, int] | None = None
     collectable: bool | None = None
     detail: str = ""
+    cure: Cure = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,8 @@ class Coverage:
         overrides: pattern -> type that lets every missing tensor pass without data, to be put in
             front of the given tensor_types (tried in a dry run). They help no other failure.
         fixes: what to do, in words, most to the point first; the first ones are for what fails.
+        rules: what came of each of the given tensor_types, in order.
+        warnings: options that do nothing or not all that they say, in words.
         n_values: values in all tensors.
     """
 
@@ -132,6 +169,8 @@ class Coverage:
     overrides: Mapping[str, str]
     fixes: tuple[str, ...]
     n_values: int = field(repr=False)
+    rules: tuple[RuleUse, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def ready(self) -> bool:
@@ -192,15 +231,17 @@ def coverage(
     matrix: ImportanceMatrix | str | os.PathLike[str] | None,
     ftype: str,
     *,
-    tensor_types: Mapping[str, str] | None = None,
+    tensor_types: TensorTypes | None = None,
     allow_requantize: bool = False,
     pure: bool = False,
     quantize_output: bool = True,
     plan: Plan | None = None,
+    matrix_name: str | os.PathLike[str] | None = None,
 ) -> Coverage:
     """Find out what quantizing a model would do, without doing it.
 
-    The verdict is llama-quantize's, given the same options and the matrix as a file.
+    The verdict is llama-quantize's, given the same options and the matrix as a file; with
+    `tensor_types` for F32, F16 or BF16, which it passes over, that of imatrix.quantize.
 
     Args:
         model: the model, or the first part of a multi-part one.
@@ -210,6 +251,7 @@ def coverage(
         allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
         plan: from Collector.plan(mtp=True), for the weights that no run can reach; without it
             only those are known that the header gives away.
+        matrix_name: what the commands in `fixes` call the matrix; its path if `matrix` is one.
 
     Raises:
         ValueError: an unknown type or a bad pattern.
@@ -227,20 +269,24 @@ def coverage(
     check_whole(file)
     rehearse_quantize(file)
     if isinstance(matrix, (str, os.PathLike)):
+        matrix_name = matrix_name or matrix
         matrix = ImportanceMatrix.load(matrix)
+    rules = rules_of(tensor_types)
     check = _Check(
         file,
         matrix if matrix else None,  # llama-quantize takes one without entries for none
         name,
-        tensor_types or {},
+        rules,
         allow_requantize,
         pure,
         quantize_output,
         plan,
+        "MATRIX.gguf" if matrix_name is None else os.fspath(matrix_name),
     )
     tensors = check.tensors({})
     failing = _in_order(tensors, check.matrix is not None)
     overrides = check.overrides(tensors)
+    used = check.uses(tensors)
     unused = tuple(entry for entry in check.matrix or () if entry not in file.tensors)
     return Coverage(
         model=file.path,
@@ -253,6 +299,8 @@ def coverage(
         overrides=overrides,
         fixes=tuple(check.fixes(tensors, overrides, unused)),
         n_values=sum(_values(shape) for shape in file.tensors.values()),
+        rules=used,
+        warnings=tuple(check.warnings(used)),
     )
 
 
@@ -276,48 +324,50 @@ class _Check:
         file: ModelFile,
         matrix: ImportanceMatrix | None,
         ftype: str,
-        tensor_types: Mapping[str, str],
+        rules: tuple[Rule, ...],
         allow_requantize: bool,
         pure: bool,
         quantize_output: bool,
         plan: Plan | None,
+        matrix_name: str,
     ) -> None:
         self.file = file
         self.matrix = matrix
         self._ftype = ftype
-        self._tensor_types = tensor_types
+        self._rules = rules
         self._allow_requantize = allow_requantize
         self._pure = pure
         self._quantize_output = quantize_output
         self._plan = plan
+        self._matrix_name = matrix_name
         self._blocks = _quantize_pybind.type_blocks()
         self._convertible = _quantize_pybind.tensor_types()
         self._head_refused = _refusal(file)
+        # whether the matrix has data of the trunk, of the head
+        self._covered = {self._in_head(name) for name in matrix or () if name in file.tensors}
+        self._experts_apart = any(_EXPERT_APART.fullmatch(name) for name in file.tensors)
 
-    def _dry_run(
-        self, ftype: str, pure: bool, tensor_types: Mapping[str, str]
-    ) -> list[tuple[str, str, str]]:
+    def _dry_run(self, ftype: str, pure: bool, rules: Sequence[Rule]) -> list[tuple[str, str, str]]:
         """(name, source type, target type) of every tensor."""
         _session.set_log_level()  # so that the binding finds the package's log to hand on to
+        asked = request(ftype, rules)
         try:
             return _quantize_pybind.dry_run(
                 str(self.file.path),
-                ftype=FTYPES[ftype],
+                ftype=FTYPES[asked.ftype],
                 pure=pure,
                 quantize_output=self._quantize_output,
                 has_matrix=self.matrix is not None,
-                tensor_types=[(p, number) for p, (number, _) in overrides_of(tensor_types).items()],
+                tensor_types=asked.rules,
             )
         except RuntimeError as error:
             reason = str(error).rpartition("failed to quantize: ")[2].strip() or str(error)
-            if "regular expression" in reason:
-                raise ValueError(f"a pattern in tensor_types is wrong: {reason}") from None
             raise EngineError(f"{self.file.path}: cannot quantize to {ftype}: {reason}") from None
 
     def tensors(self, extra: Mapping[str, str]) -> tuple[TensorCoverage, ...]:
         """Every tensor, with `extra` in front of the given exceptions."""
-        types = {**extra, **{p: t for p, t in self._tensor_types.items() if p not in extra}}
-        assigned = self._dry_run(self._ftype, self._pure, types)
+        rules = (*rules_of(extra), *self._rules)
+        assigned = self._dry_run(self._ftype, self._pure, rules)
         asked = self._asked_unconverted(assigned)
         return tuple(
             self._tensor(name, source, target, name in asked) for name, source, target in assigned
@@ -338,7 +388,7 @@ class _Check:
             return frozenset()
         return frozenset(
             name
-            for name, source, target in self._dry_run("Q8_0", True, {})
+            for name, source, target in self._dry_run("Q8_0", True, ())
             if name in same and source != target
         )
 
@@ -346,6 +396,27 @@ class _Check:
         if name in UNASKED:
             return False
         return target in _ASKING or (target == "q2_K" and self._ftype == "Q2_K_S")
+
+    def uses(self, tensors: Sequence[TensorCoverage]) -> tuple[RuleUse, ...]:
+        """What came of the given exceptions."""
+        if not self._rules:
+            return ()
+        # what the quantizer may change gets the type, whichever it is
+        f16, f32 = (self._dry_run(ftype, False, ()) for ftype in ("F16", "F32"))
+        other = {name: target for name, _, target in f16}
+        quantized = frozenset(name for name, _, target in f32 if target != other[name])
+        shapes = {tensor.name: self.file.tensors[tensor.name] for tensor in tensors}
+        targets = {tensor.name: tensor.target_type for tensor in tensors}
+        return uses(self._rules, shapes, targets, quantized)
+
+    def warnings(self, used: Sequence[RuleUse]) -> Iterable[str]:
+        """Options that do not do what they say."""
+        yield from (use.warning for use in used if use.warning)
+        if not self._quantize_output and "output.weight" not in self.file.tensors:
+            yield (
+                "there is no output.weight to leave as it is: the model's output is "
+                "token_embd.weight, which is quantized"
+            )
 
     def _tensor(self, name: str, source: str, target: str, asked: bool) -> TensorCoverage:
         shape = self.file.tensors[name]
@@ -362,6 +433,7 @@ class _Check:
         if len(seen):
             expert = int(seen[np.argmin(counts[seen])])
             least = (expert, int(counts[expert]))
+        collectable = self._collectable(name)
         return TensorCoverage(
             name=name,
             source_type=source,
@@ -376,8 +448,9 @@ class _Check:
             n_empty=len(counts) - len(seen),
             n_thin=int(np.count_nonzero(counts[seen] < THIN)),
             thinnest=least,
-            collectable=self._collectable(name),
+            collectable=collectable,
             detail=detail,
+            cure=self._cure(name, collectable) if status == "missing" else "",
         )
 
     def _status(
@@ -425,6 +498,35 @@ class _Check:
             return False
         return None
 
+    def _cure(self, name: str, collectable: bool | None) -> Cure:
+        """What gives a tensor the data that it lacks."""
+        if name in self._adapted:
+            return "adapt"
+        if name in UNASKED[:2] or collectable is False:
+            return "another type"
+        if name == "output.weight":
+            return "merge" if self._experts_apart else "collect the output"
+        if not name.startswith(("blk.", "nextn.")):  # is_wanted in ext/eval_hook.cpp
+            return "another type"
+        in_head = self._in_head(name)
+        if self._experts_apart:
+            return "merge"
+        if collectable is None and in_head in self._covered:
+            # a run that had everything else of this part may have had this one
+            return "find out" if self._plan is None else "another type"
+        return "collect the head" if in_head else "collect"
+
+    @cached_property
+    def _adapted(self) -> Mapping[str, Placed]:
+        """What adapt() would give data to, beyond what has them."""
+        if self.matrix is None:
+            return {}
+        try:
+            found = adapt(self.matrix, self.file)
+        except ValueError:  # of another model
+            return {}
+        return {place.name: place for place in found.changed}
+
     def overrides(self, tensors: Sequence[TensorCoverage]) -> dict[str, str]:
         """Exceptions that let what lacks data pass without.
 
@@ -433,7 +535,7 @@ class _Check:
         """
         extra: dict[str, str] = {}
         for _ in range(8):
-            new = {_pattern(t.name): _SAFE for t in tensors if t.status == "missing"}
+            new = self._safe([t for t in tensors if t.status == "missing"])
             if not new or new.keys() <= extra.keys():
                 break
             extra.update(new)
@@ -455,7 +557,7 @@ class _Check:
         if any(tensor.status == "wrong size" for tensor in tensors):
             yield (
                 "Entries of another size come from another model: collect from this one "
-                f"({self._collect(self.file.n_nextn > 0)})."
+                f"({self._collect(self.file.n_nextn > 0 and self._head_refused is None)})."
             )
         yield from self._missing_fixes([t for t in tensors if t.status == "missing"], overrides)
         if any(tensor.status == "requantize" for tensor in tensors):
@@ -476,50 +578,119 @@ class _Check:
     def _missing_fixes(
         self, missing: Sequence[TensorCoverage], overrides: Mapping[str, str]
     ) -> Iterable[str]:
-        if not missing:
-            return
-        never, reachable = [], []
-        covered = {self._in_head(name) for name in self.matrix or () if name in self.file.tensors}
+        by_cure: dict[Cure, list[TensorCoverage]] = {}
         for tensor in missing:
-            # a run that had everything else of this part would have had this one
-            skipped = tensor.collectable is None and tensor.in_head in covered
-            if tensor.collectable is False or skipped or tensor.name in UNASKED[:2]:
-                never.append(tensor)
-            else:
-                reachable.append(tensor)
-        if reachable:
-            part = "the head's weights" if all(t.in_head for t in reachable) else "the data"
-            if all(t.name == "output.weight" for t in reachable):
-                yield f"Collect output.weight too: {self._collect(False)} --process-output"
-            else:
-                mtp = any(t.in_head for t in reachable) and self._head_refused is None
-                with_mtp = " with --mtp" if mtp else ""
-                yield f"Collect {part}{with_mtp}: {self._collect(mtp)}"
+            by_cure.setdefault(tensor.cure, []).append(tensor)
+        collect = [t for cure in _COLLECT for t in by_cure.get(cure, ())]
+        adaptable = by_cure.get("adapt", [])
+        merge = by_cure.get("merge", [])
+        never = by_cure.get("another type", [])
+        unknown = by_cure.get("find out", [])
+        if collect:  # from this model, which makes up for what could be adapted too
+            yield self._collect_fix(collect)
+        elif adaptable:
+            steps = [step for t in adaptable for step in self._adapted[t.name].steps]
+            how = ", ".join(dict.fromkeys(_HOW[step] for step in steps))
+            yield (
+                f"The matrix has the data of {_plural(len(adaptable), 'tensor')} in another form "
+                f"({how}): {self._adapt_command(self._matrix_name)}"
+            )
+        if merge:
+            yield (
+                f"The engine runs no model whose experts are apart ({_plural(len(merge), 'tensor')} "
+                "without data): collect from a conversion that has them merged, then adapt: "
+                f"{self._adapt_command('MERGED-MATRIX.gguf')}"
+            )
         if self._head_refused and any(t.in_head for t in never):
             yield f"The head cannot be collected: {self._head_refused}"
         if never:
-            also = "These stay without data even then: give them"
-            alone = f"Give what no run reaches ({_plural(len(never), 'tensor')})"
-            paste = self._paste({_pattern(tensor.name): _SAFE for tensor in never})
-            yield f"{also if reachable else alone} a type that needs no data:\n{paste}"
+            even_then = " even then" if collect or adaptable or merge else ""
+            why = ", ".join(dict.fromkeys(self._why_never(t) for t in never))
+            yield self._with_paste(
+                f"No run collects data for {_plural(len(never), 'tensor')}{even_then} ({why}): "
+                "use a type that needs none",
+                never,
+            )
+        if unknown:
+            which = "is" if len(unknown) == 1 else "are"
+            yield self._with_paste(
+                f"{_plural(len(unknown), 'tensor')} of a part that the matrix covers {which} not "
+                "in it. A type that needs no data lets such pass",
+                unknown,
+            )
+            yield (
+                "Whether a run reaches them, so that collecting again is better: "
+                f"{self._check_command()} --plan"
+            )
         # a whole model is not spelled out
-        if reachable and (self.matrix is not None or len(overrides) <= 16):
-            yield f"Or quantize without the data, at a loss:\n{self._paste(overrides)}"
+        if (collect or adaptable or merge) and (self.matrix is not None or len(overrides) <= 16):
+            yield self._with_paste("Or quantize without the data, at a loss", missing, overrides)
 
-    def _paste(self, overrides: Mapping[str, str]) -> str:
-        """The exceptions, then those that were given: the first match counts."""
-        given = {p: t for p, t in self._tensor_types.items() if p not in overrides}
-        types = {**overrides, **given}
-        lines = (f"--tensor-type {shlex.quote(f'{p}={t}')}" for p, t in types.items())
-        return " \\\n".join(lines)
+    def _collect_fix(self, tensors: Sequence[TensorCoverage]) -> str:
+        """One command that collects them, and all that the matrix has already."""
+        head = self._head_refused is None and any(t.in_head for t in tensors)
+        output = any(t.name == "output.weight" for t in tensors)
+        command = self._collect(
+            head or (self._head_refused is None and True in self._covered),
+            output or "output.weight" in (self.matrix or ()),
+        )
+        if all(t.name == "output.weight" for t in tensors):
+            return f"Collect output.weight too: {command}"
+        part = "the head's weights" if all(t.in_head for t in tensors) else "the data"
+        return f"Collect {part}{' with --mtp' if head else ''}: {command}"
 
-    def _collect(self, mtp: bool) -> str:
+    def _why_never(self, tensor: TensorCoverage) -> str:
+        if tensor.name in UNASKED[:2] or ".nextn.embed_tokens." in tensor.name:
+            return "rows are looked up in a table"
+        if tensor.in_head and self._head_refused:
+            return "the head cannot be run"
+        if tensor.collectable is False:
+            return "no graph multiplies it"
+        return "it is collected for blk.* and output.weight alone"
+
+    def _safe(self, tensors: Iterable[TensorCoverage]) -> dict[str, str]:
+        """Exceptions that give each of the tensors a type that needs no data."""
+        return {_pattern(t.name, self.file.tensors): _SAFE for t in tensors}
+
+    def _with_paste(
+        self,
+        words: str,
+        tensors: Sequence[TensorCoverage],
+        overrides: Mapping[str, str] | None = None,
+    ) -> str:
+        """Words, and the exceptions to paste, then those that were given: the first counts."""
+        types = self._safe(tensors) if overrides is None else dict(overrides)
+        if self._rules:
+            words += " (instead of the rules given, which are in it)"
+        pairs = [*types.items(), *((r.pattern, r.type) for r in self._rules)]
+        lines = (f"--tensor-type {shlex.quote(f'{p}={t}')}" for p, t in pairs)
+        return f"{words}:\n" + " \\\n".join(lines)
+
+    def _collect(self, mtp: bool, process_output: bool = False) -> str:
         path = shlex.quote(str(self.file.path))
         try:
             check_trunk(self.file)
         except ModelError:  # a head's own file
-            return f"imatrix collect -m TRUNK.gguf --mtp-model {path} -f TEXT"
-        return f"imatrix collect -m {path} -f TEXT" + (" --mtp" if mtp else "")
+            command = f"imatrix collect -m TRUNK.gguf --mtp-model {path} -f TEXT"
+        else:
+            command = f"imatrix collect -m {path} -f TEXT" + (" --mtp" if mtp else "")
+        return command + (" --process-output" if process_output else "")
+
+    def _adapt_command(self, matrix: str) -> str:
+        model = shlex.quote(str(self.file.path))
+        return f"imatrix adapt {shlex.quote(matrix)} --to {model} -o adapted.gguf"
+
+    def _check_command(self) -> str:
+        """This check, as a command."""
+        words = ["imatrix", "check", str(self.file.path)]
+        if self.matrix is not None:
+            words.append(self._matrix_name)
+        words += ["--type", self._ftype]
+        words += ["--pure"] * self._pure + ["--allow-requantize"] * self._allow_requantize
+        words += ["--leave-output-tensor"] * (not self._quantize_output)
+        for rule in self._rules:
+            words += ["--tensor-type", f"{rule.pattern}={rule.type}"]
+        return shlex.join(words)
 
 
 def _refusal(file: ModelFile) -> str | None:
@@ -543,7 +714,7 @@ def _expected(shape: tuple[int, ...]) -> int:
     return n_in * n_mat
 
 
-def _pattern(name: str) -> str:
+def _pattern(name: str, others: Iterable[str]) -> str:
     """A regular expression for one tensor that needs no quotes in a shell.
 
     llama-quantize searches for it anywhere in the name and lowers it before (parse_tensor_type in
@@ -551,7 +722,8 @@ def _pattern(name: str) -> str:
     mean attn_output.weight too.
     """
     pattern = re.sub(r"[^a-z0-9_.]", ".", name)
-    return pattern if name.startswith("blk.") else f"^{pattern}"
+    alone = name.startswith("blk.") and not any(name in other for other in others if other != name)
+    return pattern if alone else f"^{pattern}"
 
 
 def _plural(n: int, noun: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
+import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from imatrix.architectures import check_whole, loads_alone
 from imatrix.errors import EngineError
 from imatrix.matrix import ImportanceMatrix
 from imatrix.model_file import ModelFile
+from imatrix.tensor_rules import RuleUse, TensorTypes, near, request, rules_of
 
 if TYPE_CHECKING:
-    from imatrix.preflight import Coverage
+    from imatrix.preflight import Coverage, TensorCoverage
 
 __all__ = ["FTYPES", "Quantized", "quantize"]
 
@@ -70,18 +72,15 @@ FTYPES: Mapping[str, int] = {
     "Q2_0": 41,
 }
 
-# File types whose default tensor type makes ggml demand importance data for every tensor, and
-# that type (llama_ftype_get_default_type in src/llama-quant.cpp).
-_DEMANDING = {"IQ2_XXS": "iq2_xxs", "IQ2_XS": "iq2_xs", "IQ2_S": "iq2_xs", "IQ1_S": "iq1_s"}
-
 # The engine asks for data for the other weights and reports their lack; for these it does not
 # ask (tensor_requires_imatrix), and ggml then ends the process.
 UNASKED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 
+_log = logging.getLogger("imatrix")
+
 # llama_model_kv_override.val_str holds 128 bytes with its final zero (include/llama.h).
 _MAX_TEXT = 127
 
-_MISSING = re.compile(r"Missing importance matrix for tensor (\S+)")
 _OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
 
 
@@ -93,11 +92,13 @@ class Quantized:
         path: where it is.
         bytes: size of the file.
         bits_per_weight: of its tensors' data, metadata not counted.
+        rules: what came of each of `tensor_types`, in order.
     """
 
     path: Path
     bytes: int
     bits_per_weight: float
+    rules: tuple[RuleUse, ...] = ()
 
 
 def quantize(
@@ -106,7 +107,7 @@ def quantize(
     ftype: str,
     *,
     imatrix: ImportanceMatrix | str | os.PathLike[str] | None = None,
-    tensor_types: Mapping[str, str] | None = None,
+    tensor_types: TensorTypes | None = None,
     n_threads: int | None = None,
     allow_requantize: bool = False,
     pure: bool = False,
@@ -124,8 +125,10 @@ def quantize(
         ftype: one of llama-quantize's names, such as "IQ2_XXS" or "Q4_K_M", in any case.
         imatrix: importance data: a matrix, or the path of a file that holds one. A matrix of
             one expert or dense weight that saw no rows weighs every column the same.
-        tensor_types: exceptions: regular expression (searched for in the weights' names, the
-            first that matches counts) -> ggml type, such as "q8_0".
+        tensor_types: exceptions: regular expression (std::regex, searched for in the weights'
+            names, the first that matches counts) -> ggml type, such as "q8_0"; or pairs of both.
+            Unlike llama-quantize this heeds them for F32, F16 and BF16 too. One that matches no
+            tensor, or none that the quantizer changes, is warned of (UserWarning).
         n_threads: threads to compute with; None for the physical cores.
         allow_requantize: go on from weights that are already quantized, at a loss.
         pure: give every weight the type's own format instead of its mixture.
@@ -152,7 +155,7 @@ def quantize(
     threads = physical_cores() if n_threads is None else n_threads
     if threads < 1:
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
-    overrides = overrides_of(tensor_types or {})
+    rules = rules_of(tensor_types)
     model = ModelFile.read(src)
     check_whole(model)
     rehearse_quantize(model)
@@ -165,22 +168,28 @@ def quantize(
             f"the importance matrix names no weight of {model.path}: its first is "
             f"{next(iter(matrix), 'missing')!r}. Was it collected from another model?"
         )
-    _check_unasked(model, matrix, name, overrides, pure, quantize_output)
-    if matrix is not None:
-        from imatrix.preflight import coverage  # here: it uses this module's tables
+    from imatrix.preflight import coverage  # here: it uses this module's tables
 
-        found = coverage(
-            model.path,
-            matrix,
-            name,
-            tensor_types=tensor_types,
-            allow_requantize=allow_requantize,
-            pure=pure,
-            quantize_output=quantize_output,
-        )
+    found = coverage(
+        model.path,
+        matrix,
+        name,
+        tensor_types=[(rule.pattern, rule.type) for rule in rules],
+        allow_requantize=allow_requantize,
+        pure=pure,
+        quantize_output=quantize_output,
+        matrix_name=imatrix if isinstance(imatrix, (str, os.PathLike)) else None,
+    )
+    _warn(found)
+    _check_unasked(found)
+    if matrix is not None:
         _refuse_early(found, model, matrix, dst)
 
     source = imatrix if isinstance(imatrix, (str, os.PathLike)) else None
+    asked = request(name, rules)
+    metadata = [] if matrix is None else _metadata(matrix, source)
+    if asked.rewritten:
+        metadata.append(("general.file_type", FTYPES[name]))
     with atomic.replacing(dst) as temporary:
         watch = _quantize_pybind.Watch()
         _session.set_log_level()  # logging.getLogger("imatrix.engine") may want more by now
@@ -191,14 +200,15 @@ def quantize(
                 watch,
                 str(model.path),
                 str(temporary),
-                ftype=FTYPES[name],
+                ftype=FTYPES[asked.ftype],
                 n_threads=threads,
                 allow_requantize=allow_requantize,
                 pure=pure,
                 quantize_output=quantize_output,
                 matrix=[] if matrix is None else _data(matrix),
-                tensor_types=[(pattern, number) for pattern, (number, _) in overrides.items()],
-                metadata=[] if matrix is None else _metadata(matrix, source),
+                tensor_types=asked.rules,
+                metadata=metadata,
+                unsaid=asked.unsaid,
             )
             try:
                 while wait([running], timeout=0.1).not_done:
@@ -211,7 +221,7 @@ def quantize(
             try:
                 running.result()
             except RuntimeError as error:
-                raise _explained(str(error), model, matrix, dst, name) from None
+                raise _explained(str(error), model, dst, name) from None
         if progress is not None:
             progress(*watch.progress)
         try:
@@ -226,28 +236,20 @@ def quantize(
                 f"{model.path}: nothing was written to {os.fspath(dst)}, because the engine would "
                 f"not load it: {why}"
             )
-    return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values)
+    return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values, found.rules)
 
 
-def near(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; near: {', '.join(near)}" if near else ""
-
-
-def overrides_of(tensor_types: Mapping[str, str]) -> dict[str, tuple[int, bool]]:
-    """Pattern -> (number of the ggml type, whether it demands data)."""
-    known = {name.lower(): value for name, value in _quantize_pybind.tensor_types().items()}
-    found = {}
-    for pattern, name in tensor_types.items():
-        if not pattern:
-            raise ValueError(f"a pattern for {name!r} is empty; it would match every weight")
-        if name.lower() not in known:
-            raise ValueError(
-                f"unknown tensor type {name!r} for {pattern!r}{near(name.lower(), known)}. "
-                f"Types: {', '.join(sorted(known))}"
-            )
-        found[pattern] = known[name.lower()]
-    return found
+def _warn(found: Coverage) -> None:
+    """Tell of options that do nothing."""
+    told = {use.warning for use in found.rules if not use.idle}
+    for text in found.warnings:
+        if text not in told:
+            warnings.warn(text, stacklevel=3)
+    for use in found.rules:
+        # of rows that a type does not fit the engine tells; a list of rules may well have a
+        # general one behind those that it has left nothing to
+        if use.shadowed:
+            _log.warning(use.warning)
 
 
 def _check_not_itself(src: Path, dst: Path) -> None:
@@ -258,39 +260,16 @@ def _check_not_itself(src: Path, dst: Path) -> None:
         )
 
 
-def _check_unasked(
-    model: ModelFile,
-    matrix: ImportanceMatrix | None,
-    ftype: str,
-    overrides: Mapping[str, tuple[int, bool]],
-    pure: bool,
-    quantize_output: bool,
-) -> None:
+def _check_unasked(found: Coverage) -> None:
     """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c)."""
-    for weight in UNASKED:
-        if weight not in model.tensors or (weight == "output.weight" and not quantize_output):
-            continue
-        if matrix is not None and weight in matrix:
-            continue
-        demanding = pure and ftype in _DEMANDING
-        for pattern, (_, demands) in overrides.items():
-            if _matches(pattern, weight):
-                demanding = demands
-                break
-        if demanding:
+    for tensor in sorted(found.missing, key=lambda t: t.name in UNASKED and UNASKED.index(t.name)):
+        if tensor.name in UNASKED:
             raise ValueError(
-                f"{weight} would get a type that needs importance data, and there are none for "
-                "it. Leave out pure, or give it a type of its own, as in "
-                f"tensor_types={{'^{weight}$': 'q4_K'}}"
-                + (" (or collect with process_output)." if weight == "output.weight" else ".")
+                f"{tensor.name} would get a type that needs importance data, and there are none "
+                "for it. Leave out pure, or give it a type of its own, as in "
+                f"tensor_types={{'^{tensor.name}$': 'q4_K'}}"
+                + (" (or collect with process_output)." if tensor.name == "output.weight" else ".")
             )
-
-
-def _matches(pattern: str, weight: str) -> bool:
-    try:
-        return re.search(pattern, weight) is not None
-    except re.error:
-        return False  # the engine's dialect is another one; it will judge the pattern
 
 
 def _data(matrix: ImportanceMatrix) -> list[tuple[str, NDArray[np.float32]]]:
@@ -335,7 +314,9 @@ def _refuse_early(
     if found.ready:
         return
     first = found.failing[0]
+    cure = ""
     if first.status == "missing":
+        cure = _cure(first, found)
         words = f"Missing importance matrix for tensor {first.name} in a very low-bit quantization"
     elif first.status == "wrong size":
         n_in, _, n_mat = (*model.tensors[first.name], 1, 1)[:3]
@@ -345,7 +326,7 @@ def _refuse_early(
         )
     else:
         return
-    error = _explained(f"failed to quantize: {words}", model, matrix, dst, found.ftype)
+    error = _explained(f"failed to quantize: {words}", model, dst, found.ftype, cure)
     more = len(found.failing) - 1
     error.args = (
         f"{error.args[0]}"
@@ -357,21 +338,19 @@ def _refuse_early(
 def _explained(
     log: str,
     model: ModelFile,
-    matrix: ImportanceMatrix | None,
     dst: str | os.PathLike[str],
     ftype: str,
+    cure: str = "",
 ) -> Exception:
     """The exception for what the engine logged as errors before it gave up."""
     reason = log.rpartition("failed to quantize: ")[2].strip() or "it gave no reason"
     if "bad_alloc" in reason:
         return MemoryError(f"{model.path}: no memory to quantize to {ftype}")
-    if "regular expression" in reason:
-        return ValueError(f"a pattern in tensor_types is wrong: {reason}")
     if "iostream error" in reason:
         return OSError(f"cannot write {os.fspath(dst)!r}: the engine could not; is the disk full?")
     message = f"{model.path}: cannot quantize to {ftype}: {reason}"
-    if (missing := _MISSING.search(reason)) is not None:
-        message += f". {_why_missing(missing[1], model, matrix)}"
+    if cure:
+        message += f". {cure}"
     elif (offending := _OFFENDING.search(log)) is not None:
         message += (
             f" {offending[1]} would become {offending[2]}, which needs importance data. Collect "
@@ -385,14 +364,15 @@ def _explained(
     return EngineError(message)
 
 
-def _why_missing(weight: str, model: ModelFile, matrix: ImportanceMatrix | None) -> str:
-    block = re.match(r"blk\.(\d+)\.", weight)
-    if block is not None and int(block[1]) >= model.n_trunk and not (matrix and matrix.head):
+def _cure(tensor: TensorCoverage, found: Coverage) -> str:
+    """What to do about a tensor that lacks data."""
+    if tensor.cure == "collect the head":
+        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "nextn"
         return (
-            f"Block {block[1]} is the model's MTP head, which the importance matrix does not "
+            f"Block {block} is the model's MTP head, which the importance matrix does not "
             "cover: collect it with mtp (imatrix collect --mtp)."
         )
-    return (
-        "The importance matrix has no entry for it: either it was collected from another model, "
-        "or the weight is one that never runs; give that one a larger type with tensor_types."
-    )
+    fixes = found.fixes
+    if tensor.cure in ("another type", "find out"):  # these name their tensors
+        fixes = tuple(fix for fix in fixes if tensor.name in fix) or fixes
+    return f"The importance matrix has no entry for it. {' '.join(fixes[:1])}"
