@@ -29,6 +29,7 @@ from forge_any import MTP_ARCHS, make_any
 
 from imatrix import (
     Collector,
+    EngineError,
     Entry,
     FormatError,
     ImportanceMatrix,
