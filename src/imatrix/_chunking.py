@@ -15,7 +15,7 @@ from imatrix._models import Models, NativeModel
 from imatrix.chat_template import ChatOptions, Renderer
 from imatrix.corpus import Chunk, Chunks, Packing
 from imatrix.formats.checkpoint import Setting
-from imatrix.text_sources import Mixture, Source
+from imatrix.text_sources import Mixture, OnBadRecord, Source
 
 __all__ = [
     "cut",
@@ -38,6 +38,7 @@ def cut(
     parse_special: bool,
     skip_chunks: int,
     max_chunks: int | None,
+    on_bad_record: OnBadRecord = "stop",
 ) -> tuple[Chunks, int | None, dict[str, Setting]]:
     """The chunks; how many there will be, and what tells the text from another, as far as that
     can be known before it is read. The model must be loaded."""
@@ -67,6 +68,7 @@ def cut(
         skip_chunks=skip_chunks,
         max_chunks=max_chunks,
         render=render,
+        on_bad_record=on_bad_record,
     )
     return chunks, total, text
 
@@ -138,11 +140,14 @@ def text_settings(
     packing: Packing,
     chat: ChatOptions | None,
     min_expert_rows: int | None,
+    on_bad_record: OnBadRecord = "stop",
 ) -> dict[str, Setting]:
     """What decides the chunks beside the text, where it is not the default."""
     found: dict[str, Setting] = {}
     if packing != "stream":
         found["packing"] = packing
+    if on_bad_record != "stop":
+        found["on_bad_record"] = on_bad_record
     if min_expert_rows is not None:
         found["min_expert_rows"] = min_expert_rows
     if isinstance(texts, Mixture):

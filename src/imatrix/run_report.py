@@ -156,6 +156,19 @@ class Report:
                     f"{each.name or 'text'}: {each.tokens} tokens ({share:.1%}) of "
                     f"{each.documents} document(s)"
                 )
+        for each in self.sources:
+            read = each.documents + each.empty + each.skipped
+            name = each.name or "text"
+            if each.empty:
+                found.append(
+                    f"{name}: {each.empty} of {read} document(s) ({each.empty / read:.1%}) are "
+                    "empty: without a text, or chats in which no message says anything"
+                )
+            if each.skipped:
+                found.append(
+                    f"{name}: {each.skipped} of {read} record(s) ({each.skipped / read:.1%}) "
+                    "skipped: they could not be used"
+                )
         if self.ended_by is not None:
             found.append(f"{self.ended_by} came to its end, and the mixture with it")
         if dropped := sum(each.dropped for each in self.sources):
