@@ -114,7 +114,7 @@ def _calls(content: object) -> list[dict[str, Any]] | None:
             content = json.loads(content)
         except (ValueError, RecursionError):
             return None
-    calls = content if isinstance(content, list) else [content]
+    calls: list[Any] = content if isinstance(content, list) else [content]
     if not calls or not all(isinstance(each, Mapping) and "name" in each for each in calls):
         return None
     return [{"type": "function", "function": dict(each)} for each in calls]
@@ -123,21 +123,21 @@ def _calls(content: object) -> list[dict[str, Any]] | None:
 def with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with a mapping for `arguments` of each call, where they are a text that spells a
     JSON object, as OpenAI's interface gives them. Templates expect a mapping."""
-    made = dict(message)
+    made: dict[str, Any] = dict(message)
     calls = made.get("tool_calls")
     if isinstance(calls, Sequence) and not isinstance(calls, str):
         made["tool_calls"] = [_with_parsed(each) for each in calls]
-    if isinstance(made.get("function_call"), Mapping):
-        made["function_call"] = _with_parsed(made["function_call"])
+    if (call := made.get("function_call")) is not None:
+        made["function_call"] = _with_parsed(call)
     return made
 
 
 def _with_parsed(call: Any) -> Any:
     if not isinstance(call, Mapping):
         return call
-    made = dict(call)
-    if isinstance(made.get("function"), Mapping):
-        made["function"] = _with_parsed(made["function"])
+    made: dict[str, Any] = dict(call)
+    if (function := made.get("function")) is not None:
+        made["function"] = _with_parsed(function)
     if isinstance(arguments := made.get("arguments"), str):
         try:
             found = json.loads(arguments)

@@ -59,6 +59,7 @@ class Run:
         resumed: chunks that were taken over from a checkpoint.
         seconds: spent on chunks, before an interruption too.
         names, weights, read: of the sources: names, shares, and what was read of each.
+        first_skipped: of each source, why the first record was skipped; known at the end.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Run:
         self.names: tuple[str, ...] = ()
         self.weights: tuple[float | None, ...] = ()
         self.read: tuple[Read, ...] = ()
+        self.first_skipped: tuple[str, ...] = ()
         self._n_ctx = n_ctx
         self._skip_nonfinite = skip_nonfinite
         self._tokens = 0
@@ -107,6 +109,7 @@ class Run:
         self.names = names
         self.weights = weights
         self.read = (Read(),) * len(names)
+        self.first_skipped = ("",) * len(names)
         self._source_tokens = [0] * len(names)
 
     # --- one step ------------------------------------------------------------
@@ -235,6 +238,7 @@ class Run:
                 ended=self.ended,
                 ended_by=self.ended_by,
                 experts=coverage_of(counts, self.min_expert_rows or 1),
+                first_skipped=self.first_skipped,
             )
 
     def perplexity(self) -> Perplexity | None:

@@ -747,6 +747,7 @@ class Collector:
                     self._drive_cluster(run, session, rest, asked, keeper, report)
                 else:
                     self._drive(run, session, rest, keeper, report)
+            run.first_skipped = chunks.first_skipped
             if not run.enough(step):
                 # the end of the text: what it dropped there is known now
                 run.read = chunks.read

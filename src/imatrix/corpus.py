@@ -116,6 +116,7 @@ class Tally:
             with document packing a document, or the end of one, of a single token.
         empty: documents without a text: null, "", or a chat in which no message says anything.
         skipped: records that could not be used and were left out.
+        first_skipped: what was wrong with the first of them; "" for none.
     """
 
     documents: int = 0
@@ -123,6 +124,7 @@ class Tally:
     dropped: int = 0
     empty: int = 0
     skipped: int = 0
+    first_skipped: str = ""
 
 
 class Chunks:
@@ -176,7 +178,7 @@ class Chunks:
             reading = _Reading(
                 tokenizer, parse_special, packing, render, self.tallies, on_bad_record
             )
-            streams = [reading.tokens(stream) for stream in texts.read()]
+            streams = [reading.tokens(stream) for stream in texts.found()]
             weights = texts.weights
         else:
             self._names = ("",)
@@ -202,6 +204,11 @@ class Chunks:
         return tuple(
             Read(each.documents, each.dropped, each.empty, each.skipped) for each in self.tallies
         )
+
+    @property
+    def first_skipped(self) -> tuple[str, ...]:
+        """What was wrong with the first record skipped, of each source; "" for none."""
+        return tuple(each.first_skipped for each in self.tallies)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -439,7 +446,9 @@ class _Reading:
                 if not _is_of_a_record(error):
                     raise
                 if self.on_bad_record == "skip":
-                    self.tallies[source].skipped += 1
+                    tally = self.tallies[source]
+                    tally.skipped += 1
+                    tally.first_skipped = tally.first_skipped or str(_located(error, found.where))
                     continue
                 raise _located(error, found.where) from error
             if tokens is None:
@@ -566,7 +575,10 @@ def _items(texts: Iterable[object]) -> Iterator[Found]:
         where = f"texts[{index}]"
         is_text = isinstance(item, (str, Chat))
         of_text = is_text if of_text is None else of_text
-        if is_text == of_text:
+        if item is None:  # of a source it would be a null text; here it is a mistake
+            told = f"{where} is NoneType, expected a str or a list of token ids"
+            yield Found(where, error=TypeError(told))
+        elif is_text == of_text:
             yield Found(where, item)  # type: ignore[arg-type]  # what else it is, is seen there
         elif of_text:
             told = (

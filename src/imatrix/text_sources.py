@@ -15,7 +15,7 @@ import random
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,13 +228,13 @@ class Source:
             OSError: a file cannot be read.
             ImportError: the library that reads it is not installed.
         """
-        for found in self.read(shuffled_by):
+        for found in self.found(shuffled_by):
             if found.error is not None:
                 raise found.error
             if found.item is not None:
                 yield found.item
 
-    def read(self, shuffled_by: random.Random | None = None) -> Iterator[Found]:
+    def found(self, shuffled_by: random.Random | None = None) -> Iterator[Found]:
         """documents(), with those whose text is null, and with the records that cannot be used in
         place of the ValueError or TypeError that they are there. What ends a whole file is raised.
         """
@@ -258,6 +258,10 @@ class Source:
             where = f"{self.name or 'documents'}[{number}]"
             if isinstance(item, Mapping):
                 yield self._record(item, where, padded=padded)
+            elif isinstance(item, list) and item and isinstance(item[0], Mapping):
+                # a column of chats
+                messages = unpadded(item) if padded else item
+                yield self._record({self.fields[0]: messages}, where)
             else:
                 yield Found(where, item)
 
@@ -308,7 +312,7 @@ class Source:
                 where = f"{_told(path)}, line {number}"
                 try:
                     hint = "; a .jsonl file has one JSON record a line"
-                    record = parsed_json(decoded(line, where).strip(), where, hint)
+                    record = parsed_json(decoded(line, where).strip(" \t\r\n"), where, hint)
                 except ValueError as error:
                     yield Found(where, error=error)
                 else:
@@ -346,16 +350,17 @@ class Source:
             raise ValueError(f"{self.name}: {error}") from error
         records = iter(found)
         for number in itertools.count():
-            where = f"{self.name}, record {number}"
             try:
                 record = next(records, None)
             except (OSError, ImportError, MemoryError):
                 raise
             except Exception as error:  # what its builders raise has no common type
-                raise ValueError(f"{where}: cannot be read: {error}") from error
+                raise ValueError(
+                    f"{self.name}: cannot be read from record {number} on: {error}"
+                ) from error
             if record is None:
                 return
-            yield self._record(record, where, padded=True)
+            yield self._record(record, f"{self.name}, record {number}", padded=True)
 
     def __repr__(self) -> str:
         weight = "" if self.weight is None else f", weight={self.weight}"
@@ -427,10 +432,10 @@ class Mixture:
 
         Raises (when iterated): as Source.documents does.
         """
-        return [_usable(stream) for stream in self.read()]
+        return [_usable(stream) for stream in self.found()]
 
-    def read(self) -> list[Iterator[tuple[int, Found]]]:
-        """streams(), of what Source.read gives. A shuffle lets errors and nulls pass at once, so
+    def found(self) -> list[Iterator[tuple[int, Found]]]:
+        """streams(), of what Source.found gives. A shuffle lets errors and nulls pass at once, so
         that the order of the others is as if these were not there."""
         if self.weights is None:
             rng = self._rng("")
@@ -542,7 +547,7 @@ def _usable(stream: Iterator[tuple[int, Found]]) -> Iterator[tuple[int, Item]]:
 
 
 def _numbered(index: int, source: Source, rng: random.Random | None) -> Iterator[tuple[int, Found]]:
-    for found in source.read(rng):
+    for found in source.found(rng):
         yield index, found
 
 
@@ -593,7 +598,7 @@ def _size(item: Item | None) -> int:
             if isinstance(message, Mapping)
             for value in message.values()
         )
-    return len(item) if hasattr(item, "__len__") else 0
+    return len(item) if isinstance(item, Sized) else 0
 
 
 # --- files ---------------------------------------------------------------------------------------
