@@ -158,30 +158,17 @@ def test_a_null_that_was_written(
 def test_maps_and_other_types_of_columns(tmp_path: Path, render: Renderer) -> None:
     """A map has the keys that it was given, a null among its values too."""
     arguments = pa.map_(pa.string(), pa.struct([("p", pa.int64()), ("q", pa.int64())]))
-    function = pa.struct(
-        [("name", pa.dictionary(pa.int32(), pa.string())), ("arguments", arguments)]
-    )
-    message = pa.struct(
-        [("role", pa.string()), ("tool_calls", pa.large_list(pa.struct([("function", function)])))]
-    )
+    function = pa.struct([("name", pa.large_string()), ("arguments", arguments)])
+    one = pa.struct([("function", function)])
     calls = [{"function": {"name": "f", "arguments": [("a", {"p": 1, "q": None}), ("b", None)]}}]
-    rows = [[{"role": "assistant", "tool_calls": calls}]]
-    # pyarrow cannot convert to a dictionary inside a struct; it is made of arrays
-    plain = pa.array(rows, pa.list_(_without_dictionaries(message)))
-    parquet.write_table(pa.table({"messages": plain}), tmp_path / "a.parquet")
-    assert rendered(Source(tmp_path / "a.parquet"), render) == ["f(a={'p': 1};b=None;)\n"]
-
-
-def _without_dictionaries(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_dictionary(kind):
-        return kind.value_type
-    if pa.types.is_map(kind):
-        return pa.map_(kind.key_type, _without_dictionaries(kind.item_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(field.name, _without_dictionaries(field.type)) for field in kind])
-    if hasattr(kind, "value_type"):
-        return pa.list_(_without_dictionaries(kind.value_type))
-    return kind
+    for listed in (pa.list_(one), pa.large_list(one), pa.list_(one, 1)):
+        message = pa.struct([("role", pa.string()), ("tool_calls", listed)])
+        rows = pa.array([[{"role": "assistant", "tool_calls": calls}]], pa.large_list(message))
+        parquet.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet")
+        assert rendered(Source(tmp_path / "a.parquet"), render) == ["f(a={'p': 1};b=None;)\n"]
+    names = pa.array(["x!", "y!", "x!"]).dictionary_encode()
+    parquet.write_table(pa.table({"text": names}), tmp_path / "b.parquet")
+    assert rendered(Source(tmp_path / "b.parquet"), render) == ["x!", "y!", "x!"]
 
 
 # --- who speaks ----------------------------------------------------------------------------------
@@ -263,6 +250,11 @@ def test_messages_as_json_in_a_string(
         (
             {"messages": [{"role": "", "content": "x"}]},
             r"message 0 has the role '', which is no name",
+        ),
+        ({"messages": [{"role": "user", "text": "x"}]}, r"message 0 has no content; it has 'role'"),
+        (
+            {"messages": ["x"]},
+            r"field 'messages' must be a text, or a list of messages, found list",
         ),
         ({"conversations": [{"value": "x"}]}, r"message 0 has no role; it has 'value'"),
         ({"conversations": [{"from": "eve", "value": "x"}]}, r"message 0 is from 'eve', which is"),
@@ -514,6 +506,21 @@ def test_bad_items_of_an_iterable(render: Renderer) -> None:
         list(found)
 
 
+def test_a_text_that_the_tokenizer_refuses(tmp_path: Path) -> None:
+    class Choosy(Characters):
+        def tokenize(self, text: str, **options: Any) -> Any:
+            if "!" in text:
+                raise ValueError("no such token")
+            return super().tokenize(text, **options)
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(spelled(["ab", "c!", "d\0"]))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: no such token"):
+        list(Chunks(Source(path), Choosy(), 8))
+    found = Chunks(Source(path), Choosy(), 8, on_bad_record="skip")
+    assert [chunk.tokens.tolist() for chunk in found] == [[97, 98, 100, 0]]
+
+
 def test_files_of_a_folder(tmp_path: Path) -> None:
     for name, data in (("a.txt", b"ab"), ("b.txt", b"\xff"), ("c.txt", b"cd")):
         (tmp_path / name).write_bytes(data)
@@ -555,6 +562,20 @@ def small(forged: Forged) -> ModelSpec:
 
 def collector(spec: ModelSpec) -> Collector:
     return Collector(spec.path, n_ctx=N_CTX, n_threads=1, rehearse=False)
+
+
+def test_the_engines_tokenizer_on_odd_texts(small: ModelSpec, prose: str, tmp_path: Path) -> None:
+    """A NUL is a character like others. What the tokenizer refuses is named and can be skipped."""
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(spelled([prose[:300], prose[:9] + "\0" + prose[9:300], "x" * 20_000_000]))
+    with collector(small) as made:
+        with pytest.raises(
+            ValueError, match=r"odd\.jsonl, line 3: the text has 20000000 bytes in a"
+        ):
+            made.run(Source(path))
+        made.run(Source(path), on_bad_record="skip")
+        source = made.report.sources[0]
+    assert (source.documents, source.skipped) == (2, 1)
 
 
 def holed(tmp_path: Path, prose: str) -> Path:

@@ -45,10 +45,11 @@ def cut(
     total = None
     text: dict[str, Setting] = {}
     model = models.loaded()
+    tokenizer = _Tokenizing(model, models.check_tokenizer)
     if isinstance(texts, (str, os.PathLike, corpus.TextFile)):
         models.check_tokenizer()
         tokens = np.concatenate(
-            [np.empty(0, np.int32), *corpus.pieces(texts, model, parse_special)]
+            [np.empty(0, np.int32), *corpus.pieces(texts, tokenizer, parse_special)]
         )
         texts = [tokens]
         text["text_tokens"] = len(tokens)
@@ -61,7 +62,7 @@ def cut(
         total = total if max_chunks is None else min(total, max_chunks)
     chunks = Chunks(
         texts,
-        _Tokenizing(model, models.check_tokenizer),
+        tokenizer,
         n_ctx,
         packing=packing,
         parse_special=parse_special,
@@ -82,6 +83,10 @@ class _Tokenizing:
         self.add_bos = model.add_bos
         self.bos = model.bos
         self.n_vocab = model.n_vocab
+
+    def check(self) -> None:
+        """Raises the ModelError that any text would, if there is no tokenizer."""
+        self._check()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         self._check()

@@ -46,6 +46,11 @@ _FOREIGN_ROLES = ("human", "prompter", "gpt", "chatgpt", "bing", "bard")
 # Says who speaks, or what to learn from; not what was said
 _BESIDE = ("role", "name", "weight", "train", "loss")
 
+# What else a message has if its `content` may be absent, and names that others give to the content:
+# no template reads these, so that the message would be rendered as if it were empty
+_CARRIERS = ("content", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+_MISNAMED = ("text", "message", "msg", "utterance", "body")
+
 
 def messages_of(found: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
     """The messages with a `role` and a `content` each, ShareGPT's `from` and `value` translated.
@@ -57,7 +62,7 @@ def messages_of(found: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """That every message has a role.
+    """That every message has a role, and its content under the name that templates read.
 
     Raises:
         ValueError: one has none.
@@ -66,15 +71,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise TypeError(f"a message is a mapping with a role, not {type(message).__name__}")
-        _check_role(message, f"message {at}")
+        _check(message, f"message {at}")
 
 
-def _check_role(message: Mapping[str, Any], where: str) -> None:
+def _check(message: Mapping[str, Any], where: str) -> None:
     role = message.get("role")
+    names = [name for name, value in message.items() if value is not None]
     if isinstance(role, str) and role.strip():
-        return
-    has = ", ".join(repr(name) for name, value in message.items() if value is not None)
-    said = "no role" if role is None else f"the role {role!r}, which is no name"
+        if any(name in _CARRIERS for name in names) or not any(each in _MISNAMED for each in names):
+            return
+        said = "no content"
+    else:
+        said = "no role" if role is None else f"the role {role!r}, which is no name"
+    has = ", ".join(map(repr, names))
     raise ValueError(
         f"{where} has {said}; it has {has or 'no field'}. A message needs 'role' and 'content', or "
         "'from' and 'value' as ShareGPT spells them"
@@ -85,12 +94,12 @@ def _message(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     spoken, said = message.get("from"), message.get("value")
     role = message.get("role")
     if spoken is None and said is None:
-        _check_role(message, where)
+        _check(message, where)
         known = str(role).strip().lower()
         return {**message, "role": _ROLES[known]} if known in _FOREIGN_ROLES else message
     speaker = spoken if role is None else role
     if speaker is None:
-        _check_role(message, where)
+        _check(message, where)
     if not isinstance(speaker, str) or (name := speaker.strip().lower()) not in _ROLES:
         raise ValueError(
             f"{where} is from {speaker!r}, which is none of {', '.join(map(repr, _ROLES))}"
@@ -186,7 +195,7 @@ def unpadding(kind: Any) -> _Convert:
 
     if isinstance(kind, BaseExtensionType):
         return unpadding(kind.storage_type)
-    if types.is_dictionary(kind):
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return unpadding(kind.value_type)
     if types.is_struct(kind):
         fields = {field.name: unpadding(field.type) for field in kind}

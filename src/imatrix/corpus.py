@@ -443,7 +443,7 @@ class _Reading:
             try:
                 tokens = self._tokens(found, add_special=first or self.packing == "document")
             except _OF_A_RECORD as error:
-                if not _is_of_a_record(error):
+                if not self._is_of_a_record(error):
                     raise
                 if self.on_bad_record == "skip":
                     tally = self.tallies[source]
@@ -483,13 +483,18 @@ class _Reading:
             return np.asarray(tokens, dtype=np.int32)
         return _token_item(item, getattr(self.tokenizer, "n_vocab", None), found.where)
 
-
-def _is_of_a_record(error: Exception) -> bool:
-    if isinstance(error, TemplateError):
-        return not error.for_all
-    if isinstance(error, EngineError):
-        return type(error) is EngineError  # not that its process is gone
-    return not isinstance(error, ModelError)
+    def _is_of_a_record(self, error: Exception) -> bool:
+        if isinstance(error, TemplateError):
+            return not error.for_all
+        if isinstance(error, EngineError):
+            return type(error) is EngineError  # not that its process is gone
+        if isinstance(error, ModelError):
+            # a vocabulary may lack what one text needs; or there is none
+            check = getattr(self.tokenizer, "check", None)
+            if check is None:
+                return False
+            check()
+        return True
 
 
 def _located(error: Exception, where: str) -> Exception:
@@ -499,8 +504,9 @@ def _located(error: Exception, where: str) -> Exception:
         told = f"{where}: {told}"
     if isinstance(error, TemplateError):
         return TemplateError(told, line=error.line)
-    if isinstance(error, (TypeError, EngineError)):
-        return type(error)(told)
+    for kind in (TypeError, EngineError, ModelError):
+        if isinstance(error, kind):
+            return kind(told)
     return ValueError(told)
 
 

@@ -493,10 +493,13 @@ def document(record: object, fields: Sequence[str], where: str) -> Item | None:
         )
     if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
         return _chat(value, record, where)
+    found = type(value).__name__
+    if isinstance(value, list):
+        found += (
+            f" of {next(type(each).__name__ for each in value if not isinstance(each, Mapping))}"
+        )
     raise ValueError(
-        f"{where}: field {name!r} must be a text, or a list of messages, found "
-        f"{type(value).__name__}"
-        + (f" of {type(value[0]).__name__}" if isinstance(value, list) and value else "")
+        f"{where}: field {name!r} must be a text, or a list of messages, found {found}"
     )
 
 
