@@ -231,7 +231,10 @@ FULL = ImportanceMatrix(
         tokens=5632,
         packing="stream",
         seed=-1,
-        sources=(TextSource("wiki.txt", 3, 5000, 12, 0.75), TextSource("b", 1, 632, 0, 0.25)),
+        sources=(
+            TextSource("wiki.txt", 3, 5000, 12, 0.75, 2),
+            TextSource("b", 1, 632, 0, 0.25, 0, 4),
+        ),
     ),
 )
 
@@ -245,6 +248,7 @@ def test_a_matrix_of_ours_by_the_page(tmp_path: Path) -> None:
     assert ours <= keys.keys()  # the page names no key that there is not
     told = {key.removeprefix("imatrix.collector."): value for key, (_, value) in keys.items()}
     assert told["sources.weights"] == [0.75, 0.25]
+    assert (told["sources.empty"], told["sources.skipped"]) == ([2, 0], [0, 4])
     assert (told["left_out.chunks"], told["left_out.tokens"]) == ([3], [1536])
     assert list(tensors) == [f"{name}.{x}" for name in sorted(FULL) for x in ("in_sum2", "counts")]
     for name, entry in FULL.items():

@@ -173,7 +173,11 @@ def main() -> None:
     _alarm(0)
     answer({})
     for line in sys.stdin:
-        values = json.loads(line)
+        try:
+            values = json.loads(line)
+        except RecursionError:
+            answer({"error": "the chat is nested too deeply", "line": None})
+            continue
         # the filter `random` and lipsum() draw from here: the same for every rendering
         random.seed(0)
         _alarm(setup["seconds"])

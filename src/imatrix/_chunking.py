@@ -15,7 +15,7 @@ from imatrix._models import Models, NativeModel
 from imatrix.chat_template import ChatOptions, Renderer
 from imatrix.corpus import Chunk, Chunks, Packing
 from imatrix.formats.checkpoint import Setting
-from imatrix.text_sources import Mixture, Source
+from imatrix.text_sources import Mixture, OnBadRecord, Source
 
 __all__ = [
     "cut",
@@ -38,16 +38,18 @@ def cut(
     parse_special: bool,
     skip_chunks: int,
     max_chunks: int | None,
+    on_bad_record: OnBadRecord = "stop",
 ) -> tuple[Chunks, int | None, dict[str, Setting]]:
     """The chunks; how many there will be, and what tells the text from another, as far as that
     can be known before it is read. The model must be loaded."""
     total = None
     text: dict[str, Setting] = {}
     model = models.loaded()
+    tokenizer = _Tokenizing(model, models.check_tokenizer)
     if isinstance(texts, (str, os.PathLike, corpus.TextFile)):
         models.check_tokenizer()
         tokens = np.concatenate(
-            [np.empty(0, np.int32), *corpus.pieces(texts, model, parse_special)]
+            [np.empty(0, np.int32), *corpus.pieces(texts, tokenizer, parse_special)]
         )
         texts = [tokens]
         text["text_tokens"] = len(tokens)
@@ -60,13 +62,14 @@ def cut(
         total = total if max_chunks is None else min(total, max_chunks)
     chunks = Chunks(
         texts,
-        _Tokenizing(model, models.check_tokenizer),
+        tokenizer,
         n_ctx,
         packing=packing,
         parse_special=parse_special,
         skip_chunks=skip_chunks,
         max_chunks=max_chunks,
         render=render,
+        on_bad_record=on_bad_record,
     )
     return chunks, total, text
 
@@ -80,6 +83,10 @@ class _Tokenizing:
         self.add_bos = model.add_bos
         self.bos = model.bos
         self.n_vocab = model.n_vocab
+
+    def check(self) -> None:
+        """Raises the ModelError that any text would, if there is no tokenizer."""
+        self._check()
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         self._check()
@@ -138,11 +145,14 @@ def text_settings(
     packing: Packing,
     chat: ChatOptions | None,
     min_expert_rows: int | None,
+    on_bad_record: OnBadRecord = "stop",
 ) -> dict[str, Setting]:
     """What decides the chunks beside the text, where it is not the default."""
     found: dict[str, Setting] = {}
     if packing != "stream":
         found["packing"] = packing
+    if on_bad_record != "stop":
+        found["on_bad_record"] = on_bad_record
     if min_expert_rows is not None:
         found["min_expert_rows"] = min_expert_rows
     if isinstance(texts, Mixture):

@@ -17,7 +17,7 @@ from imatrix._chunking import tokens_of
 from imatrix._keeper import OTHER_RUN, Keeper
 from imatrix._models import NativeSession
 from imatrix._version import __version__
-from imatrix.corpus import Chunk, Packing
+from imatrix.corpus import Chunk, Packing, Read
 from imatrix.errors import CheckpointError, EngineDiedError, NonFiniteError
 from imatrix.formats.checkpoint import Checkpoint, Setting
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
@@ -35,8 +35,8 @@ __all__ = ["FOREIGN_HEAD", "Run", "engine_name", "left_out_told", "tell_where"]
 
 FOREIGN_HEAD = "mtp:"  # kForeignHead in ext/session.h
 
-# The digest, tokens of each source, documents begun and tokens dropped of each source.
-_Mark = tuple[Any, list[int], tuple[tuple[int, int], ...]]
+# The digest, tokens of each source, and what was read of each.
+_Mark = tuple[Any, list[int], tuple[Read, ...]]
 
 
 class Run:
@@ -58,7 +58,8 @@ class Run:
         done: chunks that are done; chunks: those of them that count.
         resumed: chunks that were taken over from a checkpoint.
         seconds: spent on chunks, before an interruption too.
-        names, weights, read: of the sources: names, shares, and (documents begun, tokens dropped).
+        names, weights, read: of the sources: names, shares, and what was read of each.
+        first_skipped: of each source, why the first record was skipped; known at the end.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class Run:
         self.ended_by: str | None = None
         self.names: tuple[str, ...] = ()
         self.weights: tuple[float | None, ...] = ()
-        self.read: tuple[tuple[int, int], ...] = ()
+        self.read: tuple[Read, ...] = ()
+        self.first_skipped: tuple[str, ...] = ()
         self._n_ctx = n_ctx
         self._skip_nonfinite = skip_nonfinite
         self._tokens = 0
@@ -106,7 +108,8 @@ class Run:
         """Count the tokens of these sources from zero."""
         self.names = names
         self.weights = weights
-        self.read = ((0, 0),) * len(names)
+        self.read = (Read(),) * len(names)
+        self.first_skipped = ("",) * len(names)
         self._source_tokens = [0] * len(names)
 
     # --- one step ------------------------------------------------------------
@@ -235,6 +238,7 @@ class Run:
                 ended=self.ended,
                 ended_by=self.ended_by,
                 experts=coverage_of(counts, self.min_expert_rows or 1),
+                first_skipped=self.first_skipped,
             )
 
     def perplexity(self) -> Perplexity | None:
@@ -260,8 +264,8 @@ class Run:
 
     def _sources(self) -> tuple[TextSource, ...]:
         return tuple(
-            TextSource(name, documents, tokens, dropped, weight)
-            for name, tokens, weight, (documents, dropped) in zip(
+            TextSource(name, read.documents, tokens, read.dropped, weight, read.empty, read.skipped)
+            for name, tokens, weight, read in zip(
                 self.names, self._source_tokens, self.weights, self.read, strict=True
             )
         )

@@ -244,6 +244,8 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
         facts["tokens"] = f"SHA-256 {made.dataset_digest[:16]}..."
     if made is not None and made.left_out:
         facts["left out"] = left_out_told(made.left_out)
+    if made is not None and (told := unused_told(made.sources)):
+        facts["not used"] = told
     if told := experts_told(experts(matrix)):
         facts["experts"] = told
     return facts
@@ -254,6 +256,15 @@ def sources_told(sources: Sequence[TextSource]) -> str:
     total = sum(source.tokens for source in sources) or 1
     ordered = sorted(sources, key=lambda source: -source.tokens)
     return ", ".join(f"{each.name or 'text'} {each.tokens / total:.1%}" for each in ordered)
+
+
+def unused_told(sources: Sequence[TextSource]) -> str:
+    """How many documents were empty and how many records could not be used; "" for none."""
+    empty = sum(source.empty for source in sources)
+    skipped = sum(source.skipped for source in sources)
+    parts = [plural(empty, "empty document")] if empty else []
+    parts += [f"{plural(skipped, 'bad record')} skipped"] if skipped else []
+    return ", ".join(parts)
 
 
 def left_out_told(left_out: Sequence[LeftOut]) -> str:

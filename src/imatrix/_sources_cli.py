@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import imatrix
 from imatrix._arguments import at_least
+from imatrix._plain_text import parsed_json, read_json, read_text
 from imatrix._terminal import Terminal
 from imatrix.chat_template import DATE
 from imatrix.corpus import Texts
@@ -52,6 +51,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default="stream",
         help="stream: all text in one stream, cut every -c tokens, as llama-imatrix does; "
         "document: no chunk with text of two documents (default: stream)",
+    )
+    add(
+        "--on-bad-record",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what a record does that cannot be used (not JSON, a message without a role, an error "
+        "of the template, ...): end the run, or be left out and counted (default: stop)",
     )
     add(
         "--min-expert-rows",
@@ -135,12 +141,13 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.chat_template_file is not None:
         if args.chat_template is not None:
             raise ValueError("--chat-template and --chat-template-file: give one of them")
-        given["text"] = Path(args.chat_template_file).read_text(encoding="utf-8")
+        given["text"] = read_text(args.chat_template_file)
     if args.chat_tools is not None:
         given["tools"] = _tools(args.chat_tools)
     options = imatrix.ChatOptions(**given)
     return {
         "packing": args.packing,
+        "on_bad_record": args.on_bad_record,
         "min_expert_rows": args.min_expert_rows,
         "chat": None if options == imatrix.ChatOptions() else options,
     }
@@ -161,9 +168,9 @@ def tell(report: imatrix.Report, terminal: Terminal) -> None:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+        found = parsed_json(text, repr(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return found
@@ -177,10 +184,7 @@ def _date(text: str) -> datetime:
 
 
 def _tools(path: str) -> list[Any]:
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+    found = read_json(path)
     if not isinstance(found, list):
         raise ValueError(f"{path}: expected a JSON list of tools, found {type(found).__name__}")
     return found

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from imatrix._plain_text import repaired, repaired_value
+from imatrix._records import with_parsed_arguments
 from imatrix.errors import TemplateError
 from imatrix.text_sources import Chat
 
@@ -175,8 +177,7 @@ class ChatTemplate:
         if self._child is None:
             self._start()
         found = self._ask(json.dumps(values, default=_placeholder), self._seconds)
-        text: str = found["text"]
-        return text
+        return repaired(found["text"])
 
     def close(self) -> None:
         """End the process. Safe to call twice; another rendering starts another."""
@@ -235,8 +236,9 @@ class ChatTemplate:
         }
         try:
             self._ask(json.dumps(setup), _START_SECONDS)
-        except TemplateError:
+        except TemplateError as error:
             self.close()  # it has ended, or will
+            error.for_all = True
             raise
 
     def _ask(self, line: str, seconds: float) -> dict[str, Any]:
@@ -299,15 +301,19 @@ class Renderer:
 
     def __call__(self, chat: Chat) -> str:
         options = self._options
-        tools = options.tools if chat.tools is None else chat.tools
-        messages = list(chat.messages)
+        tools = repaired_value(options.tools if chat.tools is None else chat.tools)
+        messages = [
+            with_parsed_arguments(each) if isinstance(each, Mapping) else each
+            for each in repaired_value(chat.messages)
+        ]
         if options.system is not None and not _begins_with_system(messages):
             messages.insert(0, {"role": "system", "content": options.system})
-        variables = {**options.variables, **chat.variables}
+        variables = repaired_value({**options.variables, **chat.variables})
         if taken := [name for name in _ARGUMENTS if name in variables]:
-            raise ValueError(
+            raise TemplateError(
                 f"{', '.join(map(repr, taken))} cannot be among a template's further names "
-                "(chat_template_kwargs, --chat-template-kwargs): a chat has them by itself"
+                "(chat_template_kwargs, --chat-template-kwargs): a chat has them by itself",
+                for_all=any(name in options.variables for name in taken),
             )
         return self.template(with_tools=tools is not None).render(
             messages,
@@ -326,7 +332,7 @@ class Renderer:
                 _TOOL_USE if with_tools and _TOOL_USE in self._texts else "default"
             )
             if name not in self._texts:
-                raise TemplateError(self._no_template(name))
+                raise TemplateError(self._no_template(name), for_all=True)
             text = self._texts[name]
             told = f"{self._where}: chat template {name!r}"
         if name not in self._made:

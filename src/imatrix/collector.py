@@ -49,7 +49,7 @@ from imatrix.formats import checkpoint as checkpoint_file
 from imatrix.formats.checkpoint import Setting
 from imatrix.matrix import ImportanceMatrix
 from imatrix.run_report import Perplexity, Progress, Report
-from imatrix.text_sources import Mixture
+from imatrix.text_sources import Mixture, OnBadRecord
 
 __all__ = ["Collector", "Plan"]
 
@@ -89,6 +89,7 @@ class _Asked:
     min_expert_rows: int | None
     perplexity: bool | None
     on_nonfinite: Literal["stop", "skip"]
+    on_bad_record: OnBadRecord
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: int
     restart: bool
@@ -523,6 +524,7 @@ class Collector:
         min_expert_rows: int | None = None,
         perplexity: bool | None = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
+        on_bad_record: OnBadRecord = "stop",
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         restart: bool = False,
@@ -553,6 +555,11 @@ class Collector:
                 that is `causal`, others have none.
             on_nonfinite: what a NaN or Inf activation does: end the run, or leave out its chunk,
                 which the matrix then remembers (Provenance.left_out).
+            on_bad_record: what a record does that cannot be used (not JSON, a message without a
+                role, a chat that its template refuses, ...): end the run, with the file and the
+                record in the error; or be left out, which the matrix then counts
+                (TextSource.skipped). What ends a whole file, and what is wrong for every record,
+                ends the run in either case.
             checkpoint: file to go on from if the run is interrupted; one run at a time can have
                 it. It is written every
                 `checkpoint_every` chunks, every three minutes at least, at the end, and where an
@@ -599,6 +606,8 @@ class Collector:
         """
         if on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
+        if on_bad_record not in ("stop", "skip"):
+            raise ValueError(f"on_bad_record must be 'stop' or 'skip', got {on_bad_record!r}")
         if checkpoint_every is None:
             checkpoint_every = 10 if cluster is None else 0
         if checkpoint_every < 0:
@@ -621,6 +630,7 @@ class Collector:
             min_expert_rows=min_expert_rows,
             perplexity=perplexity,
             on_nonfinite=on_nonfinite,
+            on_bad_record=on_bad_record,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
             restart=restart,
@@ -660,6 +670,7 @@ class Collector:
             parse_special=asked.parse_special,
             skip_chunks=asked.skip_chunks,
             max_chunks=asked.max_chunks,
+            on_bad_record=asked.on_bad_record,
         )
         settings = self._settings(with_head, asked.process_output, bool(asked.perplexity))
         if self._auto:
@@ -677,7 +688,9 @@ class Collector:
         same: dict[str, Setting] = {
             **self._identity(with_head),
             **asked.settings(with_head),
-            **text_settings(texts, asked.packing, asked.chat, asked.min_expert_rows),
+            **text_settings(
+                texts, asked.packing, asked.chat, asked.min_expert_rows, asked.on_bad_record
+            ),
             **text,
         }
         try:
@@ -735,6 +748,7 @@ class Collector:
                     self._drive_cluster(run, session, rest, asked, keeper, report)
                 else:
                     self._drive(run, session, rest, keeper, report)
+            run.first_skipped = chunks.first_skipped
             if not run.enough(step):
                 # the end of the text: what it dropped there is known now
                 run.read = chunks.read

@@ -6,17 +6,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.text_sources import Chat, Item, Mixture, Source
+from imatrix._plain_text import BOM, decoded, repaired
+from imatrix._records import check_messages, is_empty_chat
+from imatrix.errors import EngineError, ModelError, TemplateError
+from imatrix.text_sources import Chat, Found, Mixture, OnBadRecord, Source
 
 __all__ = [
     "Chunk",
     "Chunks",
     "Packing",
+    "Read",
     "Tally",
     "TextFile",
     "Texts",
@@ -67,6 +71,22 @@ Texts: TypeAlias = (
 )
 
 
+class Read(NamedTuple):
+    """What was read of a source.
+
+    Attributes:
+        documents: documents begun.
+        dropped: tokens that no chunk will have.
+        empty: documents without a text.
+        skipped: records that could not be used.
+    """
+
+    documents: int = 0
+    dropped: int = 0
+    empty: int = 0
+    skipped: int = 0
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens that are run in one memory.
@@ -76,13 +96,13 @@ class Chunk:
         parts: (source, tokens) of each source that the tokens come from, by its number in the
             mixture; a BOS counts with what stands beside it.
         start: tokens of all chunks before this one, those that were skipped too.
-        read: documents begun and tokens dropped, of each source, when this chunk was full.
+        read: of each source, when this chunk was full.
     """
 
     tokens: NDArray[np.int32]
     parts: tuple[tuple[int, int], ...]
     start: int = 0
-    read: tuple[tuple[int, int], ...] = ()
+    read: tuple[Read, ...] = ()
 
 
 @dataclass
@@ -90,15 +110,21 @@ class Tally:
     """What became of one source so far.
 
     Attributes:
-        documents: documents read.
+        documents: documents read, but for the empty ones.
         tokens: tokens that were put into a chunk, or dropped.
         dropped: tokens that no chunk will have: the end of a stream that does not fill a chunk;
             with document packing a document, or the end of one, of a single token.
+        empty: documents without a text: null, "", or a chat in which no message says anything.
+        skipped: records that could not be used and were left out.
+        first_skipped: what was wrong with the first of them; "" for none.
     """
 
     documents: int = 0
     tokens: int = 0
     dropped: int = 0
+    empty: int = 0
+    skipped: int = 0
+    first_skipped: str = ""
 
 
 class Chunks:
@@ -108,6 +134,7 @@ class Chunks:
 
     Args:
         render: makes text of a Chat; None where no chat can be.
+        on_bad_record: "skip" to leave out, and count, the records that cannot be used.
 
     Attributes:
         tallies: one a source, as far as the text has been read.
@@ -126,6 +153,7 @@ class Chunks:
         skip_chunks: int = 0,
         max_chunks: int | None = None,
         render: Render | None = None,
+        on_bad_record: OnBadRecord = "stop",
     ) -> None:
         if n_ctx < 2:
             raise ValueError(f"n_ctx must be 2 or more, got {n_ctx}")
@@ -135,6 +163,8 @@ class Chunks:
             raise ValueError(f"max_chunks must be 1 or more, or None for all, got {max_chunks}")
         if packing not in ("stream", "document"):
             raise ValueError(f"packing must be 'stream' or 'document', got {packing!r}")
+        if on_bad_record not in ("stop", "skip"):
+            raise ValueError(f"on_bad_record must be 'stop' or 'skip', got {on_bad_record!r}")
         self._n_ctx = n_ctx
         self._packing = packing
         self._bos = _bos(tokenizer)
@@ -145,16 +175,18 @@ class Chunks:
         if isinstance(texts, Mixture):
             self._names = texts.names
             self.tallies = [Tally() for _ in texts.sources]
-            streams = [
-                _tokens_of(stream, tokenizer, parse_special, packing, render)
-                for stream in texts.streams()
-            ]
+            reading = _Reading(
+                tokenizer, parse_special, packing, render, self.tallies, on_bad_record
+            )
+            streams = [reading.tokens(stream) for stream in texts.found()]
             weights = texts.weights
         else:
             self._names = ("",)
             self.tallies = [Tally()]
-            found = pieces(texts, tokenizer, parse_special, packing=packing, render=render)
-            streams = [((0, piece) for piece in found)]
+            reading = _Reading(
+                tokenizer, parse_special, packing, render, self.tallies, on_bad_record
+            )
+            streams = [reading.tokens((0, found) for found in _found_in(texts))]
             weights = None
         made = [cut(stream, n_ctx, self._bos, self.tallies) for stream in streams]
         together = made[0] if weights is None else self._interleaved(made, weights)
@@ -167,9 +199,16 @@ class Chunks:
         return next(self._chunks)
 
     @property
-    def read(self) -> tuple[tuple[int, int], ...]:
-        """Documents begun and tokens dropped so far, of each source."""
-        return tuple((each.documents, each.dropped) for each in self.tallies)
+    def read(self) -> tuple[Read, ...]:
+        """What was read so far, of each source."""
+        return tuple(
+            Read(each.documents, each.dropped, each.empty, each.skipped) for each in self.tallies
+        )
+
+    @property
+    def first_skipped(self) -> tuple[str, ...]:
+        """What was wrong with the first record skipped, of each source; "" for none."""
+        return tuple(each.first_skipped for each in self.tallies)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -211,9 +250,16 @@ class Chunks:
             start += len(chunk.tokens)
         tokens = sum(each.tokens for each in self.tallies)
         if tokens == 0:
+            empty = sum(each.empty for each in self.tallies)
+            skipped = sum(each.skipped for each in self.tallies)
+            counted = (
+                f"; {empty} document(s) are empty and {skipped} record(s) could not be used"
+                if empty + skipped > 1 or skipped
+                else ""
+            )
             raise ValueError(
                 "no tokens: the texts are empty (if it was an open file or an iterator, was it "
-                "read before?)"
+                f"read before?){counted}"
             )
         if n == 0 and not skip_chunks:
             raise ValueError(
@@ -374,46 +420,94 @@ def _cut_documents(
             yield Chunk(whole, ((source, len(whole)),))
 
 
-def _tokens_of(
-    items: Iterator[tuple[int, Item]],
-    tokenizer: Tokenizer,
-    parse_special: bool,
-    packing: Packing,
-    render: Render | None,
-) -> _Pieces:
-    """Tokens of the documents of sources, kinds mixed."""
-    first = True
-    n_vocab = getattr(tokenizer, "n_vocab", None)
-    for number, (source, item) in enumerate(items):
-        if isinstance(item, (str, Chat)):
-            special = first or packing == "document"
-            tokens = _tokenized_one(item, tokenizer, special, parse_special, render)
+# What can be wrong with one record, so that the next may do. A model without a tokenizer, a template
+# that no chat can be rendered with, and an engine that is gone are wrong for all of them.
+_OF_A_RECORD = (ValueError, TypeError, RecursionError, EngineError)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Documents to tokens, kinds mixed, counting what is empty or cannot be used."""
+
+    tokenizer: Tokenizer
+    parse_special: bool
+    packing: Packing
+    render: Render | None
+    tallies: Sequence[Tally]
+    on_bad_record: OnBadRecord
+
+    def tokens(self, items: Iterable[tuple[int, Found]]) -> _Pieces:
+        """Tokens of the documents, each with the number of its source."""
+        first = True
+        for source, found in items:
+            try:
+                tokens = self._tokens(found, add_special=first or self.packing == "document")
+            except _OF_A_RECORD as error:
+                if not self._is_of_a_record(error):
+                    raise
+                if self.on_bad_record == "skip":
+                    tally = self.tallies[source]
+                    tally.skipped += 1
+                    tally.first_skipped = tally.first_skipped or str(_located(error, found.where))
+                    continue
+                raise _located(error, found.where) from error
             if tokens is None:
+                self.tallies[source].empty += 1
                 continue
-        else:
-            tokens = _token_item(number, item, n_vocab, "documents")
-        first = False
-        yield source, tokens
+            first = False
+            yield source, tokens
+
+    def _tokens(self, found: Found, *, add_special: bool) -> NDArray[np.int32] | None:
+        """Tokens of one; None for an empty one, which must not get special tokens, or they would
+        hide that there is none."""
+        item = found.item
+        if found.error is not None:
+            raise found.error
+        if item is None:
+            return None
+        parse_special = self.parse_special
+        if isinstance(item, Chat):
+            if self.render is None:
+                raise ValueError("a chat among the texts, and no chat template to render it with")
+            check_messages(item.messages)
+            if item.messages and is_empty_chat(item.messages):
+                return None
+            # the template spells its special tokens out, the BOS too
+            item, add_special, parse_special = self.render(item), False, True
+        if isinstance(item, str):
+            if not item:
+                return None
+            tokens = self.tokenizer.tokenize(
+                repaired(item), add_special=add_special, parse_special=parse_special
+            )
+            return np.asarray(tokens, dtype=np.int32)
+        return _token_item(item, getattr(self.tokenizer, "n_vocab", None), found.where)
+
+    def _is_of_a_record(self, error: Exception) -> bool:
+        if isinstance(error, TemplateError):
+            return not error.for_all
+        if isinstance(error, EngineError):
+            return type(error) is EngineError  # not that its process is gone
+        if isinstance(error, ModelError):
+            # a vocabulary may lack what one text needs; or there is none
+            check = getattr(self.tokenizer, "check", None)
+            if check is None:
+                return False
+            check()
+        return True
 
 
-def _tokenized_one(
-    item: str | Chat,
-    tokenizer: Tokenizer,
-    add_special: bool,
-    parse_special: bool,
-    render: Render | None,
-) -> NDArray[np.int32] | None:
-    """Tokens of a text or a chat; None for an empty one, which must not get special tokens, or
-    they would hide that there is none."""
-    if isinstance(item, Chat):
-        if render is None:
-            raise ValueError("a chat among the texts, and no chat template to render it with")
-        # the template spells its special tokens out, the BOS too
-        item, add_special, parse_special = render(item), False, True
-    if not item:
-        return None
-    tokens = tokenizer.tokenize(item, add_special=add_special, parse_special=parse_special)
-    return np.asarray(tokens, dtype=np.int32)
+def _located(error: Exception, where: str) -> Exception:
+    """The error with the place of its record in front."""
+    told = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if where and not told.startswith(where):
+        told = f"{where}: {told}"
+    if isinstance(error, TemplateError):
+        return TemplateError(told, line=error.line)
+    for kind in (TypeError, EngineError, ModelError):
+        if isinstance(error, kind):
+            return kind(told)
+    return ValueError(told)
 
 
 def pieces(
@@ -428,22 +522,23 @@ def pieces(
 
     See `chunks` for what `texts` may be and what it raises; sources are not among it here.
     """
+    reading = _Reading(tokenizer, parse_special, packing, render, [Tally()], "stop")
+    numbered = ((0, found) for found in _found_in(texts))
+    return (piece for _, piece in reading.tokens(numbered))
 
-    def tokenized(items: Iterable[str | Chat]) -> Iterator[NDArray[np.int32]]:
-        numbered = ((0, item) for item in items)
-        for _, piece in _tokens_of(numbered, tokenizer, parse_special, packing, render):
-            yield piece
 
+def _found_in(texts: Texts) -> Iterator[Found]:
+    """The items of texts that are no sources. Nothing is read before the first is asked for."""
     if isinstance(texts, str):
-        return tokenized([texts])
+        return iter([Found("", texts)])
     if isinstance(texts, (bytes, bytearray, memoryview)):
         raise TypeError(f"texts is {type(texts).__name__}; decode it first, with .decode('utf-8')")
     if isinstance(texts, os.PathLike):
-        return tokenized(_path_text(texts))
+        return _path_text(texts)
     if isinstance(texts, TextFile):
-        return tokenized(_file_text(texts))
+        return _file_text(texts)
     if isinstance(texts, Iterable) and not isinstance(texts, Mapping):
-        return _items(texts, tokenizer, tokenized)
+        return _items(texts)
     raise TypeError(
         "texts must be a str, a path, an open file, or an iterable of str or of token lists, not "
         f"{type(texts).__name__}"
@@ -451,28 +546,25 @@ def pieces(
 
 
 # These two are generators so that nothing is read before the first chunk is asked for.
-def _path_text(path: os.PathLike[str]) -> Iterator[str]:
-    yield _text_of(Path(path).read_bytes(), os.fspath(path))
+def _path_text(path: os.PathLike[str]) -> Iterator[Found]:
+    yield Found(os.fspath(path), _text_of(Path(path).read_bytes(), os.fspath(path)))
 
 
-def _file_text(file: TextFile) -> Iterator[str]:
+def _file_text(file: TextFile) -> Iterator[Found]:
     name = str(getattr(file, "name", "the file"))
     try:
         content = file.read()
     except UnicodeDecodeError as error:
         raise _undecodable(name, error) from error
-    yield _text_of(content, name)
+    yield Found(name, _text_of(content, name))
 
 
 def _text_of(content: str | bytes, name: str) -> str:
     if isinstance(content, bytes):
-        try:
-            content = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise _undecodable(name, error) from error
+        content = decoded(content, name)
     elif not isinstance(content, str):
         raise TypeError(f"{name}: read() gave {type(content).__name__}, expected str or bytes")
-    return content.removesuffix("\n")
+    return content.removeprefix(BOM).removesuffix("\n")
 
 
 def _undecodable(name: str, error: UnicodeDecodeError) -> ValueError:
@@ -482,56 +574,39 @@ def _undecodable(name: str, error: UnicodeDecodeError) -> ValueError:
     )
 
 
-def _items(
-    texts: Iterable[object],
-    tokenizer: Tokenizer,
-    tokenized: Callable[[Iterable[str | Chat]], Iterator[NDArray[np.int32]]],
-) -> Iterator[NDArray[np.int32]]:
-    """Tokens of an iterable's items, all str (or chats) or all token lists, as the first says."""
-    items = enumerate(texts)
-    first = next(items, None)
-    if first is None:
-        return
-    rest = _chained(first, items)
-    if isinstance(first[1], (str, Chat)):
-        yield from tokenized(map(_str_item, rest))
-    else:
-        n_vocab = getattr(tokenizer, "n_vocab", None)
-        for index, item in rest:
-            yield _token_item(index, item, n_vocab, "texts")
+def _items(texts: Iterable[object]) -> Iterator[Found]:
+    """An iterable's items, all str (or chats) or all token lists, as the first says."""
+    of_text: bool | None = None
+    for index, item in enumerate(texts):
+        where = f"texts[{index}]"
+        is_text = isinstance(item, (str, Chat))
+        of_text = is_text if of_text is None else of_text
+        if item is None:  # of a source it would be a null text; here it is a mistake
+            told = f"{where} is NoneType, expected a str or a list of token ids"
+            yield Found(where, error=TypeError(told))
+        elif is_text == of_text:
+            yield Found(where, item)  # type: ignore[arg-type]  # what else it is, is seen there
+        elif of_text:
+            told = (
+                f"{where} is {type(item).__name__}, the items before it are str; give all str or "
+                "all token lists"
+            )
+            yield Found(where, error=TypeError(told))
+        else:
+            told = (
+                f"{where} is str, the items before it are token lists; give all str or all token "
+                "lists"
+            )
+            yield Found(where, error=TypeError(told))
 
 
-def _chained(
-    first: tuple[int, object], rest: Iterator[tuple[int, object]]
-) -> Iterator[tuple[int, object]]:
-    yield first
-    yield from rest
-
-
-def _str_item(numbered: tuple[int, object]) -> str | Chat:
-    index, item = numbered
-    if not isinstance(item, (str, Chat)):
-        raise TypeError(
-            f"texts[{index}] is {type(item).__name__}, the items before it are str; give all str "
-            "or all token lists"
-        )
-    return item
-
-
-def _token_item(index: int, item: object, n_vocab: int | None, of: str) -> NDArray[np.int32]:
-    if isinstance(item, str):
-        raise TypeError(
-            f"{of}[{index}] is str, the items before it are token lists; give all str or all "
-            "token lists"
-        )
+def _token_item(item: object, n_vocab: int | None, where: str) -> NDArray[np.int32]:
     if isinstance(item, (bytes, bytearray, memoryview)):
-        raise TypeError(
-            f"{of}[{index}] is {type(item).__name__}; decode it first, with .decode('utf-8')"
-        )
+        raise TypeError(f"{where} is {type(item).__name__}; decode it first, with .decode('utf-8')")
     if not isinstance(item, (np.ndarray, Sequence)):
         hint = "; wrap the ids in a list" if isinstance(item, (int, np.integer)) else ""
         raise TypeError(
-            f"{of}[{index}] is {type(item).__name__}, expected a str or a list of token ids{hint}"
+            f"{where} is {type(item).__name__}, expected a str or a list of token ids{hint}"
         )
     try:
         tokens = np.asarray(item)
@@ -540,18 +615,18 @@ def _token_item(index: int, item: object, n_vocab: int | None, of: str) -> NDArr
     if tokens.ndim == 1 and tokens.size == 0:
         return np.empty(0, dtype=np.int32)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise TypeError(f"{of}[{index}]: expected a flat list of int token ids")
-    _check_range(index, tokens, n_vocab, of)
+        raise TypeError(f"{where}: expected a flat list of int token ids")
+    _check_range(tokens, n_vocab, where)
     return tokens.astype(np.int32, copy=False)
 
 
-def _check_range(index: int, tokens: NDArray[np.integer], n_vocab: int | None, of: str) -> None:
+def _check_range(tokens: NDArray[np.integer], n_vocab: int | None, where: str) -> None:
     limit = 2**31 if n_vocab is None else n_vocab
     # int() first: a comparison inside a small integer type cannot take a large limit.
     if int(tokens.min()) >= 0 and int(tokens.max()) < limit:
         return
     position = next(i for i, token in enumerate(tokens) if not 0 <= int(token) < limit)
     raise ValueError(
-        f"{of}[{index}][{position}]: token id {int(tokens[position])} is out of range; the "
+        f"{where}[{position}]: token id {int(tokens[position])} is out of range; the "
         f"vocabulary has ids 0 to {limit - 1}"
     )

@@ -83,11 +83,14 @@ class TemplateError(ImatrixError, ValueError):
     """A chat template that cannot be rendered: it has an error, raised one, or took too much.
 
     line: the template's line, from 1; None if unknown.
+    for_all: whether no chat can be rendered, as there is no such template or it has a syntax
+        error; False if it may be the chat.
     """
 
-    def __init__(self, message: str, *, line: int | None = None) -> None:
+    def __init__(self, message: str, *, line: int | None = None, for_all: bool = False) -> None:
         super().__init__(message)
         self.line = line
+        self.for_all = for_all
 
 
 class ClusterError(ImatrixError, RuntimeError):

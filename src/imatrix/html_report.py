@@ -555,6 +555,7 @@ class _Page:
             Fact("Packing", made.packing or "", packing.get(made.packing or "", "")),
             order,
             self._left_out(),
+            *([Fact("Not used", told)] if (told := _show.unused_told(self._made.sources)) else []),
             self._digest(),
         ]
 

@@ -146,6 +146,8 @@ class TextSource:
         tokens: tokens of the chunks that count, a BOS in front of a chunk among them.
         dropped: tokens that were read and fit into no chunk.
         weight: its share against the others', None where the sources followed one another.
+        empty: documents without a text, beside those begun.
+        skipped: records that could not be used and were left out, beside those begun.
     """
 
     name: str
@@ -153,6 +155,8 @@ class TextSource:
     tokens: int
     dropped: int = 0
     weight: float | None = None
+    empty: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -606,6 +610,8 @@ def _merged_sources(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
             have.tokens + each.tokens,
             have.dropped + each.dropped,
             each.weight,
+            have.empty + each.empty,
+            have.skipped + each.skipped,
         )
     return tuple(found.values())
 

@@ -127,6 +127,8 @@ class Report:
         ended: what ended the run: the text did ("text"), max_chunks, or min_expert_rows.
         ended_by: name of the source that ended a mixture with weights; None otherwise.
         experts: rows of the experts; None for a model without any.
+        first_skipped: of each source, what was wrong with the first record that was skipped; ""
+            for none. Known once the run is over.
     """
 
     sources: tuple[TextSource, ...]
@@ -138,6 +140,7 @@ class Report:
     ended: Ended
     ended_by: str | None
     experts: ExpertCoverage | None
+    first_skipped: tuple[str, ...] = ()
 
     @property
     def dropped(self) -> float:
@@ -156,6 +159,21 @@ class Report:
                     f"{each.name or 'text'}: {each.tokens} tokens ({share:.1%}) of "
                     f"{each.documents} document(s)"
                 )
+        for at, each in enumerate(self.sources):
+            read = each.documents + each.empty + each.skipped
+            name = each.name or "text"
+            if each.empty:
+                found.append(
+                    f"{name}: {each.empty} of {read} document(s) ({each.empty / read:.1%}) are "
+                    "empty: without a text, or chats in which no message says anything"
+                )
+            if each.skipped:
+                found.append(
+                    f"{name}: {each.skipped} of {read} record(s) ({each.skipped / read:.1%}) "
+                    "skipped: they could not be used"
+                )
+                if at < len(self.first_skipped) and self.first_skipped[at]:
+                    found.append(f"the first of them: {self.first_skipped[at]}")
         if self.ended_by is not None:
             found.append(f"{self.ended_by} came to its end, and the mixture with it")
         if dropped := sum(each.dropped for each in self.sources):

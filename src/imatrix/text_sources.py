@@ -9,24 +9,29 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
-import json
 import math
 import os
 import random
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TypeAlias
 
-__all__ = ["Chat", "Item", "Kind", "Mixture", "Source", "document"]
+from imatrix._plain_text import BOM, decoded, parsed_json
+from imatrix._records import CHAT_FIELDS, messages_of, unpadded, unpadding
+
+__all__ = ["Chat", "Found", "Item", "Kind", "Mixture", "OnBadRecord", "Source", "document"]
 
 Kind = Literal["text", "jsonl", "parquet", "hf"]
 
-FIELDS = ("messages", "text")
+OnBadRecord = Literal["stop", "skip"]
+"""What a record does that cannot be used: end the run, or count as skipped."""
+
+FIELDS = (*CHAT_FIELDS, "text")
 """Fields of a record that are looked for, the first that it has."""
 
 _KINDS: dict[str, Kind] = {
@@ -74,6 +79,21 @@ Item: TypeAlias = "str | Chat | Sequence[int]"
 """A document: a text, a chat, or token ids."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a source has at one place.
+
+    Attributes:
+        where: file and line, row or number, as errors name it; "" for a text without a name.
+        item: the document; None if its text is null, or if there is an error.
+        error: why the record cannot be used; None if it can.
+    """
+
+    where: str
+    item: Item | None = None
+    error: Exception | None = None
+
+
 class Source:
     """One place that documents come from.
 
@@ -97,7 +117,8 @@ class Source:
         fields: fields of a record that may hold its text or its messages; the first that it has
             counts. A field that is a list of messages makes a Chat, with the record's `tools`,
             `documents`, `system` (put in front as a system message, unless there is one) and
-            `chat_template_kwargs`.
+            `chat_template_kwargs`. Messages have `role` and `content`, or ShareGPT's `from` and
+            `value`. A record with nothing but null in its field is an empty document.
         name: what to call it in reports and files; None for what `at` says.
 
     Raises:
@@ -198,14 +219,24 @@ class Source:
                 _zstandard(path)
 
     def documents(self, shuffled_by: random.Random | None = None) -> Iterator[Item]:
-        """The documents, lazily and in order; a folder's files in an order drawn from
-        `shuffled_by`, where that is given.
+        """The documents, lazily and in order, without those whose text is null; a folder's files
+        in an order drawn from `shuffled_by`, if that is given.
 
         Raises:
             ValueError: a record that cannot be understood, a text that is not UTF-8, or damaged
                 data; the message has file and line.
             OSError: a file cannot be read.
             ImportError: the library that reads it is not installed.
+        """
+        for found in self.found(shuffled_by):
+            if found.error is not None:
+                raise found.error
+            if found.item is not None:
+                yield found.item
+
+    def found(self, shuffled_by: random.Random | None = None) -> Iterator[Found]:
+        """documents(), with those whose text is null, and with the records that cannot be used in
+        place of the ValueError or TypeError that they are there. What ends a whole file is raised.
         """
         if self._items is not None:
             yield from self._given(self._items)
@@ -220,12 +251,29 @@ class Source:
                 else:
                     yield self._text(path)
 
-    def _given(self, items: Iterable[Any]) -> Iterator[Item]:
+    def _given(self, items: Iterable[Any]) -> Iterator[Found]:
+        # a data set of the library's, which pads its records as Parquet does
+        padded = type(items).__module__.partition(".")[0] == "datasets"
         for number, item in enumerate(items):
+            where = f"{self.name or 'documents'}[{number}]"
             if isinstance(item, Mapping):
-                yield document(item, self.fields, f"{self.name or 'documents'}[{number}]")
+                yield self._record(item, where, padded=padded)
+            elif isinstance(item, list) and item and isinstance(item[0], Mapping):
+                # a column of chats
+                messages = unpadded(item) if padded else item
+                yield self._record({self.fields[0]: messages}, where)
             else:
-                yield item
+                yield Found(where, item)
+
+    def _record(self, record: object, where: str, *, padded: bool = False) -> Found:
+        try:
+            if padded and isinstance(record, Mapping):
+                record = {name: unpadded(value) for name, value in record.items()}
+            return Found(where, document(record, self.fields, where))
+        except ValueError as error:
+            return Found(where, error=error)
+        except RecursionError:
+            return Found(where, error=ValueError(f"{where}: nested too deeply"))
 
     def _files(self, shuffled_by: random.Random | None) -> list[tuple[Path | None, Kind]]:
         """The files and how to read them; None for standard input."""
@@ -246,29 +294,31 @@ class Source:
             _permute(found, shuffled_by)
         return [(each, self._kind or _kind_of(each)) for each in found]
 
-    def _text(self, path: Path | None) -> str:
+    def _text(self, path: Path | None) -> Found:
+        where = _told(path)
         with _opened(path) as file:
             content = file.read()
-        return _decoded(content, _told(path)).removesuffix("\n")
+        try:
+            return Found(where, decoded(content, where).removesuffix("\n"))
+        except ValueError as error:
+            return Found(where, error=error)
 
-    def _lines(self, path: Path | None) -> Iterator[Item]:
+    def _lines(self, path: Path | None) -> Iterator[Found]:
         with _opened(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                # a BOM stands at the head of each file that was put into this one
+                if not line.removeprefix(BOM.encode()).strip():
                     continue
                 where = f"{_told(path)}, line {number}"
                 try:
-                    record = json.loads(_decoded(line, where))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{where}: not JSON: {error.msg} at column {error.colno}; a .jsonl file "
-                        "has one JSON record a line"
-                    ) from None
-                except RecursionError:
-                    raise ValueError(f"{where}: nested too deeply") from None
-                yield document(record, self.fields, where)
+                    hint = "; a .jsonl file has one JSON record a line"
+                    record = parsed_json(decoded(line, where).strip(" \t\r\n"), where, hint)
+                except ValueError as error:
+                    yield Found(where, error=error)
+                else:
+                    yield self._record(record, where)
 
-    def _rows(self, path: Path | None) -> Iterator[Item]:
+    def _rows(self, path: Path | None) -> Iterator[Found]:
         if path is None:
             raise ValueError("Parquet cannot be read from standard input; give a file")
         file = _parquet(path)
@@ -277,21 +327,40 @@ class Source:
         if not any(name in names for name in self.fields):
             raise _no_field(path, names, self.fields)
         columns = [name for name in names if name in wanted]
+        convert = {name: unpadding(file.schema_arrow.field(name).type) for name in columns}
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for record in batch.to_pylist():
-                yield document(record, self.fields, f"{path}, row {number}")
-                number += 1
+        with file:
+            for batch in file.iter_batches(batch_size=256, columns=columns):
+                for row in _values(batch):
+                    where = f"{path}, row {number}"
+                    number += 1
+                    if isinstance(row, ValueError):
+                        yield Found(where, error=ValueError(f"{where}: {row}"))
+                    else:
+                        yield self._record(
+                            {name: convert[name](value) for name, value in row.items()}, where
+                        )
 
-    def _dataset(self) -> Iterator[Item]:
+    def _dataset(self) -> Iterator[Found]:
         name, config, split = _dataset_of(self._at)
         library = _datasets()
         try:
             found = library.load_dataset(name, config, split=split, streaming=True)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"{self.name}: {error}") from error
-        for number, record in enumerate(found):
-            yield document(record, self.fields, f"{self.name}, record {number}")
+        records = iter(found)
+        for number in itertools.count():
+            try:
+                record = next(records, None)
+            except (OSError, ImportError, MemoryError):
+                raise
+            except Exception as error:  # what its builders raise has no common type
+                raise ValueError(
+                    f"{self.name}: cannot be read from record {number} on: {error}"
+                ) from error
+            if record is None:
+                return
+            yield self._record(record, f"{self.name}, record {number}", padded=True)
 
     def __repr__(self) -> str:
         weight = "" if self.weight is None else f", weight={self.weight}"
@@ -359,7 +428,15 @@ class Mixture:
 
     def streams(self) -> list[Iterator[tuple[int, Item]]]:
         """Streams of documents, each with the number of its source: one a source with weights,
-        one for all without."""
+        one for all without. A document whose text is null is passed over.
+
+        Raises (when iterated): as Source.documents does.
+        """
+        return [_usable(stream) for stream in self.found()]
+
+    def found(self) -> list[Iterator[tuple[int, Found]]]:
+        """streams(), of what Source.found gives. A shuffle lets errors and nulls pass at once, so
+        that the order of the others is as if these were not there."""
         if self.weights is None:
             rng = self._rng("")
             both = itertools.chain.from_iterable(
@@ -380,8 +457,8 @@ class Mixture:
         return f"Mixture({list(self.sources)}{seed})"
 
 
-def document(record: object, fields: Sequence[str], where: str) -> Item:
-    """The document in a record: the first of `fields` that it has.
+def document(record: object, fields: Sequence[str], where: str) -> Item | None:
+    """The document in a record: the first of `fields` that it has; None if they are all null.
 
     Args:
         record: a str, or a mapping with one of the fields.
@@ -389,7 +466,8 @@ def document(record: object, fields: Sequence[str], where: str) -> Item:
         where: what to call the record in an error.
 
     Raises:
-        ValueError: it has none of the fields, or the field is neither text nor messages.
+        ValueError: it has none of the fields, the field is neither text nor messages, or a message
+            has no role.
     """
     if isinstance(record, str):
         return record
@@ -399,37 +477,50 @@ def document(record: object, fields: Sequence[str], where: str) -> Item:
         )
     name = next((each for each in fields if record.get(each) is not None), None)
     if name is None:
+        if any(each in record for each in fields):
+            return None
         raise _no_field(where, list(record), fields)
     value = record[name]
+    if isinstance(value, bytes):  # a column of text that was not declared as such
+        value = decoded(value, f"{where}: field {name!r}")
     if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value) and value:
+        if name not in CHAT_FIELDS or not value.lstrip().startswith("["):
+            return value
+        value = parsed_json(value.strip(), f"{where}: field {name!r}", field=True)
+    if isinstance(value, list) and not value:
+        raise ValueError(
+            f"{where}: field {name!r} is an empty list; a chat needs at least one message"
+        )
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
         return _chat(value, record, where)
+    found = type(value).__name__
+    if isinstance(value, list):
+        found += (
+            f" of {next(type(each).__name__ for each in value if not isinstance(each, Mapping))}"
+        )
     raise ValueError(
-        f"{where}: field {name!r} must be a text, or a list of messages, found "
-        f"{type(value).__name__}"
-        + (f" of {type(value[0]).__name__}" if isinstance(value, list) and value else "")
+        f"{where}: field {name!r} must be a text, or a list of messages, found {found}"
     )
 
 
-def _chat(messages: list[Any], record: Mapping[str, Any], where: str) -> Chat:
-    system = record.get(_SYSTEM)
-    if isinstance(system, str) and system and messages[0].get("role") != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+def _chat(found: list[Any], record: Mapping[str, Any], where: str) -> Chat:
     variables = dict(_parsed(record, _VARIABLES, Mapping, where) or {})
     if (documents := _parsed(record, _DOCUMENTS, list, where)) is not None:
         variables.setdefault("documents", documents)
-    return Chat(messages, _parsed(record, _TOOLS, list, where) or None, variables)
+    tools = _parsed(record, _TOOLS, list, where) or None
+    messages = messages_of(found, where)
+    system = record.get(_SYSTEM)
+    if isinstance(system, str) and system and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return Chat(messages, tools, variables)
 
 
 def _parsed(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     """A field that may be spelled as JSON, as columns with mixed types often are."""
     value = record.get(name)
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: field {name!r} is not JSON: {error}") from None
+        told = f"{where}: field {name!r}"
+        value = parsed_json(value, told, field=True) if value.strip() else None
     if value is not None and not isinstance(value, kind):
         raise ValueError(
             f"{where}: field {name!r} must be a {'list' if kind is list else 'mapping'}, found "
@@ -442,38 +533,50 @@ def _no_field(where: object, names: Sequence[str], fields: Sequence[str]) -> Val
     return ValueError(
         f"{where}: no field {' or '.join(map(repr, fields))}; it has "
         f"{', '.join(map(repr, names)) or 'none'}. Name the one with the text or the messages: "
-        "--text-field NAME (fields=)"
+        "--text-field NAME (fields=). If the text lies in several, as in 'instruction' and "
+        "'output', make one of them first"
     )
 
 
 # --- order ---------------------------------------------------------------------------------------
 
 
-def _numbered(index: int, source: Source, rng: random.Random | None) -> Iterator[tuple[int, Item]]:
-    for item in source.documents(rng):
-        yield index, item
+def _usable(stream: Iterator[tuple[int, Found]]) -> Iterator[tuple[int, Item]]:
+    for index, found in stream:
+        if found.error is not None:
+            raise found.error
+        if found.item is not None:
+            yield index, found.item
+
+
+def _numbered(index: int, source: Source, rng: random.Random | None) -> Iterator[tuple[int, Found]]:
+    for found in source.found(rng):
+        yield index, found
 
 
 def _shuffled(
-    items: Iterator[tuple[int, Item]], rng: random.Random | None
-) -> Iterator[tuple[int, Item]]:
+    items: Iterator[tuple[int, Found]], rng: random.Random | None
+) -> Iterator[tuple[int, Found]]:
     if rng is None:
         yield from items
         return
-    held: list[tuple[int, Item]] = []
+    held: list[tuple[int, Found]] = []
     characters = 0
     for item in items:
+        if item[1].item is None:
+            yield item
+            continue
         held.append(item)
-        characters += _size(item[1])
+        characters += _size(item[1].item)
         while len(held) >= _HELD_DOCUMENTS or characters >= _HELD_CHARACTERS:
             taken = _drawn(held, rng)
-            characters -= _size(taken[1])
+            characters -= _size(taken[1].item)
             yield taken
     while held:
         yield _drawn(held, rng)
 
 
-def _drawn(held: list[tuple[int, Item]], rng: random.Random) -> tuple[int, Item]:
+def _drawn(held: list[tuple[int, Found]], rng: random.Random) -> tuple[int, Found]:
     index = _below(len(held), rng)
     held[index], held[-1] = held[-1], held[index]
     return held.pop()
@@ -490,10 +593,15 @@ def _below(n: int, rng: random.Random) -> int:
     return int(rng.random() * n)
 
 
-def _size(item: Item) -> int:
+def _size(item: Item | None) -> int:
     if isinstance(item, Chat):
-        return sum(len(str(value)) for message in item.messages for value in message.values())
-    return len(item)
+        return sum(
+            len(str(value))
+            for message in item.messages
+            if isinstance(message, Mapping)
+            for value in message.values()
+        )
+    return len(item) if isinstance(item, Sized) else 0
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -584,14 +692,20 @@ class _Zstd(io.RawIOBase):
         return n
 
 
-def _decoded(content: bytes, where: str) -> str:
+def _values(batch: Any) -> Iterator[Any]:
+    """The rows of a pyarrow.RecordBatch as mappings; the ValueError of one that cannot be such,
+    because a text in it is not UTF-8, say."""
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not {error.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{error.start} ({error.reason}); convert the file to UTF-8"
-        ) from error
+        yield from batch.to_pylist()
+        return
+    except ValueError:
+        pass
+    for row in range(batch.num_rows):
+        try:
+            (found,) = batch.slice(row, 1).to_pylist()
+        except ValueError as error:
+            found = error
+        yield found
 
 
 # --- libraries -----------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ and of the text, where it is known, one element a source in the arrays:
     imatrix.collector.sources.tokens     array of u64, tokens that count
     imatrix.collector.sources.dropped    array of u64, tokens that fit into no chunk
     imatrix.collector.sources.weights    array of f64, shares of the tokens; 0 for none
+    imatrix.collector.sources.empty      array of u64, documents without a text
+    imatrix.collector.sources.skipped    array of u64, records that could not be used
+
+The last two are there only if a number in them is not 0.
 
 With packing "document" a chunk may be shorter than imatrix.chunk_size, so that chunk_count *
 chunk_size is more than the tokens there were.
@@ -86,13 +90,18 @@ _SOURCE_LISTS: dict[str, tuple[GGUFValueType, type]] = {
     "dropped": (GGUFValueType.UINT64, int),
     "weights": (GGUFValueType.FLOAT64, float),
 }
+# each absent if it would hold zeros only
+_SOURCE_COUNTS: dict[str, tuple[GGUFValueType, type]] = {
+    "empty": (GGUFValueType.UINT64, int),
+    "skipped": (GGUFValueType.UINT64, int),
+}
 
 _KNOWN = frozenset(
     (
         *(_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST),
         *(_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
         *(_TOKENS, _PACKING, _SEED),
-        *(_SOURCES + name for name in _SOURCE_LISTS),
+        *(_SOURCES + name for name in (*_SOURCE_LISTS, *_SOURCE_COUNTS)),
     )
 )
 
@@ -312,15 +321,18 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
 
 
 def _sources_from(fields: Mapping[str, Any]) -> tuple[TextSource, ...]:
+    kinds = {**_SOURCE_LISTS, **_SOURCE_COUNTS}
     lists = [fields.get(_SOURCES + name, []) for name in _SOURCE_LISTS]
+    n_sources = len(lists[0]) if isinstance(lists[0], list) else 0
+    lists += [fields.get(_SOURCES + name, [0] * n_sources) for name in _SOURCE_COUNTS]
     if not all(isinstance(values, list) for values in lists) or len(set(map(len, lists))) != 1:
         raise ValueError(f"{_SOURCES}* must be arrays of one length")
-    for values, (name, (_, kind)) in zip(lists, _SOURCE_LISTS.items(), strict=True):
+    for values, (name, (_, kind)) in zip(lists, kinds.items(), strict=True):
         if not all(type(value) is kind for value in values):
             raise ValueError(f"{_SOURCES}{name} must hold values of type {kind.__name__}")
     return tuple(
-        TextSource(name, documents, tokens, dropped, weight or None)
-        for name, documents, tokens, dropped, weight in zip(*lists, strict=True)
+        TextSource(name, documents, tokens, dropped, weight or None, empty, skipped)
+        for name, documents, tokens, dropped, weight, empty, skipped in zip(*lists, strict=True)
     )
 
 
@@ -333,9 +345,12 @@ def _add_sources(writer: GGUFWriter, sources: tuple[TextSource, ...]) -> None:
         "tokens": [each.tokens for each in sources],
         "dropped": [each.dropped for each in sources],
         "weights": [float(each.weight or 0.0) for each in sources],
+        "empty": [each.empty for each in sources],
+        "skipped": [each.skipped for each in sources],
     }
-    for name, (kind, _) in _SOURCE_LISTS.items():
-        writer.add_key_value(_SOURCES + name, columns[name], GGUFValueType.ARRAY, kind)
+    for name, (kind, _) in {**_SOURCE_LISTS, **_SOURCE_COUNTS}.items():
+        if name in _SOURCE_LISTS or any(columns[name]):
+            writer.add_key_value(_SOURCES + name, columns[name], GGUFValueType.ARRAY, kind)
 
 
 def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
