@@ -42,7 +42,7 @@ with Collector(path, n_ctx=n_ctx, n_ubatch=96, n_threads=1, mtp=bool(mtp)) as co
 EH_PROJ = "nextn.eh_proj.weight"
 NEVER_MULTIPLIED = (
     "*.ssm_conv1d*.weight", "*.ssm_norm.weight", "*.ssm_[ad]", "*_compressor_ape.weight",
-    "*.hc_*_norm.weight", "*.ple_norm_*.weight", "*.ple_conv1d.weight", "*.hnorm.weight",
+    "*.ple_conv1d.weight",
     "*.ffn_gate_tid2eid.weight", "*.nextn.embed_tokens.weight",
 )  # fmt: skip
 # Weights of the head that the engine loads and its MTP graph leaves out.
