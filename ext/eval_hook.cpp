@@ -35,6 +35,10 @@ bool is_wanted(const char * name, bool output_weight) {
     if (length > 6 && std::memcmp(start, "nextn.", 6) == 0) {
         return true;
     }
+    // deepseek4, qwen4exp: what brings the streams of hyper-connections together at the end
+    if (length > 10 && std::memcmp(start, "output_hc_", 10) == 0) {
+        return true;
+    }
     return output_weight && length == 13 && std::memcmp(start, "output.weight", 13) == 0;
 }
 

@@ -207,11 +207,19 @@ int32_t Model::bos() const { return llama_vocab_bos(llama_model_get_vocab(model_
 
 // The architecture whose context the engine gives its trunk's memory (llama-model.cpp,
 // create_memory): the engine's driver learns it from the context it made, we need it before.
-bool Model::shares_memory() const {
+bool Model::shares_memory() const { return is_architecture("gemma4-assistant"); }
+
+// The architectures whose memory keeps pooled keys of an indexer (llama-model.cpp, create_memory;
+// the assertion is in llama_memory_hybrid_idx::seq_cp).
+bool Model::copies_whole_sequences() const {
+    return is_architecture("glm5-next") || is_architecture("qwen4exp");
+}
+
+bool Model::is_architecture(const char * name) const {
     char architecture[64] = "";
     llama_model_meta_val_str(model_.get(), "general.architecture", architecture,
                              sizeof architecture);
-    return std::strcmp(architecture, "gemma4-assistant") == 0;
+    return std::strcmp(architecture, name) == 0;
 }
 
 std::string Model::description() const {
