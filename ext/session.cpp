@@ -364,10 +364,10 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (!params_.computes) { // and reserving has taken what activations need
             give_addresses(graph);
         }
-        for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
+        for (PlannedWeight & weight : planned_weights(graph, output, prefix, head)) {
             weights.push_back(std::move(weight));
         }
-        plan.end = end_of(graph, output); // of the last graph, with all outputs
+        plan.end = end_of(graph, output, head); // of the last graph, with all outputs
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
@@ -708,7 +708,7 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
             }
             llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
         }
-        hook_.begin_decode(false, sharing_ ? kForeignHead : "");
+        hook_.begin_decode(false, sharing_ ? kForeignHead : "", /*head=*/true);
         hook_.set_observing(observed);
         const int32_t rc = llama_process(head_.get(), LLAMA_PROCESS_TYPE_DECODE, head_batch_.get());
         hook_.set_observing(true);

@@ -112,7 +112,7 @@ VECTORS = ("ffn_gate_inp_shexp.weight",)
 
 # Every trunk runs its last layer on all rows when its hidden rows are asked for unmasked: there is
 # `embeddings_nextn_masked` in the condition of each crop of src/models/, and deepseek4 crops after
-# the last block only. So no trunk needs outputs.
+# the last block only. So no block of a trunk needs outputs; what lies behind them does (OUTSIDE).
 #
 # Heads whose block is run on output rows only, and why.
 HEAD_CROPS = {
@@ -134,8 +134,9 @@ ROWS_A_TOKEN = {
     ("qwen4exp", "nextn.eh_proj.weight"): 4,
 }
 
-# Weights outside the blocks, other than the embeddings and the output, that a type like IQ2_XXS
-# needs data for. Only `blk.` and output.weight are collected, by llama-imatrix too.
+# Weights outside the blocks, other than the embeddings and the output, that the trunk multiplies and
+# that a type like IQ2_XXS needs data for: they bring the streams of its hyper-connections together.
+# llama-imatrix leaves them out.
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "deepseek4": ("output_hc_fn.weight",),
     "qwen4exp": ("output_hc_down.weight", "output_hc_up.weight"),
@@ -280,7 +281,7 @@ def iq2_xxs_of_most(
     """iq2_xxs of the variant with the most in its head, all that never runs at a larger type; and
     which of these the quantizer looked for data for: the others it leaves as they are anyway."""
     variant = "tables" if "tables" in found else "plain"
-    idle = [*never(arch, variant), *OUTSIDE.get(arch, ())]
+    idle = never(arch, variant)
     log = iq2_xxs(found[variant], idle, llama_quantize)
     # not the tables, which it never asks data for (quantizer.UNASKED, from
     # tensor_requires_imatrix in src/llama-quant.cpp), and not what such a type has no blocks for
@@ -331,6 +332,7 @@ class TestCollected:
             if name.startswith("blk.") and (len(shape) > 1 or name.endswith(VECTORS))
         } - set(never(arch, variant))
         head = {name for name in matrices if block(name) >= model.n_layer}
+        matrices |= set(OUTSIDE.get(arch, ()))
         assert set(found.head) == head
         assert set(found.trunk) == matrices - head
         assert set(found.counts) == matrices
@@ -345,14 +347,14 @@ class TestCollected:
         used = found.model.keys.get(f"{arch}.expert_used_count")
         for name, counts in found.counts.items():
             # No draft begins at slot 0 of a chunk, so that head d has its first turn at slot d+1.
-            head = block(name) - found.model.n_layer
+            head = -1 if name in OUTSIDE.get(arch, ()) else block(name) - found.model.n_layer
             rows = ROWS - N_CHUNKS * (head + 1 if head >= 0 else 0)
             if "_exps." in name:
                 assert sum(counts) == rows * used, name
                 assert len(counts) == found.model.keys[f"{arch}.expert_count"], name
                 assert found.rows[name] == used, name
             else:
-                each = ROWS_A_TOKEN.get((arch, name.split(".", 2)[2]), 1)
+                each = ROWS_A_TOKEN.get((arch, name.split(".", 2)[-1]), 1)
                 assert counts == [rows * each], name
                 assert found.rows[name] == each, name
 
@@ -370,7 +372,7 @@ class TestCollected:
         self, arch: str, variant: str, measured: Measuring
     ) -> None:
         found = measured(arch)[variant]
-        assert found.trunk_outputs is False
+        assert found.trunk_outputs is (arch in OUTSIDE)
         wanted = (
             arch in HEAD_CROPS
             or variant == "tables"  # shared_head_head is the head's LM head
@@ -381,14 +383,12 @@ class TestCollected:
 
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing) -> None:
-    """Only what no graph multiplies, and what lies outside the blocks, is left without data."""
+    """Only what no graph multiplies is left without data."""
     without, log = quantized(arch)
     assert "failed to quantize" not in log
     assert "quant size" in log
     variant = "plain" if arch in NO_TABLES else "tables"
-    assert set(without) <= {
-        *never(arch, variant), *OUTSIDE.get(arch, ())
-    }  # fmt: skip
+    assert set(without) <= set(never(arch, variant))
     if variant == "tables":  # it is looked up, and the quantizer wants data for it all the same
         assert f"blk.{ARCHS[arch].n_layer}.nextn.embed_tokens.weight" in without
 
@@ -408,7 +408,7 @@ def test_iq2_xxs_with_the_trunk_alone_names_a_weight_of_the_head(
     arch: str, measured: Measuring, tmp_path: Path
 ) -> None:
     found = measured(arch)["plain"]
-    larger = [*never(arch), *OUTSIDE.get(arch, ())]
+    larger = never(arch)
     with pytest.raises(imatrix.EngineError, match=r"MTP head") as error:
         imatrix.quantize(
             found.model.path,

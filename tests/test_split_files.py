@@ -49,7 +49,9 @@ for trunk, head in pairs:
         == (plan_split.trunk, plan_split.head, sorted(plan_split.never), plan_split.head_outputs),
         "names": sorted(one) == sorted(split),
         "different": different,
-        "head_entries": sum(int(name.split(".")[1]) >= about[0] for name in one),
+        "head_entries": sum(
+            name.startswith("blk.") and int(name.split(".")[1]) >= about[0] for name in one
+        ),
     }))
 """
 
