@@ -317,6 +317,9 @@ def block(name: str) -> int:
     return int(name.split(".")[1])
 
 
+@pytest.mark.engine(
+    "src/models", "which weights a graph multiplies, how often a token, and on which rows"
+)
 @pytest.mark.parametrize(("arch", "variant"), EACH)
 class TestCollected:
     """What is expected comes from the tensors of the file and the tables above."""
@@ -381,6 +384,7 @@ class TestCollected:
         assert found.head_outputs is wanted
 
 
+@pytest.mark.engine("src/llama-quant.cpp", "which weights IQ2_XXS demands data for")
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing) -> None:
     """Only what no graph multiplies is left without data."""
@@ -500,6 +504,7 @@ class TestRefusals:
         message = refusal(bare(tmp_path / "m.gguf", arch))
         assert f"no graph for the MTP head of {arch}" in message
 
+    @pytest.mark.engine("src/models", "which architectures have a graph for a head")
     def test_these_are_the_architectures_without_one(self) -> None:
         """The loaders that make room for a head's projection, and the graphs, in the source."""
         if not MODELS.is_dir():
@@ -515,6 +520,7 @@ class TestRefusals:
         loaders = having("LLM_TENSOR_NEXTN_EH_PROJ") - {"nemotron-h"}
         assert loaders - graphs == set(NO_HEAD_GRAPH)
 
+    @pytest.mark.engine("src/models", "which graphs run more than one head")
     def test_these_are_the_architectures_that_run_one_head(self) -> None:
         if not MODELS.is_dir():
             pytest.skip("the engine's source is not here")

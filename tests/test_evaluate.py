@@ -433,6 +433,10 @@ def test_every_architecture_is_evaluated(arch: str, tmp_path: Path) -> None:
     assert max(apart) < 0.1
 
 
+@pytest.mark.engine(
+    "src/llama-memory-hybrid-idx.cpp", "only whole sequences are copied, of glm5-next and qwen4exp"
+)
+@pytest.mark.engine("common/speculative.cpp", "a head drafts on its own row and token")
 @pytest.mark.parametrize("arch", [a for a in MTP_ARCHS if a != "deepseek4"])
 def test_every_architecture_drafts(
     arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

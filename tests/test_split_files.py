@@ -18,6 +18,12 @@ from test_mtp_files import rewritten
 
 from imatrix import Collector, ModelError, extract_mtp
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/llama-model.cpp", "a file without block 0 is loaded as a head alone (nextn_flags)"
+    ),
+]
+
 N_CTX = 136  # more than a block of deepseek4's longest compression, 128
 
 _SAME = """

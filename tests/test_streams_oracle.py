@@ -14,6 +14,13 @@ from forge_any import AnyModel, make_any
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/models/qwen4exp.cpp",
+        "four streams reach the head, each multiplied with nextn.eh_proj, and the indexer chooses whole blocks",
+    ),
+]
+
 # Of the largest sum of a tensor, as in test_head_oracle.py, which says why.
 GATE = 1e-3
 WRONG = 1e-1
