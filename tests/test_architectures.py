@@ -118,7 +118,7 @@ VECTORS = ("ffn_gate_inp_shexp.weight",)
 HEAD_CROPS = {
     # before the experts, whatever is asked for (graph_mtp, after wo)
     "qwen3next": "the experts run on output rows only",
-    # crop_before_ffn, unless hidden rows are asked for unmasked, which one head alone does not need
+    # crop_before_nextn, unless hidden rows are asked for unmasked, which one head alone does not need
     "nemotron_h_moe": "the experts run on output rows only",
     "glm5-next": "the experts run on output rows only",  # crop_before_nextn, likewise
     # the mixer is the norm before the LM head (flat_out in graph_mtp)
