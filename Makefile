@@ -10,11 +10,12 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test dev tools lint format types docs bench quality sanitize fuzz dist clean
+.PHONY: help demo test engine-check dev tools lint format types docs bench quality sanitize fuzz dist clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
 	@echo "make test      build, then lint, types and all tests"
+	@echo "make engine-check  the tests that rest on the engine, after a move of the pin"
 	@echo "make dev       editable install; again after a change, it takes seconds"
 	@echo "make docs      the documentation as a site, build/site/index.html"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
@@ -47,6 +48,11 @@ tools: dev
 # as many processes as there are cores, so that each has one thread for NumPy
 test: lint types tools
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+
+# the tests that hold assumptions about the engine, each with the engine's file it rests on;
+# ENGINE_ARGS=--record notes these files once all pass
+engine-check: tools
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/engine_check.py $(ENGINE_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

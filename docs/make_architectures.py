@@ -85,8 +85,8 @@ many kinds), one head, and three heads where the graph takes several.
   given file. `nextn.embed_tokens`, where a file has it, is one of them everywhere: it is looked up
   by token.
 - **Outputs**: rows for which logits have to be asked, and the LM head be run, because the graph
-  keeps no others at its end. `imatrix` finds out by looking at the graph; the trunk never needs
-  any.
+  keeps no others at its end. `imatrix` finds out by looking at the graph; no block of a trunk
+  needs any, only a weight behind the blocks does.
 - **IQ2_XXS**: whether `llama-quantize` goes through with the matrix of trunk and head, and what has
   to get a larger type by name because there can be no data; `nextn.embed_tokens` is one of these
   too. With the trunk's alone it ends at a weight of the head, for every architecture here.
@@ -104,6 +104,10 @@ def _matrices(measured: Measured) -> tuple[str, str]:
 
 def _code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _plain(names: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".weight") for name in names]
 
 
 def _short(names: Iterable[str], n_layer: int) -> list[str]:
@@ -132,12 +136,15 @@ def _never(arch: str, found: Mapping[str, Measured]) -> str:
 
 
 def _outputs(arch: str, found: Mapping[str, Measured]) -> str:
-    assert not any(measured.trunk_outputs for measured in found.values())
-    if found["plain"].head_outputs:
-        return f"the head's: {HEAD_CROPS[arch]}"
+    plain = found["plain"]
+    trunk = f"the trunk's, for {_code(_plain(OUTSIDE[arch]))}; " if plain.trunk_outputs else ""
+    if plain.head_outputs:
+        return f"{trunk}the head's: {HEAD_CROPS[arch]}"
     where = {"tables": "`shared_head_head`", "three": "more than one head"}
     with_ = [what for name, what in where.items() if name in found and found[name].head_outputs]
-    return f"the head's with {' or '.join(with_)}" if with_ else "none"
+    if with_:
+        return f"{trunk}the head's with {' or '.join(with_)}"
+    return trunk.removesuffix("; ") or "none"
 
 
 def _row(arch: str, found: Mapping[str, Measured], larger: list[str]) -> str:
@@ -159,7 +166,10 @@ def _row(arch: str, found: Mapping[str, Measured], larger: list[str]) -> str:
     if arch in NO_TABLES:
         notes.append("no room for `nextn.embed_tokens` and `nextn.shared_head_head`")
     if arch in OUTSIDE:
-        notes.append(f"{_code(OUTSIDE[arch])} lies outside the blocks and is not collected")
+        names = _code(_plain(OUTSIDE[arch]))
+        notes.append(
+            f"outside the blocks it has {names}, collected too; llama-imatrix leaves them out"
+        )
     cells = [
         f"`{arch}`", KNOWN_AS[arch], heads, trunk, head, _never(arch, found),
         _outputs(arch, found), goes, "; ".join(notes),

@@ -26,13 +26,18 @@ std::pair<const char *, size_t> name_span(const char * name) {
     return {start, end == nullptr ? std::strlen(start) : static_cast<size_t>(end - start)};
 }
 
-bool is_wanted(const char * name, bool output_weight) {
+bool is_wanted(const char * name, bool output_weight, bool head) {
     const auto [start, length] = name_span(name);
     if (length > 4 && std::memcmp(start, "blk.", 4) == 0) {
         return true;
     }
     // gemma4-assistant: its projections belong to no block
     if (length > 6 && std::memcmp(start, "nextn.", 6) == 0) {
+        return true;
+    }
+    // deepseek4, qwen4exp: what brings the trunk's hyper-connection streams together. deepseek4's
+    // head multiplies it too; a head in a file of its own has another one of that name.
+    if (!head && length > 10 && std::memcmp(start, "output_hc_", 10) == 0) {
         return true;
     }
     return output_weight && length == 13 && std::memcmp(start, "output.weight", 13) == 0;
@@ -56,9 +61,9 @@ int64_t rows_of(const ggml_tensor * node) {
 }
 
 // A multiplication that the hook wants. Without rows it is a last layer cropped to no output rows.
-bool has_rows(const ggml_tensor * node, bool output_weight) {
+bool has_rows(const ggml_tensor * node, bool output_weight, bool head) {
     return is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
-           is_wanted(node->src[0]->name, output_weight) && rows_of(node) > 0;
+           is_wanted(node->src[0]->name, output_weight, head) && rows_of(node) > 0;
 }
 
 // Writes to what outlives the graph.
@@ -75,12 +80,12 @@ std::string plain_name(const char * name) {
 }
 
 std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
-                                           const std::string & prefix) {
+                                           const std::string & prefix, bool head) {
     std::vector<PlannedWeight> plan;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
-            !is_wanted(node->src[0]->name, output_weight)) {
+            !is_wanted(node->src[0]->name, output_weight, head)) {
             continue;
         }
         const std::string name = prefix + plain_name(node->src[0]->name);
@@ -95,12 +100,12 @@ std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weig
     return plan;
 }
 
-GraphEnd end_of(ggml_cgraph * graph, bool output_weight) {
+GraphEnd end_of(ggml_cgraph * graph, bool output_weight, bool head) {
     GraphEnd end;
     bool     later = false;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (has_rows(node, output_weight)) {
+        if (has_rows(node, output_weight, head)) {
             ++end.n_wanted;
             later = false;
             continue;
@@ -169,8 +174,9 @@ void EvalHook::finish_chunk() {
         });
 }
 
-void EvalHook::begin_decode(bool output_weight, const std::string & prefix) {
+void EvalHook::begin_decode(bool output_weight, const std::string & prefix, bool head) {
     output_weight_ = output_weight;
+    of_head_       = head;
     prefix_        = prefix;
     ++graph_;
     start_graph();
@@ -204,7 +210,7 @@ bool EvalHook::ask(ggml_tensor * node) {
     // A node that is about to be computed is no activation of an earlier graph any more, even
     // where its address is: tensors of the next graph are made in the same memory.
     forget(node);
-    const bool wanted = has_rows(node, output_weight_);
+    const bool wanted = has_rows(node, output_weight_, of_head_);
     const bool effect = has_effect(node);
     if (!wanted && !effect) {
         return false;

@@ -50,9 +50,10 @@ struct PlannedWeight {
     std::string name;
     int64_t     rows = 0; // rows, or (row, expert) pairs
 };
-// `prefix` is put before every name (see EvalHook::begin_decode).
+// `prefix` is put before every name; `head`: it is the graph of a head (see
+// EvalHook::begin_decode).
 std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
-                                           const std::string & prefix);
+                                           const std::string & prefix, bool head = false);
 
 // "CUDA0#blk.0.attn_k.weight#0" -> "blk.0.attn_k.weight"; other names stay.
 // The scheduler decorates copies of tensors this way (ggml-backend.cpp).
@@ -68,7 +69,7 @@ struct GraphEnd {
 };
 // Nowhere if something after the last wanted weight, as the model built it, has such an effect or
 // looks up rows by numbers that the graph computes.
-GraphEnd end_of(ggml_cgraph * graph, bool output_weight);
+GraphEnd end_of(ggml_cgraph * graph, bool output_weight, bool head = false);
 
 class EvalHook {
 public:
@@ -85,8 +86,9 @@ public:
     // sums. Throws bad_alloc only.
     void finish_chunk();
     // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
-    // its own, whose block numbers start again at 0, apart from the trunk's.
-    void begin_decode(bool output_weight, const std::string & prefix = {});
+    // its own, whose block numbers start again at 0, apart from the trunk's. With `head`, weights
+    // at the end of the trunk (output_hc_*) are passed over.
+    void begin_decode(bool output_weight, const std::string & prefix = {}, bool head = false);
     void set_enabled(bool enabled) { enabled_ = enabled; }
     bool enabled() const { return enabled_; }
     // Off for graphs that only prepare keys and values.
@@ -147,6 +149,7 @@ private:
     bool         observing_     = true;
     bool         grouping_      = true;
     bool         output_weight_ = false;
+    bool         of_head_       = false;
     std::string  prefix_;
 
     GraphEnd end_;            // of every graph

@@ -122,6 +122,7 @@ Status Runner::open(const EvaluatorParams & params) {
     all_outputs_ = false;
     if (params.mtp) {
         sharing_ = head_model_->shares_memory();
+        parts_   = !head_model_->copies_whole_sequences();
         n_heads_ = sharing_ ? 1 : head_model_->n_nextn();
         n_embd_  = llama_model_n_embd_out(model_.get());
     }
@@ -257,7 +258,7 @@ Runner::Row Runner::slot(const int32_t * tokens, int32_t p, int32_t seq, bool ou
 void Runner::share_cells(int32_t seq, int32_t end) const {
     llama_context * owner = sharing_ ? trunk_.get() : head_.get();
     if (end > 0) {
-        llama_memory_seq_cp(llama_get_memory(owner), 0, seq, 0, end);
+        llama_memory_seq_cp(llama_get_memory(owner), 0, seq, parts_ ? 0 : -1, parts_ ? end : -1);
     }
 }
 
@@ -269,11 +270,17 @@ void Runner::drop_sequences(int32_t n) const {
 }
 
 Status Runner::select_head(int32_t k, const int32_t * tokens, int32_t end) {
-    // the cache holds one set of positions for all head layers: each starts anew
-    llama_memory_clear(llama_get_memory(head_.get()), true);
     llama_set_nextn_layer_offset(head_.get(), k);
+    return feed_text(tokens, 0, end);
+}
+
+Status Runner::feed_text(const int32_t * tokens, int32_t first, int32_t end) {
+    if (first == 0) {
+        // the cache holds one set of positions for all head layers: each starts anew
+        llama_memory_clear(llama_get_memory(head_.get()), true);
+    }
     Status status;
-    for (int32_t first = 0; first < end && status.ok(); first += params_.n_batch) {
+    for (; first < end && status.ok(); first += params_.n_batch) {
         std::vector<Row> rows;
         for (int32_t p = first; p < std::min(end, first + params_.n_batch); ++p) {
             rows.push_back(slot(tokens, p, 0, false));
@@ -487,14 +494,18 @@ Status Evaluator::draft(const int32_t * tokens, int32_t n_tokens, ChunkEvaluatio
 // Token k of the drafts that begin at some scored slots. Each is a sequence of its own that shares
 // the cells of the text up to slot p, where the head saw the trunk's rows; the slots after it hold
 // the head's own rows. One head would find them in its cache from the step before, a chain of
-// heads decodes them again under each next head: here both do.
+// heads decodes them again under each next head: here both do. If the head's memory cannot share a
+// part of a sequence, the text is fed anew, one slot after the other, and each shares all of it.
 Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
                              const std::vector<int32_t> & slots, std::vector<int32_t> & drafted) {
     const size_t n       = static_cast<size_t>(runner_->n_embd());
     const bool   sharing = runner_->sharing();
     const int    each    = sharing ? 1 : k - 1; // rows a slot
     const size_t group =
-        static_cast<size_t>(std::max(1, std::min(runner_->together(), params_.n_batch / each)));
+        runner_->parts() ? static_cast<size_t>(
+                               std::max(1, std::min(runner_->together(), params_.n_batch / each)))
+                         : 1;
+    int32_t       fed     = 0; // slots of the text in sequence 0, if it is fed anew
     const int32_t n_vocab = model_.n_vocab();
     const auto    state   = [&](int32_t depth, int32_t i) {
         return hidden_[static_cast<size_t>(depth - 1)].data() + static_cast<size_t>(i) * n;
@@ -502,6 +513,14 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
     for (size_t first = 0; first < slots.size(); first += group) {
         const size_t             end = std::min(first + group, slots.size());
         std::vector<Runner::Row> rows;
+        Status                   status;
+        if (!runner_->parts()) {
+            status = runner_->feed_text(tokens, fed, scored + slots[first] + 1);
+            fed    = scored + slots[first] + 1;
+        }
+        if (!status.ok()) {
+            return status;
+        }
         for (size_t s = first; s < end; ++s) {
             const int32_t i   = slots[s];
             const int32_t p   = scored + i;
@@ -516,7 +535,7 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
                 rows.push_back({tokens[p + j], p + j, seq, state(j, i), j == k - 1});
             }
         }
-        const Status status = runner_->decode_head(rows);
+        status = runner_->decode_head(rows);
         runner_->drop_sequences(static_cast<int32_t>(end - first));
         if (!status.ok()) {
             return status;

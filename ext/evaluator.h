@@ -72,12 +72,18 @@ public:
     const float * head_logits(int32_t row) const;
     const float * head_hidden(int32_t row) const;
 
-    Row  slot(const int32_t * tokens, int32_t p, int32_t seq, bool output) const;
-    void share_cells(int32_t seq, int32_t end) const; // of sequence 0, positions below end
-    void drop_sequences(int32_t n) const;             // 1 .. n
+    Row slot(const int32_t * tokens, int32_t p, int32_t seq, bool output) const;
+    // Sequence seq gets those cells of sequence 0 that are below position end. Without parts() they
+    // must be all that there are.
+    void share_cells(int32_t seq, int32_t end) const;
+    bool parts() const { return parts_; } // whether a part of a sequence can be shared
+    void drop_sequences(int32_t n) const; // 1 .. n
     // Makes head k the one that decodes, with keys and values from the trunk's rows of the
     // slots below `end`.
     Status select_head(int32_t k, const int32_t * tokens, int32_t end);
+    // The first head over slots [first, end), with the trunk's rows; from slot 0 on it forgets what
+    // it had before.
+    Status feed_text(const int32_t * tokens, int32_t first, int32_t end);
 
     int32_t n_embd() const { return n_embd_; }
     int32_t n_heads() const { return n_heads_; }
@@ -102,6 +108,7 @@ private:
     int32_t             n_embd_      = 0;
     int32_t             n_heads_     = 0;
     bool                sharing_     = false;
+    bool                parts_       = true;
     bool                all_outputs_ = false;
     std::vector<float>  states_; // row p is the state of slot p: zeros, then the trunk's rows
 };

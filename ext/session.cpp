@@ -207,11 +207,19 @@ int32_t Model::bos() const { return llama_vocab_bos(llama_model_get_vocab(model_
 
 // The architecture whose context the engine gives its trunk's memory (llama-model.cpp,
 // create_memory): the engine's driver learns it from the context it made, we need it before.
-bool Model::shares_memory() const {
+bool Model::shares_memory() const { return is_architecture("gemma4-assistant"); }
+
+// The architectures whose memory keeps pooled keys of an indexer (llama-model.cpp, create_memory;
+// the assertion is in llama_memory_hybrid_idx::seq_cp).
+bool Model::copies_whole_sequences() const {
+    return is_architecture("glm5-next") || is_architecture("qwen4exp");
+}
+
+bool Model::is_architecture(const char * name) const {
     char architecture[64] = "";
     llama_model_meta_val_str(model_.get(), "general.architecture", architecture,
                              sizeof architecture);
-    return std::strcmp(architecture, "gemma4-assistant") == 0;
+    return std::strcmp(architecture, name) == 0;
 }
 
 std::string Model::description() const {
@@ -356,10 +364,10 @@ Status Session::probe(llama_context * ctx, bool head, GraphPlan & plan) {
         if (!params_.computes) { // and reserving has taken what activations need
             give_addresses(graph);
         }
-        for (PlannedWeight & weight : planned_weights(graph, output, prefix)) {
+        for (PlannedWeight & weight : planned_weights(graph, output, prefix, head)) {
             weights.push_back(std::move(weight));
         }
-        plan.end = end_of(graph, output); // of the last graph, with all outputs
+        plan.end = end_of(graph, output, head); // of the last graph, with all outputs
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
             // what llama_get_embeddings_nextn gives; a cropped one would be read past its end
@@ -700,7 +708,7 @@ Status Session::feed_head(const std::vector<HeadRow> & rows, bool observed,
             }
             llama_batch_ext_set_output_logits(head_batch_.get(), index, head_plan_.needs_outputs);
         }
-        hook_.begin_decode(false, sharing_ ? kForeignHead : "");
+        hook_.begin_decode(false, sharing_ ? kForeignHead : "", /*head=*/true);
         hook_.set_observing(observed);
         const int32_t rc = llama_process(head_.get(), LLAMA_PROCESS_TYPE_DECODE, head_batch_.get());
         hook_.set_observing(true);

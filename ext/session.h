@@ -45,7 +45,8 @@ public:
     bool          has_tokenizer() const;
     bool          has_decoder() const;
     bool          has_encoder() const;
-    bool          shares_memory() const; // a head that reads its trunk's keys and values
+    bool          copies_whole_sequences() const; // llama_memory_seq_cp takes no part of one
+    bool          shares_memory() const;          // a head that reads its trunk's keys and values
     bool          add_bos() const;
     int32_t       bos() const;
     std::string   description() const;
@@ -64,6 +65,7 @@ private:
     struct Free {
         void operator()(llama_model * model) const;
     };
+    bool   is_architecture(const char * name) const;
     Status tokenize_here(const std::string & text, bool add_special, bool parse_special,
                          std::vector<int32_t> & out) const;
 

@@ -44,6 +44,7 @@ class _Arch:
     n_layer: int = 2  # the trunk's, at least
     max_nextn: int = 1
     drop: tuple[str, ...] = ()  # optional tensors that a converter would not write
+    flat: tuple[str, ...] = ()  # tensors of one dimension in the file, which the loader reshapes
     # left out by the engine when it knows no file (n_nextn is read off the tensors there)
     extra: Callable[[_Sizes, int], Iterable[tuple[str, Shape]]] | None = None
     norm_alias: str = "nextn.shared_head_norm"  # what the head's last norm is called
@@ -452,7 +453,12 @@ ARCHS: dict[str, _Arch] = {
     "qwen3next": _Arch(_qwen3next, drop=(*_BIASES, "*.ssm_in.weight")),
     "step35": _Arch(_step35, max_nextn=3, drop=(*_BIASES, "rope_freqs.weight")),
     "glm5-next": _Arch(_glm5_next, drop=_BIASES),
-    "qwen4exp": _Arch(_qwen4exp, drop=_BIASES),
+    "qwen4exp": _Arch(
+        _qwen4exp,
+        drop=_BIASES,
+        # TENSOR_ALLOW_RESHAPE in qwen4exp.cpp: the scales of four streams in one row
+        flat=("*hc_*norm.weight", "*.ple_norm_*.weight", "*.nextn.hnorm.weight"),
+    ),
     "gemma4": _Arch(_gemma4, max_nextn=0),
     "gemma4-assistant": _Arch(_gemma4_assistant, n_layer=0, max_nextn=4),
     "dream": _Arch(_two_ways, max_nextn=0, drop=_BIASES),
@@ -554,10 +560,18 @@ def make_any(
     else:
         shapes = _wanted(arch, keys)
     if not fuse_gate_up:
-        for name in [n for n in shapes if n.endswith("ffn_gate_up_exps.weight")]:
-            n_expert, n_out, n_in = shapes.pop(name)
-            for part in ("gate", "up"):
-                shapes[name.replace("gate_up", part)] = (n_expert, n_out // 2, n_in)
+        parted: dict[str, Shape] = {}
+        for name, shape in shapes.items():
+            if name.endswith("ffn_gate_up_exps.weight"):
+                n_expert, n_out, n_in = shape
+                for part in ("gate", "up"):
+                    parted[name.replace("gate_up", part)] = (n_expert, n_out // 2, n_in)
+            else:
+                parted.setdefault(name, shape)
+        shapes = parted
+    for name, shape in shapes.items():
+        if any(fnmatchcase(name, pattern) for pattern in about.flat):
+            shapes[name] = (int(np.prod(shape)),)
     if about.extra is not None:
         for il in range(layers, sizes.n_all):
             shapes.update(about.extra(sizes, il))

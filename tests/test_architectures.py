@@ -98,14 +98,6 @@ NEVER: Mapping[str, Mapping[str, str]] = {
     "qwen4exp": {
         "blk.0.ssm_conv1d.weight": CONV,
         "blk.0.ple_conv1d.weight": DEPTHWISE,
-        **{f"blk.0.ple_norm_{part}.weight": NORM for part in ("key", "query", "conv")},
-        **{
-            f"blk.{il}.hc_{part}_norm.weight": NORM
-            for il in (0, 1, "{h}")
-            for part in ("attn", "ffn")
-        },
-        "blk.{h}.nextn.hnorm.weight": NORM,
-        "blk.{h}.nextn.hc_head_norm.weight": NORM,
     },
     "step35": {},
 }
@@ -120,13 +112,13 @@ VECTORS = ("ffn_gate_inp_shexp.weight",)
 
 # Every trunk runs its last layer on all rows when its hidden rows are asked for unmasked: there is
 # `embeddings_nextn_masked` in the condition of each crop of src/models/, and deepseek4 crops after
-# the last block only. So no trunk needs outputs.
+# the last block only. So no block of a trunk needs outputs; what lies behind them does (OUTSIDE).
 #
 # Heads whose block is run on output rows only, and why.
 HEAD_CROPS = {
     # before the experts, whatever is asked for (graph_mtp, after wo)
     "qwen3next": "the experts run on output rows only",
-    # crop_before_ffn, unless hidden rows are asked for unmasked, which one head alone does not need
+    # crop_before_nextn, unless hidden rows are asked for unmasked, which one head alone does not need
     "nemotron_h_moe": "the experts run on output rows only",
     "glm5-next": "the experts run on output rows only",  # crop_before_nextn, likewise
     # the mixer is the norm before the LM head (flat_out in graph_mtp)
@@ -142,15 +134,13 @@ ROWS_A_TOKEN = {
     ("qwen4exp", "nextn.eh_proj.weight"): 4,
 }
 
-# Weights outside the blocks, other than the embeddings and the output, that a type like IQ2_XXS
-# needs data for. Only `blk.` and output.weight are collected, by llama-imatrix too.
+# Weights outside the blocks, other than the embeddings and the output, that the trunk multiplies and
+# that a type like IQ2_XXS needs data for: they bring the streams of its hyper-connections together.
+# llama-imatrix leaves them out.
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "deepseek4": ("output_hc_fn.weight",),
     "qwen4exp": ("output_hc_down.weight", "output_hc_up.weight"),
 }
-# Tables outside the blocks that are looked up, never multiplied, and that such a type needs data
-# for all the same: only a larger type of their own helps.
-TABLES: Mapping[str, tuple[str, ...]] = {"qwen4exp": ("per_layer_token_embd.weight",)}
 
 # Heads that a loader takes and no graph runs; build_arch_graph there gives the trunk's, or throws
 NO_HEAD_GRAPH = ("bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4")
@@ -291,10 +281,14 @@ def iq2_xxs_of_most(
     """iq2_xxs of the variant with the most in its head, all that never runs at a larger type; and
     which of these the quantizer looked for data for: the others it leaves as they are anyway."""
     variant = "tables" if "tables" in found else "plain"
-    idle = [*never(arch, variant), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())]
+    idle = never(arch, variant)
     log = iq2_xxs(found[variant], idle, llama_quantize)
+    # not the tables, which it never asks data for (quantizer.UNASKED, from
+    # tensor_requires_imatrix in src/llama-quant.cpp), and not what such a type has no blocks for
+    unasked = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+    shapes = found[variant].model.shapes
     without = re.findall(r"did not find weights for (\S+)", log)
-    return [name for name in without if name not in ("token_embd.weight", "output.weight")], log
+    return [name for name in without if name not in unasked and shapes[name][-1] % 256 == 0], log
 
 
 @pytest.fixture(scope="session")
@@ -323,6 +317,9 @@ def block(name: str) -> int:
     return int(name.split(".")[1])
 
 
+@pytest.mark.engine(
+    "src/models", "which weights a graph multiplies, how often a token, and on which rows"
+)
 @pytest.mark.parametrize(("arch", "variant"), EACH)
 class TestCollected:
     """What is expected comes from the tensors of the file and the tables above."""
@@ -338,6 +335,7 @@ class TestCollected:
             if name.startswith("blk.") and (len(shape) > 1 or name.endswith(VECTORS))
         } - set(never(arch, variant))
         head = {name for name in matrices if block(name) >= model.n_layer}
+        matrices |= set(OUTSIDE.get(arch, ()))
         assert set(found.head) == head
         assert set(found.trunk) == matrices - head
         assert set(found.counts) == matrices
@@ -352,14 +350,14 @@ class TestCollected:
         used = found.model.keys.get(f"{arch}.expert_used_count")
         for name, counts in found.counts.items():
             # No draft begins at slot 0 of a chunk, so that head d has its first turn at slot d+1.
-            head = block(name) - found.model.n_layer
+            head = -1 if name in OUTSIDE.get(arch, ()) else block(name) - found.model.n_layer
             rows = ROWS - N_CHUNKS * (head + 1 if head >= 0 else 0)
             if "_exps." in name:
                 assert sum(counts) == rows * used, name
                 assert len(counts) == found.model.keys[f"{arch}.expert_count"], name
                 assert found.rows[name] == used, name
             else:
-                each = ROWS_A_TOKEN.get((arch, name.split(".", 2)[2]), 1)
+                each = ROWS_A_TOKEN.get((arch, name.split(".", 2)[-1]), 1)
                 assert counts == [rows * each], name
                 assert found.rows[name] == each, name
 
@@ -377,7 +375,7 @@ class TestCollected:
         self, arch: str, variant: str, measured: Measuring
     ) -> None:
         found = measured(arch)[variant]
-        assert found.trunk_outputs is False
+        assert found.trunk_outputs is (arch in OUTSIDE)
         wanted = (
             arch in HEAD_CROPS
             or variant == "tables"  # shared_head_head is the head's LM head
@@ -386,16 +384,15 @@ class TestCollected:
         assert found.head_outputs is wanted
 
 
+@pytest.mark.engine("src/llama-quant.cpp", "which weights IQ2_XXS demands data for")
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing) -> None:
-    """Only what no graph multiplies, and what lies outside the blocks, is left without data."""
+    """Only what no graph multiplies is left without data."""
     without, log = quantized(arch)
     assert "failed to quantize" not in log
     assert "quant size" in log
     variant = "plain" if arch in NO_TABLES else "tables"
-    assert set(without) <= {
-        *never(arch, variant), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())
-    }  # fmt: skip
+    assert set(without) <= set(never(arch, variant))
     if variant == "tables":  # it is looked up, and the quantizer wants data for it all the same
         assert f"blk.{ARCHS[arch].n_layer}.nextn.embed_tokens.weight" in without
 
@@ -415,7 +412,7 @@ def test_iq2_xxs_with_the_trunk_alone_names_a_weight_of_the_head(
     arch: str, measured: Measuring, tmp_path: Path
 ) -> None:
     found = measured(arch)["plain"]
-    larger = [*never(arch), *OUTSIDE.get(arch, ()), *TABLES.get(arch, ())]
+    larger = never(arch)
     with pytest.raises(imatrix.EngineError, match=r"MTP head") as error:
         imatrix.quantize(
             found.model.path,
@@ -507,6 +504,7 @@ class TestRefusals:
         message = refusal(bare(tmp_path / "m.gguf", arch))
         assert f"no graph for the MTP head of {arch}" in message
 
+    @pytest.mark.engine("src/models", "which architectures have a graph for a head")
     def test_these_are_the_architectures_without_one(self) -> None:
         """The loaders that make room for a head's projection, and the graphs, in the source."""
         if not MODELS.is_dir():
@@ -522,6 +520,7 @@ class TestRefusals:
         loaders = having("LLM_TENSOR_NEXTN_EH_PROJ") - {"nemotron-h"}
         assert loaders - graphs == set(NO_HEAD_GRAPH)
 
+    @pytest.mark.engine("src/models", "which graphs run more than one head")
     def test_these_are_the_architectures_that_run_one_head(self) -> None:
         if not MODELS.is_dir():
             pytest.skip("the engine's source is not here")

@@ -14,6 +14,13 @@ from forge_any import make_any
 from imatrix import Collector, ImportanceMatrix, ModelError
 from imatrix.cli import main
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/models/gemma4-assistant.cpp",
+        "the head reads its trunk's memory and drafts at the position of the first token",
+    ),
+]
+
 WIDTH = 512  # of the trunk; the forge makes an assistant for it
 
 

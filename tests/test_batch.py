@@ -17,6 +17,10 @@ from imatrix import Collector, ImportanceMatrix, _batch, _session, cli
 from imatrix._batch import Batch, Room, choose
 from imatrix._memory import available_memory
 
+pytestmark = [
+    pytest.mark.engine("src/llama-batch.cpp", "how tokens of several chunks share a batch"),
+]
+
 MB = 10**6
 N_CTX = 128
 

@@ -464,6 +464,9 @@ def test_a_head_in_the_keys_only(arch: Arch, drop: str, first: str, forged: Forg
         collector(spec, mtp=True)
 
 
+@pytest.mark.engine(
+    "src/llama-model.cpp", "a file without a head's eh_proj is a trunk (nextn_flags)"
+)
 @pytest.mark.parametrize("arch", ["glm4moe", "qwen35"])
 def test_the_trunk_of_a_file_without_its_head(arch: Arch, forged: Forged) -> None:
     """The engine takes such a file for a trunk (nextn_flags in src/llama-model.cpp)."""
@@ -483,6 +486,9 @@ def test_a_head_without_one_of_its_tensors(arch: Arch, name: str, forged: Forged
         made.run(token_chunks(spec, 1), mtp=True)
 
 
+@pytest.mark.engine(
+    "src/models/deepseek4.cpp", "the loader asks for a head's tensors even to skip them"
+)
 def test_the_engine_wants_a_head_it_skips(tmp_path: Path) -> None:
     """deepseek4's file lacks a tensor of the head that the engine looks for even to leave it out
     (src/models/deepseek4.cpp): an error that names the tensor, not a crash."""

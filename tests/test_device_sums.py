@@ -26,6 +26,12 @@ from forge import Arch
 import imatrix
 from imatrix import EngineError, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "ggml/src/ggml-backend.cpp", "rows may be read on their device until the callback returns"
+    ),
+]
+
 needs_rpc = pytest.mark.skipif(
     "RPC" not in imatrix.backends().built, reason="the engine was built without GGML_RPC=ON"
 )

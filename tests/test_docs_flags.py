@@ -15,6 +15,10 @@ from markdown_it import MarkdownIt
 
 from imatrix import cli
 
+pytestmark = [
+    pytest.mark.engine("common/arg.cpp", "llama-imatrix has these flags"),
+]
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 

@@ -16,6 +16,12 @@ import imatrix
 from imatrix import Collector, Entry, ImportanceMatrix
 from imatrix.formats import FormatError, dat, detected
 
+pytestmark = [
+    pytest.mark.engine(
+        "tools/imatrix/imatrix.cpp", "llama-imatrix reads and writes the same .dat files"
+    ),
+]
+
 N_CTX = 64
 
 

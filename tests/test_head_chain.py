@@ -13,6 +13,13 @@ from numpy.typing import NDArray
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "common/speculative.cpp",
+        "draft() gives head k the row that head k-1 gave for the slot before",
+    ),
+]
+
 F64 = NDArray[np.float64]
 Chunks = list[list[int]]
 

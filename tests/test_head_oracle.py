@@ -17,6 +17,17 @@ from forge import Arch, ModelSpec
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/llama-graph.cpp",
+        "a head takes its state by llama_batch_ext_set_embd_state, beside the token",
+    ),
+    pytest.mark.engine(
+        "common/speculative.cpp",
+        "slot p of a head gets x_p and the trunk's row of slot p-1, slot 0 zeros",
+    ),
+]
+
 # Of the largest sum of a tensor. The engine computes in float32 with its KV cache in float16, which
 # the oracle follows; 2e-4 is seen where attention runs in tiles. Batches of fewer than 64 rows go
 # to a kernel that adds up in float16 (ops.cpp), which costs 4e-4 to 7e-4.

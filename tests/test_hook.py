@@ -23,6 +23,13 @@ from imatrix import backends
 sys.path.insert(0, str(native_folder()))
 from _imatrix_testing import Harness, far_device_lose, plain_name
 
+pytestmark = [
+    pytest.mark.engine(
+        "ggml/src/ggml-backend.cpp",
+        "the scheduler asks for every node, and calls again after it has run",
+    ),
+]
+
 # a GPU, where the build and the machine have one (docs/backends.md)
 DEVICES = tuple(device.name for device in backends().devices if device.gpu)
 WHERE = ("host", "device", "offload", "device-sums", "offload-sums")

@@ -385,6 +385,9 @@ for room in rooms:
 """
 
 
+@pytest.mark.engine(
+    "ggml/src/ggml-rpc/ggml-rpc.cpp", "a server that was sent every graph anew serves two models"
+)
 @needs_rpc
 def test_a_reference_beside_the_model(endpoints: list[str], forged: Forged, tmp_path: Path) -> None:
     spec = forged("qwen35", seed=2, n_nextn=1, n_layer=8)

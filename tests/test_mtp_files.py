@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import EngineTool, Forged, run_tool
 from forge import ModelSpec, make_model
+from forge_any import make_any
 
 from imatrix import ModelError, ModelFile
 from imatrix.mtp_files import check_fit, extract_mtp, graft_mtp, mtp_name
@@ -170,6 +171,31 @@ def test_per_layer_arrays_follow_the_blocks(tmp_path: Path) -> None:
         "glm4moe.attention.indexer.types": [True, False, True],
     }
     assert again.read_bytes() == model.read_bytes()
+
+
+def test_what_only_the_trunk_of_qwen4exp_uses_stays_there(tmp_path: Path) -> None:
+    """Its table of n-grams is larger than the rest of the model: the head's file goes without, as
+    the converter's does (conversion/qwen4exp.py, mtp_only), and the engine's loader, which asks for
+    the table if the keys tell of one, takes it (test_split_files.py)."""
+    model = make_any(tmp_path / "m.gguf", "qwen4exp")
+    outside = ["token_embd", "output_hc_norm", "output_hc_down", "output_hc_up", "output",
+               "per_layer_token_embd"]  # fmt: skip
+    assert [n for n in tensors(model.path) if not n.startswith("blk.")] == [
+        f"{name}.weight" for name in outside
+    ]
+    head, trunk, again = split_and_joined(model.path, tmp_path)  # warnings are errors
+    assert [n for n in tensors(head) if not n.startswith("blk.2.")] == [
+        "token_embd.weight", "output.weight"
+    ]  # fmt: skip
+    gone = [
+        "embedding_length_per_layer_input",
+        *(f"ple.{key}" for key in ("layers", "ngram_size", "heads_per_ngram", "conv_kernel")),
+        *(f"ple.{key}" for key in ("eos_token_id", "layer_multipliers", "head_offsets")),
+        "ple.head_vocab_sizes",
+    ]
+    assert set(contents(model.path)) - set(contents(head)) == {f"qwen4exp.{key}" for key in gone}
+    assert set(contents(model.path)) - set(contents(trunk)) == {"qwen4exp.nextn_predict_layers"}
+    assert again.read_bytes() == model.path.read_bytes()
 
 
 def test_array_in_one_file_and_one_value_in_the_other(tmp_path: Path) -> None:

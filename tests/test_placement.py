@@ -28,6 +28,13 @@ import imatrix
 from imatrix import Collector, ImportanceMatrix, _placement_cli, _session, cli, devices
 from imatrix._placement import Placement
 
+pytestmark = [
+    pytest.mark.engine(
+        "ggml/src/ggml-rpc/ggml-rpc.cpp",
+        "a server that was sent every graph anew serves several models",
+    ),
+]
+
 needs_rpc = pytest.mark.skipif(
     "RPC" not in imatrix.backends().built, reason="the engine was built without GGML_RPC=ON"
 )

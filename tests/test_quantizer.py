@@ -12,6 +12,12 @@ from forge import Arch, ModelSpec
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/llama-quant.cpp", "which tensors get which type, and which types demand data"
+    ),
+]
+
 HEADS: list[Arch] = ["qwen35", "glm4moe", "qwen35moe"]
 N_CTX = 128
 # IQ2_XXS takes seconds a million weights

@@ -11,6 +11,12 @@ from conftest import EngineTool, Forged, run_tool
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "tools/imatrix/imatrix.cpp", "llama-imatrix reads and writes the same GGUF files"
+    ),
+]
+
 N_CTX = 64
 
 

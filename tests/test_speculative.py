@@ -22,6 +22,10 @@ from test_evaluate import agreeing
 
 from imatrix import Collector, evaluate
 
+pytestmark = [
+    pytest.mark.engine("examples/speculative-simple", "what the engine's own drafting accepts"),
+]
+
 DEPTH = 4
 # Ratio of the head's two likeliest tokens below which the rounding of other batches may turn the
 # one into the other; so it is told from the engine's log, where probabilities have 3 decimals.

@@ -18,6 +18,12 @@ from test_mtp_files import rewritten
 
 from imatrix import Collector, ModelError, extract_mtp
 
+pytestmark = [
+    pytest.mark.engine(
+        "src/llama-model.cpp", "a file without block 0 is loaded as a head alone (nextn_flags)"
+    ),
+]
+
 N_CTX = 136  # more than a block of deepseek4's longest compression, 128
 
 _SAME = """
@@ -49,7 +55,9 @@ for trunk, head in pairs:
         == (plan_split.trunk, plan_split.head, sorted(plan_split.never), plan_split.head_outputs),
         "names": sorted(one) == sorted(split),
         "different": different,
-        "head_entries": sum(int(name.split(".")[1]) >= about[0] for name in one),
+        "head_entries": sum(
+            name.startswith("blk.") and int(name.split(".")[1]) >= about[0] for name in one
+        ),
     }))
 """
 

@@ -13,6 +13,13 @@ from forge import Arch, ModelSpec
 
 from imatrix import Collector, ImportanceMatrix
 
+pytestmark = [
+    pytest.mark.engine(
+        "tools/imatrix/imatrix.cpp",
+        "llama-imatrix collects the same weights of a trunk, with the same counts and sums",
+    ),
+]
+
 N_CTX = 64
 # llama-imatrix adds row after row in float32, 6e-8 each at most: 1e-6 is seen for the some hundred
 # rows here, and 1e-5 after some 5000, so that tests keep to few. Everything before the sums is the

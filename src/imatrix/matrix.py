@@ -165,7 +165,7 @@ class Provenance:
 
     Attributes:
         collector: the program that collected it, such as "imatrix 0.1.0".
-        engine: what ran the model, such as "llama.cpp 0.5.0 (0c1e57098)".
+        engine: what ran the model, such as "llama.cpp 0.6.0 (build 11549)".
         mtp: whether the MTP/NextN head was collected.
         n_ctx: tokens in a chunk.
         dataset_digest: SHA-256 of the tokens that count, in hexadecimal.

@@ -190,14 +190,19 @@ def extract_mtp(
             f"{source.path}: it is a head-only file already: it has the blocks from "
             f"blk.{source.n_trunk} on, and none of the {source.n_trunk} of the trunk"
         )
-    head = [t for t in source.infos.values() if t.block is None or t.block >= source.n_trunk]
+    head = [
+        t
+        for t in source.infos.values()
+        if (t.block is None and not source.is_trunks(t.name)) or (t.block or 0) >= source.n_trunk
+    ]
     trunk = [t for t in source.infos.values() if t.block is None or t.block < source.n_trunk]
     keys = _without_split(source)
     meter = Meter(progress, sum(t.size for t in (head if trunk_path is None else head + trunk)))
     with ExitStack() as stack:
         # Both are complete before either takes its place.
         temporary = [stack.enter_context(atomic.replacing(path)) for path in outputs]
-        head_bytes = write(temporary[0], source.version, source.alignment, keys, head, meter)
+        head_keys = {key: value for key, value in keys.items() if not source.is_trunks(key)}
+        head_bytes = write(temporary[0], source.version, source.alignment, head_keys, head, meter)
         trunk_bytes = None
         if trunk_path is not None:
             trunk_bytes = write(
@@ -216,7 +221,7 @@ def extract_mtp(
         trunk=trunk_path,
         trunk_bytes=trunk_bytes,
         model_bytes=source.file_bytes,
-        shared={t.name: t.size for t in source.infos.values() if t.block is None},
+        shared={t.name: t.size for t in head if t.block is None},
         n_trunk=source.n_trunk,
         n_nextn=source.n_nextn,
     )
@@ -496,6 +501,8 @@ def _check_keys(trunk: _Model, head: _Model) -> Iterator[str]:
         if field == key or field in ("block_count", "nextn_predict_layers"):
             continue  # not of the architecture, or compared in check_fit
         ours, theirs = trunk.keys.get(key), head.keys.get(key)
+        if theirs is None and trunk.is_trunks(key):
+            continue
         if ours is None or theirs is None:
             yield f"{key} is only in the {'head' if ours is None else 'trunk'}'s file"
         elif trunk.is_per_layer(key) or head.is_per_layer(key):
@@ -622,10 +629,24 @@ def _bundled_order(trunk: _Model, head: _Model) -> list[Tensor]:
 _NOT_PER_LAYER = (
     "rope.dimension_sections",
     "target_layers",
+    "ple.layers",
     "ple.layer_multipliers",
     "ple.head_offsets",
     "ple.head_vocab_sizes",
 )
+
+
+# What a head's file has no use for of what lies outside the blocks: tensors, and keys under
+# <arch>. The engine looks for a table of n-grams only if the keys tell of one (qwen4exp.cpp,
+# load_arch_hparams), and of the mixer at the trunk's end only if the file has a trunk
+# (nextn_flags in src/llama-model.cpp). The table is larger than the rest of the model together;
+# the converter leaves these out too (conversion/qwen4exp.py, mtp_only).
+_TRUNKS = {
+    "qwen4exp": (
+        "per_layer_token_embd.weight", "output_hc_norm.weight", "output_hc_down.weight",
+        "output_hc_up.weight", "qwen4exp.ple.", "qwen4exp.embedding_length_per_layer_input",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -708,6 +729,10 @@ class _Model:
     def has_trunk(self) -> bool:
         """Whether any block of the trunk is there."""
         return any(t.block is not None and t.block < self.n_trunk for t in self.infos.values())
+
+    def is_trunks(self, name: str) -> bool:
+        """Whether a tensor outside the blocks, or a key, is of no use in a head's file."""
+        return name.startswith(_TRUNKS.get(self.architecture, ()))
 
     def is_per_layer(self, key: str) -> bool:
         """Whether ``key`` holds an entry for each block, those of the head included.
