@@ -228,7 +228,25 @@ def test_llama_imatrix_of_the_same_tokens(
     plain = forged("llama", add_bos=True)
     for name, weights in asking.tensors.items():
         np.testing.assert_array_equal(weights, plain.tensors[name])
-    words = "the cat sat on the mat and the dog slept in the house of the cat ".split(" ")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "the",
+        "mat",
+        "and",
+        "the",
+        "dog",
+        "slept",
+        "in",
+        "the",
+        "house",
+        "of",
+        "the",
+        "cat",
+        "",
+    ]
     documents = [" ".join(words[i:] + words[:i]) for i in range(n_documents)]
     # the last chunk ends with the last EOS
     while len(list(ids(asking, documents))) % n_ctx:
