@@ -34,7 +34,7 @@ from imatrix._keeper import Keeper, batch_in
 from imatrix._layers import Layers
 from imatrix._lock import locked
 from imatrix._models import Models, NativeModel, NativeSession, session_settings
-from imatrix._native_thread import NativeThread, end_at_exit
+from imatrix._native_thread import NativeThread, end_at_exit, ended_at_exit
 from imatrix._placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix._run import FOREIGN_HEAD, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
@@ -382,7 +382,8 @@ class Collector:
         """Token ids of a text by the model's own tokenizer, int32 [n_tokens]."""
         model = self._loaded()
         self._models.check_tokenizer()
-        return model.tokenize(text, add_special=add_special, parse_special=parse_special)
+        with ended_at_exit("tokenizing"):
+            return model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def chat_template(self, name: str | None = None) -> ChatTemplate:
         """The model's chat template, with its special tokens; see ChatTemplate.
@@ -454,10 +455,10 @@ class Collector:
                     f"a run of this Collector is on, in {where} thread; wait for it, or make a "
                     "Collector of its own for each"
                 )
+            end_at_exit.begin(self)
             self._runner = threading.get_ident()
             self._over.clear()
             self._ending = None
-        end_at_exit.running.add(self)
         try:
             yield
         except InterruptedError:
@@ -466,12 +467,12 @@ class Collector:
                 raise
             raise RuntimeError(f"the run was ended: {self._ending}") from None
         finally:
-            end_at_exit.running.discard(self)
             with self._guard:
                 self._runner = None
                 if self._closed:
                     self._free()
                 self._over.set()
+            end_at_exit.over(self)
 
     def _check_ending(self) -> None:
         if self._ending is not None:

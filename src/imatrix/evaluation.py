@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from imatrix import _isolate, _session, corpus
 from imatrix._batch import Batch, Wanted
 from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
+from imatrix._native_thread import NativeThread, Work, ended_at_exit
 from imatrix._placement import Overrides, Placement, SplitMode
 from imatrix._threads import physical_cores
 from imatrix.errors import ModelError
@@ -573,6 +573,7 @@ def evaluate(
 
     batches: list[Batch] = []  # as each model needs it
     with ExitStack() as stack:
+        work = stack.enter_context(ended_at_exit("evaluation"))
 
         def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Models:
             models = Models(
@@ -642,7 +643,7 @@ def evaluate(
             )
         except ModelError as error:
             raise ModelError(f"{os.fspath(model)}: {error}") from None
-        found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
+        found, lengths, digest = _drive(work, evaluator, first, chunks, total, progress)
         n_vocab = own.n_vocab
         causal = ours.causal
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
@@ -700,6 +701,7 @@ def _check_reference(ours: Models, theirs: Models, with_head: bool, path: str) -
 
 
 def _drive(
+    work: Work,
     evaluator: _session.Evaluator,
     first: NDArray[np.int32],
     rest: Iterator[NDArray[np.int32]],
@@ -714,10 +716,12 @@ def _drive(
     n_tokens = n_scored = 0
     nll = nll_sq = 0.0
     started = time.monotonic()
-    with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+    work.cancel = evaluator.cancel
+    with NativeThread() as native:
         try:
             chunk: NDArray[np.int32] | None = first
             while chunk is not None:
+                work.check()
                 running = native.submit(evaluator.step, chunk)
                 following = next(rest, None)
                 done = running.result()
@@ -733,8 +737,10 @@ def _drive(
                     so_far = _so_far(nll, nll_sq, n_scored)
                     progress(Progress(len(found), total, n_tokens, seconds, so_far))
                 chunk = following
-        except BaseException:
+        except BaseException as error:
             evaluator.cancel()
+            if isinstance(error, InterruptedError):
+                work.check()
             raise
     return found, lengths, digest.hexdigest()
 
