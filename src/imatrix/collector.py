@@ -539,7 +539,8 @@ class Collector:
             mtp: collect the MTP/NextN head too. A model without one gives a warning.
             max_chunks: chunks to collect at most; None for all.
             skip_chunks: chunks to leave out at the start.
-            process_output: collect output.weight too (the trunk's rows only).
+            process_output: collect output.weight too (the trunk's rows only); of a model without
+                one, whose token embedding gives the logits, token_embd.weight.
             parse_special: read special tokens that the text spells out as such. Chats have theirs
                 read in any case.
             packing: "stream", as llama-imatrix cuts a text; "document", where no document sees

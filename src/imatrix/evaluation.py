@@ -27,6 +27,7 @@ from imatrix._models import Models, session_settings
 from imatrix._native_thread import NativeThread, Work, ended_at_exit
 from imatrix._placement import Overrides, Placement, SplitMode
 from imatrix._threads import physical_cores
+from imatrix.chat_template import ChatOptions
 from imatrix.errors import ModelError
 from imatrix.run_report import Perplexity, Progress
 
@@ -493,6 +494,8 @@ def evaluate(
     max_chunks: int | None = None,
     skip_chunks: int = 0,
     parse_special: bool = False,
+    packing: corpus.Packing = "stream",
+    chat: ChatOptions | None = None,
     n_gpu_layers: int | Literal["auto"] = "auto",
     split_mode: SplitMode = "layer",
     tensor_split: Sequence[float] | None = None,
@@ -516,8 +519,8 @@ def evaluate(
 
     Args:
         model: path of a GGUF model, or of the first part of a multi-part one.
-        texts: as Collector.run takes them; tokenized by the model. Take other text than the
-            calibration's.
+        texts: as Collector.run takes them: sources, mixtures and chats too; rendered and tokenized
+            by the model. Take other text than the calibration's.
         mtp_model: the head's own file, where it is not in the model.
         reference: the model to measure against, usually the one before quantization.
         reference_mtp_model: its head's own file, where it is not in it.
@@ -529,7 +532,8 @@ def evaluate(
         n_ubatch: tokens a graph; None for 512. A model whose tokens see those after them too
             (Collector.causal) needs each chunk in one decode and one graph: there both are n_ctx
             where they are None, and must be no less where they are not.
-        max_chunks, skip_chunks, parse_special: as in Collector.run.
+        max_chunks, skip_chunks, parse_special, packing, chat: as in Collector.run. A chunk of
+            2 tokens, which document packing can make, has no position to score.
         n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
         split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: as in
             Collector, for all the models alike.
@@ -541,8 +545,11 @@ def evaluate(
     Raises:
         FileNotFoundError: there is no such file.
         ModelError (a ValueError): not a model, or a head that the metadata claim is missing.
-        ValueError: a bad number, no tokens, mtp=True without a head, or a reference of another
-            architecture or vocabulary, or without a head where the model has one.
+        TemplateError (a ValueError): a chat cannot be rendered.
+        ValueError: a bad number, no tokens, mtp=True without a head, a source that cannot be
+            understood, or a reference of another architecture or vocabulary, or without a head
+            where the model has one.
+        ImportError: a library that reads a source is not installed.
         NonFiniteError: NaN or infinite logits.
         MemoryError: the models or the contexts do not fit.
     """
@@ -618,10 +625,14 @@ def evaluate(
             theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
         own, own_head = loaded(ours, {})
+        render = ours.renderer(ChatOptions() if chat is None else chat)
+        stack.callback(render.close)
         cut_chunks, total, _ = cut(
             ours,
             texts,
             n_ctx,
+            packing=packing,
+            render=render,
             parse_special=parse_special,
             skip_chunks=skip_chunks,
             max_chunks=max_chunks,

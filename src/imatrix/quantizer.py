@@ -264,7 +264,11 @@ def _check_unasked(found: Coverage) -> None:
                 f"{tensor.name} would get a type that needs importance data, and there are none "
                 "for it. Leave out pure, or give it a type of its own, as in "
                 f"tensor_types={{'^{tensor.name}$': 'q4_K'}}"
-                + (" (or collect with process_output)." if tensor.name == "output.weight" else ".")
+                + (
+                    " (or collect with process_output)."
+                    if tensor.cure == "collect the output"
+                    else "."
+                )
             )
 
 
