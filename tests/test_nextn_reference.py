@@ -51,9 +51,11 @@ def theirs(engine_tool: EngineTool, prose_file: Path, tmp_path: Path) -> Theirs:
     return run
 
 
-def ours(model: Path, text: Path, mtp_model: Path | None = None) -> ImportanceMatrix:
+def ours(
+    model: Path, text: Path, mtp_model: Path | None = None, **options: Any
+) -> ImportanceMatrix:
     with Collector(model, mtp_model=mtp_model, n_ctx=N_CTX, n_threads=1) as made:
-        return made.run(text, mtp=True, max_chunks=N_CHUNKS)
+        return made.run(text, mtp=True, max_chunks=N_CHUNKS, **options)
 
 
 @pytest.fixture
@@ -70,6 +72,22 @@ def assert_same_counts(got: ImportanceMatrix, want: ImportanceMatrix) -> None:
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("without_slot_0")
+def test_process_output_counts_the_trunks_rows(
+    tied: bool, forged: Forged, theirs: Theirs, prose_file: Path
+) -> None:
+    """The head, which uses the trunk's LM head in drafting, adds nothing to it: theirs asks it for
+    no logits."""
+    spec = forged("glm4moe", seed=HEADS["glm4moe"], n_nextn=1, tied=tied)
+    want = theirs(spec.path, "--nextn", "--process-output")
+    got = ours(spec.path, prose_file, process_output=True)
+    assert_same_counts(got, want)
+    name = "token_embd.weight" if tied else "output.weight"
+    assert got[name].counts.tolist() == [N_CHUNKS * N_CTX]
+    assert max(differences(got, want).values()) <= PARITY
 
 
 @pytest.mark.parametrize("arch", HEADS)
