@@ -647,7 +647,7 @@ class _Check:
             return "the head cannot be run"
         if tensor.collectable is False:
             return "no graph multiplies it"
-        return "it is collected for blk.* and the LM head alone"
+        return "it is collected for blk.* and output.weight alone"
 
     def _safe(self, tensors: Iterable[TensorCoverage]) -> dict[str, str]:
         """Exceptions that give each of the tensors a type that needs no data."""
