@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <string_view>
 
 namespace imatrix {
 namespace {
@@ -40,7 +41,9 @@ bool is_wanted(const char * name, bool output_weight, bool head) {
     if (!head && length > 10 && std::memcmp(start, "output_hc_", 10) == 0) {
         return true;
     }
-    return output_weight && length == 13 && std::memcmp(start, "output.weight", 13) == 0;
+    // a model without an output.weight multiplies its token embedding instead
+    return output_weight && (std::string_view(start, length) == "output.weight" ||
+                             std::string_view(start, length) == "token_embd.weight");
 }
 
 Shape shape_of(const ggml_tensor * node) {

@@ -93,7 +93,7 @@ struct SessionParams {
     int32_t n_seq            = 1;   // chunks a decode
     int32_t n_threads        = 1;
     bool    mtp              = false;
-    bool    process_output   = false; // collect output.weight as well (trunk only)
+    bool    process_output   = false; // what the LM head reads as well (trunk only)
     bool    perplexity       = false;
     bool    device_sums      = true; // sum rows on the device that holds them, where it can
     bool    leave_out_logits = true; // where they are asked for and nobody reads them

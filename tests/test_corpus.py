@@ -122,7 +122,12 @@ class TestSources:
         tokenizer = Characters(add_bos=True)
         # The stream is ^abcde; c gives way to the BOS of the second chunk.
         assert spelled(chunks(["ab", "cd", "e"], tokenizer, 3)) == ["^ab", "^de"]
-        assert tokenizer.calls == [("ab", True, False), ("cd", False, False), ("e", False, False)]
+        # the empty text shows what a text ends with, here nothing
+        assert [call for call in tokenizer.calls if call[0]] == [
+            ("ab", True, False),
+            ("cd", False, False),
+            ("e", False, False),
+        ]
 
     def test_empty_texts_do_not_take_the_special_tokens(self) -> None:
         tokenizer = Characters(add_bos=True)

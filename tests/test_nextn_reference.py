@@ -22,6 +22,7 @@ from test_trunk_parity import PARITY, differences
 
 import imatrix._models
 from imatrix import Collector, ImportanceMatrix
+from imatrix.cli import main
 
 N_CTX = 128
 N_CHUNKS = 3
@@ -51,9 +52,11 @@ def theirs(engine_tool: EngineTool, prose_file: Path, tmp_path: Path) -> Theirs:
     return run
 
 
-def ours(model: Path, text: Path, mtp_model: Path | None = None) -> ImportanceMatrix:
+def ours(
+    model: Path, text: Path, mtp_model: Path | None = None, **options: Any
+) -> ImportanceMatrix:
     with Collector(model, mtp_model=mtp_model, n_ctx=N_CTX, n_threads=1) as made:
-        return made.run(text, mtp=True, max_chunks=N_CHUNKS)
+        return made.run(text, mtp=True, max_chunks=N_CHUNKS, **options)
 
 
 @pytest.fixture
@@ -70,6 +73,22 @@ def assert_same_counts(got: ImportanceMatrix, want: ImportanceMatrix) -> None:
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.usefixtures("without_slot_0")
+def test_process_output_counts_the_trunks_rows(
+    tied: bool, forged: Forged, theirs: Theirs, prose_file: Path
+) -> None:
+    """The head, which uses the trunk's LM head in drafting, adds nothing to it: theirs asks it for
+    no logits."""
+    spec = forged("glm4moe", seed=HEADS["glm4moe"], n_nextn=1, tied=tied)
+    want = theirs(spec.path, "--nextn", "--process-output")
+    got = ours(spec.path, prose_file, process_output=True)
+    assert_same_counts(got, want)
+    name = "token_embd.weight" if tied else "output.weight"
+    assert got[name].counts.tolist() == [N_CHUNKS * N_CTX]
+    assert max(differences(got, want).values()) <= PARITY
 
 
 @pytest.mark.parametrize("arch", HEADS)
@@ -164,3 +183,52 @@ def test_the_program_as_shipped_ends_on_a_head(
             engine_tool("llama-imatrix"), "-m", spec.path, "-f", prose_file, "-o",
             tmp_path / "out.gguf", "--no-ppl", "-c", "128", "-b", "128", "--nextn",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n_nextn", "options", "words"),
+    [
+        (1, ("-b", "2048"), "need a single sequence per batch"),
+        (2, ("-b", "128"), "multi-layer NextN drafts are not supported"),
+    ],
+)
+def test_what_the_mended_program_refuses(
+    n_nextn: int,
+    options: tuple[str, ...],
+    words: str,
+    engine_tool: EngineTool,
+    prose_file: Path,
+    tmp_path: Path,
+) -> None:
+    """As the page says; ours takes both by the same flags."""
+    model = make_any(tmp_path / "model.gguf", "step35", n_nextn=n_nextn).path
+    out, mine = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    flags = ["-m", model, "-f", prose_file, "--no-ppl", "-c", "128", *options, "--nextn"]
+    log = run_tool(engine_tool("llama-imatrix-nextn"), *flags, "-o", out, ok=False)
+    assert words in log
+    assert not out.exists()
+    argv = ["collect", *map(str, flags), "--chunks", "1", "-o", str(mine)]
+    assert main(argv) == 0
+    assert len(ImportanceMatrix.load(mine).head) > 0
+
+
+def test_a_draft_model_is_the_heads_file(
+    forged: Forged, prose_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """-md and its other spellings, as --mtp-model: the same file to the byte."""
+    spec = forged("glm4moe", seed=HEADS["glm4moe"], n_nextn=1)
+    head, trunk = tmp_path / "head.gguf", tmp_path / "trunk.gguf"
+    imatrix.extract_mtp(spec.path, head, trunk_out=trunk)
+    written = set()
+    for flag in ("--mtp-model", "-md", "--model-draft", "--spec-draft-model"):
+        out = tmp_path / "out.gguf"
+        # fmt: off
+        status = main([
+            "collect", "-m", str(trunk), flag, str(head), "-f", str(prose_file), "-c", "64",
+            "--chunks", "1", "--no-ppl", "-t", "1", "-o", str(out),
+        ])
+        # fmt: on
+        assert status == 0, capfd.readouterr().err
+        written.add(out.read_bytes())
+        assert ImportanceMatrix.load(out).provenance.mtp  # type: ignore[union-attr]
+    assert len(written) == 1

@@ -153,8 +153,29 @@ def test_process_output_adds_output_weight(
     spec = forged(arch, seed=SEED, **OPTIONS[arch])
     want = theirs(spec, "--no-ppl", "--process-output", "-c", N_CTX, "-b", N_CTX, "--chunks", 3)
     assert "output.weight" in want
+    assert "token_embd.weight" not in want
     assert_same_trunk(ours(spec, prose_file, process_output=True, max_chunks=3), want)
     assert "output.weight" not in ours(spec, prose_file, max_chunks=1)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen35", "glm4moe"])
+def test_process_output_adds_the_token_embedding_where_it_gives_the_logits(
+    arch: Arch, forged: Forged, theirs: Theirs, prose_file: Path
+) -> None:
+    """A model without an output.weight: the engine multiplies token_embd.weight for it."""
+    spec = forged(arch, seed=SEED, tied=True, **OPTIONS[arch])
+    assert "output.weight" not in spec.tensors
+    want = theirs(spec, "--no-ppl", "--process-output", "-c", N_CTX, "-b", N_CTX, "--chunks", 3)
+    assert want["token_embd.weight"].counts.tolist() == [3 * N_CTX]
+    got = ours(spec, prose_file, process_output=True, max_chunks=3)
+    assert_same_trunk(got, want)
+    assert_same_trunk(
+        ours(spec, prose_file, process_output=True, max_chunks=3, perplexity=True), want
+    )
+    # a run in the native thread of several chunks side by side
+    side = ours(spec, prose_file, collector={"n_seq": 3}, process_output=True, max_chunks=3)
+    assert_same_trunk(side, want, OTHER_ATTENTION)
+    assert "token_embd.weight" not in ours(spec, prose_file, max_chunks=1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 import imatrix
-from imatrix import _hub_cli, _placement_cli
+from imatrix import _hub_cli, _placement_cli, _sources_cli
 from imatrix._arguments import (
     Commands,
     add_parse_special,
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     _hub_cli.add_to_positional(command)
-    add("-f", "--file", metavar="TEXT", required=True, help="text to score, UTF-8")
+    _sources_cli.add_arguments(command, kind="text to score", required=True)
     add("--reference", metavar="REF", help="model to measure against: before quantization")
     add("--mtp-model", metavar="FILE", help="the head's own file, where it is not in MODEL")
     add("--reference-mtp-model", metavar="FILE", help="the same for REF")
@@ -107,8 +107,11 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             f"{len(args.against)} models in --against, but {len(args.against_mtp_model)} files in "
             "--against-mtp-model: give one for each, in the same order, or none"
         )
-    with Path(args.file).open("rb"):  # now, not when the models are loaded
-        text = Path(args.file)
+    # now, not when the models are loaded
+    text = _sources_cli.texts(args, again=bool(args.against))
+    if text is None:
+        raise ValueError("-p: there is no text in it to score")
+    text_arguments = _sources_cli.run_arguments(args)
     _fetch(args, terminal)
     for path in (args.model, *args.against):  # nor when the first of them is done
         with Path(path).open("rb"):
@@ -137,6 +140,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 max_chunks=args.chunks,
                 skip_chunks=args.chunk,
                 parse_special=args.parse_special,
+                **text_arguments,
                 **placement,
                 n_threads=args.threads,
                 progress=bar,

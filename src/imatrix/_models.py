@@ -16,6 +16,7 @@ from imatrix import _isolate, _session
 from imatrix._batch import Batch, Wanted, choose_in_child, usual, whole
 from imatrix._layers import ALL, Layers, Uses, sums_size
 from imatrix._layers import choose as choose_layers
+from imatrix._native_thread import ended_at_exit
 from imatrix._placement import Placement, on_cpu
 from imatrix._rehearsal import Rehearsal
 from imatrix._rehearsal import rehearse as rehearse_in_child
@@ -477,7 +478,8 @@ class Models:
             with self._dropping_engine():
                 model = _isolate.Model(self._started(), str(file.path), **options)
         else:
-            model = _session.Model(str(file.path), **options)
+            with ended_at_exit("load"):
+                model = _session.Model(str(file.path), **options)
         if not model.has_decoder:
             raise ModelError(
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "

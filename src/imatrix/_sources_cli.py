@@ -1,4 +1,5 @@
-"""Flags of `collect` for its text: where it comes from, how chats are rendered, how it is cut."""
+"""Flags of `collect` and `evaluate` for their text: where it comes from, how chats are rendered, how
+it is cut."""
 
 from __future__ import annotations
 
@@ -14,23 +15,37 @@ from imatrix.chat_template import DATE
 from imatrix.corpus import Texts
 from imatrix.text_sources import FIELDS
 
-__all__ = ["add_arguments", "run_arguments", "tell", "text_files", "texts"]
+__all__ = [
+    "add_arguments",
+    "add_min_expert_rows",
+    "run_arguments",
+    "tell",
+    "text_files",
+    "texts",
+]
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """-f, -p and what belongs to them."""
-    text = command.add_mutually_exclusive_group()
+def add_arguments(
+    command: argparse.ArgumentParser, *, kind: str = "calibration text", required: bool = False
+) -> None:
+    """-f, -p and what belongs to them.
+
+    Args:
+        kind: what to call the text in the help.
+        required: whether one of the two has to be given.
+    """
+    text = command.add_mutually_exclusive_group(required=required)
     text.add_argument(
         "-f",
         "--file",
         metavar="TEXT[:WEIGHT]",
         action="append",
-        help="calibration text: UTF-8, .jsonl, .parquet, any of the first two as .gz or .zst, a "
+        help=f"{kind}: UTF-8, .jsonl, .parquet, any of the first two as .gz or .zst, a "
         "folder of such files, - for standard input (jsonl:- for JSON lines), or "
         "hf:NAME[:CONFIG][/SPLIT]. May be repeated; with weights the sources are mixed by their "
         "shares of the tokens",
     )
-    text.add_argument("-p", "--prompt", metavar="TEXT", help="calibration text, spelled out")
+    text.add_argument("-p", "--prompt", metavar="TEXT", help=f"{kind}, spelled out")
     add = command.add_argument
     add(
         "--text-field",
@@ -58,13 +73,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default="stop",
         help="what a record does that cannot be used (not JSON, a message without a role, an error "
         "of the template, ...): end the run, or be left out and counted (default: stop)",
-    )
-    add(
-        "--min-expert-rows",
-        metavar="N",
-        type=at_least(1),
-        help="go on until every expert of every block has seen N rows, or the text (or --chunks) "
-        "comes to its end",
     )
     add(
         "--chat-template",
@@ -96,13 +104,27 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="YYYY-MM-DD",
         type=_date,
         default=DATE,
-        help=f"the date that a template is told (default: {DATE:%Y-%m-%d}, so that a matrix does "
+        help=f"the date that a template is told (default: {DATE:%Y-%m-%d}, so that the result does "
         "not depend on the day)",
     )
 
 
-def texts(args: argparse.Namespace) -> Texts | None:
+def add_min_expert_rows(command: argparse.ArgumentParser) -> None:
+    """--min-expert-rows, into `args.min_expert_rows`."""
+    command.add_argument(
+        "--min-expert-rows",
+        metavar="N",
+        type=at_least(1),
+        help="go on until every expert of every block has seen N rows, or the text (or --chunks) "
+        "comes to its end",
+    )
+
+
+def texts(args: argparse.Namespace, *, again: bool = False) -> Texts | None:
     """What the flags name; None for nothing. Finds out now whether it can be read.
+
+    Args:
+        again: whether it will be read more than once: what comes by standard input is held.
 
     Raises:
         ValueError, OSError, ImportError: as Mixture.check does.
@@ -113,9 +135,16 @@ def texts(args: argparse.Namespace) -> Texts | None:
     sources = [imatrix.Source.parse(each, fields=fields) for each in args.file]
     mixture = imatrix.Mixture(sources, seed=args.seed)
     mixture.check()
+    if again and any(each.at == "-" for each in sources):
+        sources = [_held(each) if each.at == "-" else each for each in sources]
+        mixture = imatrix.Mixture(sources, seed=args.seed)
     plain = sources[0].plain if len(sources) == 1 else None
     # whole at once, so that its length is known, and the bar has an end
     return mixture if plain is None else plain
+
+
+def _held(source: imatrix.Source) -> imatrix.Source:
+    return imatrix.Source(list(source.documents()), weight=source.weight, name=source.name)
 
 
 def text_files(args: argparse.Namespace) -> list[str]:
@@ -124,7 +153,7 @@ def text_files(args: argparse.Namespace) -> list[str]:
 
 
 def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of Collector.run that the flags decide.
+    """Arguments of Collector.run, and of evaluate(), that the flags decide: `packing` and `chat`.
 
     Raises:
         ValueError, OSError: a file of a flag cannot be read, or does not hold what it should.
@@ -148,7 +177,6 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "packing": args.packing,
         "on_bad_record": args.on_bad_record,
-        "min_expert_rows": args.min_expert_rows,
         "chat": None if options == imatrix.ChatOptions() else options,
     }
 

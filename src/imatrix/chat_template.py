@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import json
@@ -10,13 +11,14 @@ import queue
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from imatrix._plain_text import repaired, repaired_value
 from imatrix._records import with_parsed_arguments
@@ -116,7 +118,8 @@ class ChatTemplate:
         variables: names that it may use, such as bos_token.
         now: the time that strftime_now() tells.
 
-    The process starts with the first rendering. Use it as a context manager, or call close().
+    The process starts with the first rendering. Use it as a context manager, or call close(); one
+    that is left open ends with the interpreter. A fork of this process starts its own.
 
     Raises (from render):
         TemplateError (a ValueError): the template has an error, raised one, or exceeds a limit;
@@ -137,8 +140,10 @@ class ChatTemplate:
         self.variables = dict(variables or {})
         self._now = now
         self._seconds = seconds
-        self._child: subprocess.Popen[str] | None = None
-        self._answers: queue.Queue[str] = queue.Queue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._requests: BinaryIO | None = None
+        self._replies: BinaryIO | None = None
+        self._answers: queue.Queue[bytes] = queue.Queue()
 
     def render(
         self,
@@ -184,12 +189,24 @@ class ChatTemplate:
         child, self._child = self._child, None
         if child is None:
             return
+        _open.discard(self)
         child.kill()
         child.wait()
-        for stream in (child.stdin, child.stdout):
+        if self._requests is not None:
+            self._requests.close()
+        # _read, which sees the end now, closes the other
+        self._requests = self._replies = None
+
+    def _forget(self) -> None:
+        """In a fork: leave the process to the one that started it."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.returncode = 0  # not our child: nothing to wait for
+        for stream in (self._requests, self._replies):
             if stream is not None:
-                with suppress(OSError):  # what could not be written, nobody will read
-                    stream.close()
+                stream.close()  # unbuffered: there is no lock that a thread elsewhere may hold
+        self._requests = self._replies = None
 
     def __enter__(self) -> ChatTemplate:
         return self
@@ -212,20 +229,24 @@ class ChatTemplate:
         worker = str(Path(__file__).with_name("_chat_worker.py"))
         # isolated: not what lies in the current folder, but the paths that this process has
         command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), worker]
-        self._child = subprocess.Popen(
+        self._child = child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
+            # no buffers: the lock of one, held by a thread that waits for an answer, would be
+            # fatal to an interpreter that exits
+            bufsize=0,
             # Ctrl-C is for this process, which then ends the other
             start_new_session=os.name == "posix",
         )
+        self._requests, self._replies = child.stdin, child.stdout  # type: ignore[assignment]
+        child.stdin = child.stdout = None
         self._answers = queue.Queue()
         threading.Thread(
-            target=_read, args=(self._child.stdout, self._answers), daemon=True
+            target=_read, args=(self._replies, self._answers), name="imatrix-template", daemon=True
         ).start()
+        _open.add(self)
         setup = {
             "template": self.text,
             "name": self.name,
@@ -242,15 +263,12 @@ class ChatTemplate:
             raise
 
     def _ask(self, line: str, seconds: float) -> dict[str, Any]:
-        child = self._child
-        assert child is not None
-        assert child.stdin is not None
+        assert self._requests is not None
         try:
-            child.stdin.write(line + "\n")
-            child.stdin.flush()
+            _write(self._requests, line.encode("ascii") + b"\n")
             answer = self._answers.get(timeout=seconds)
         except BrokenPipeError:
-            answer = ""
+            answer = b""
         except queue.Empty:
             self.close()
             raise TemplateError(f"{self.name}: not done after {seconds:g} seconds") from None
@@ -394,8 +412,41 @@ def _placeholder(value: object) -> object:
     return f"<{type(value).__name__}>"
 
 
-def _read(stream: IO[str], answers: queue.Queue[str]) -> None:
-    with suppress(ValueError, OSError):  # closed from the other side
-        for line in stream:
-            answers.put(line)
-    answers.put("")
+def _write(stream: BinaryIO, content: bytes) -> None:
+    """All of it: an unbuffered write may take a part only."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def _read(stream: BinaryIO, answers: queue.Queue[bytes]) -> None:
+    """Put each line into the queue, and b"" at the end."""
+    with suppress(ValueError, OSError), stream:
+        held: list[bytes] = []
+        while block := os.read(stream.fileno(), 2**16):
+            *whole, rest = block.split(b"\n")
+            for line in whole:
+                answers.put(b"".join([*held, line]))
+                held = []
+            held.append(rest)
+    answers.put(b"")
+
+
+_open: weakref.WeakSet[ChatTemplate] = weakref.WeakSet()
+
+
+def _in_fork() -> None:
+    for template in list(_open):
+        template._forget()
+    _open.clear()
+
+
+@atexit.register
+def _at_exit() -> None:
+    # after the runs that render have ended (_native_thread registers later and so comes first)
+    for template in list(_open):
+        template.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_fork)

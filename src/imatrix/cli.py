@@ -305,6 +305,7 @@ def _collect_text(
                     process_output=args.process_output,
                     parse_special=args.parse_special,
                     **text_arguments,
+                    min_expert_rows=args.min_expert_rows,
                     perplexity=args.ppl,
                     on_nonfinite=args.on_nonfinite,
                     checkpoint=checkpoint,
@@ -735,6 +736,7 @@ def _add_collect(commands: Commands) -> None:
     add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     _hub_cli.add_arguments(command)
     _sources_cli.add_arguments(command)
+    _sources_cli.add_min_expert_rows(command)
     add(
         "-o",
         "--output",
@@ -743,9 +745,12 @@ def _add_collect(commands: Commands) -> None:
         default="imatrix.gguf",
         help="what to write (default: imatrix.gguf)",
     )
-    add("--mtp", action="store_true", help="collect the MTP/NextN head too")
+    add("--mtp", "--nextn", action="store_true", help="collect the MTP/NextN head too")
     add(
         "--mtp-model",
+        "-md",
+        "--model-draft",
+        "--spec-draft-model",
         metavar="FILE",
         help="the head's own file, where it is not in MODEL; collects it, as --mtp does. The "
         "matrix of a gemma4-assistant goes to OUT with -mtp in its name",
@@ -785,7 +790,11 @@ def _add_collect(commands: Commands) -> None:
         type=chunks,
         help="chunks to collect at most (default: -1, all)",
     )
-    add("--process-output", action="store_true", help="collect output.weight too")
+    add(
+        "--process-output",
+        action="store_true",
+        help="collect output.weight too; of a model with tied embeddings token_embd.weight",
+    )
     add_parse_special(command)
     add(
         "--ppl",

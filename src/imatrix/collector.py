@@ -34,7 +34,7 @@ from imatrix._keeper import Keeper, batch_in
 from imatrix._layers import Layers
 from imatrix._lock import locked
 from imatrix._models import Models, NativeModel, NativeSession, session_settings
-from imatrix._native_thread import NativeThread, end_at_exit
+from imatrix._native_thread import NativeThread, end_at_exit, ended_at_exit
 from imatrix._placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix._run import FOREIGN_HEAD, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
@@ -384,7 +384,8 @@ class Collector:
         """Token ids of a text by the model's own tokenizer, int32 [n_tokens]."""
         model = self._loaded()
         self._models.check_tokenizer()
-        return model.tokenize(text, add_special=add_special, parse_special=parse_special)
+        with ended_at_exit("tokenizing"):
+            return model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def chat_template(self, name: str | None = None) -> ChatTemplate:
         """The model's chat template, with its special tokens; see ChatTemplate.
@@ -456,10 +457,10 @@ class Collector:
                     f"a run of this Collector is on, in {where} thread; wait for it, or make a "
                     "Collector of its own for each"
                 )
+            end_at_exit.begin(self)
             self._runner = threading.get_ident()
             self._over.clear()
             self._ending = None
-        end_at_exit.running.add(self)
         try:
             yield
         except InterruptedError:
@@ -468,12 +469,12 @@ class Collector:
                 raise
             raise RuntimeError(f"the run was ended: {self._ending}") from None
         finally:
-            end_at_exit.running.discard(self)
             with self._guard:
                 self._runner = None
                 if self._closed:
                     self._free()
                 self._over.set()
+            end_at_exit.over(self)
 
     def _check_ending(self) -> None:
         if self._ending is not None:
@@ -541,7 +542,8 @@ class Collector:
             mtp: collect the MTP/NextN head too. A model without one gives a warning.
             max_chunks: chunks to collect at most; None for all.
             skip_chunks: chunks to leave out at the start.
-            process_output: collect output.weight too (the trunk's rows only).
+            process_output: collect output.weight too (the trunk's rows only); of a model without
+                one, whose token embedding gives the logits, token_embd.weight.
             parse_special: read special tokens that the text spells out as such. Chats have theirs
                 read in any case.
             packing: "stream", as llama-imatrix cuts a text; "document", where no document sees

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -51,8 +52,9 @@ class Tokenizer(Protocol):
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
         """Tokens of ``text``: [n] int32.
 
-        ``add_special`` adds BOS where the model wants it; ``parse_special`` reads the spelling of
-        a control token in the text as that token.
+        ``add_special`` adds BOS in front and EOS (or SEP) at the end, each where the model wants
+        it, and gives these alone for an empty text; ``parse_special`` reads the spelling of a
+        control token in the text as that token.
         """
 
 
@@ -293,7 +295,9 @@ def chunks(
     that does not fill a chunk is dropped, and where the model wants a BOS it replaces the first
     token of every chunk (compute_imatrix in tools/imatrix/imatrix.cpp). Two things differ from
     llama-imatrix: one full chunk is enough, where it demands two; and a stream shorter than
-    ``n_ctx`` is not refused but becomes one short chunk.
+    ``n_ctx`` is not refused but becomes one short chunk. Where the tokenizer ends a text with a
+    token of its own (add_eos_token, or the SEP of a BERT), every text ends with it, not the last or
+    the first only; the tokenizer's BOS stands in front of the first text only.
 
     By documents: a chunk holds tokens of one document. A document longer than ``n_ctx`` is cut,
     and what is left of it is a chunk too, a shorter one. Where the model wants a BOS it stands in
@@ -310,9 +314,10 @@ def chunks(
             - a path (os.PathLike): a UTF-8 file; as with `llama-imatrix -f`, one newline at the
               end is not part of the text (common/arg.cpp);
             - an open file: read whole and treated likewise, binary content as UTF-8;
-            - an iterable of str: each tokenized by itself; in a stream special tokens are added
-              to the first only;
-            - an iterable of token lists: sequences or arrays of ints, taken as they are;
+            - an iterable of str: each tokenized by itself; in a stream only the first gets a BOS,
+              and each gets the EOS;
+            - an iterable of token lists: sequences or arrays of ints, taken as they are: no BOS
+              and no EOS is added between them;
             - a Source or a Mixture of them (imatrix.text_sources).
 
             Each of the first three is one document, each item of an iterable is.
@@ -436,6 +441,11 @@ class _Reading:
     tallies: Sequence[Tally]
     on_bad_record: OnBadRecord
 
+    @cached_property
+    def end(self) -> NDArray[np.int32]:
+        """What the tokenizer puts after a text, see _end."""
+        return _end(self.tokenizer)
+
     def tokens(self, items: Iterable[tuple[int, Found]]) -> _Pieces:
         """Tokens of the documents, each with the number of its source."""
         first = True
@@ -465,22 +475,25 @@ class _Reading:
             raise found.error
         if item is None:
             return None
-        parse_special = self.parse_special
+        parse_special, end = self.parse_special, False
         if isinstance(item, Chat):
             if self.render is None:
                 raise ValueError("a chat among the texts, and no chat template to render it with")
             check_messages(item.messages)
             if item.messages and is_empty_chat(item.messages):
                 return None
-            # the template spells its special tokens out, the BOS too
+            # the template spells its special tokens out: the BOS, and what ends an answer
             item, add_special, parse_special = self.render(item), False, True
+        elif isinstance(item, str):
+            end = not add_special
         if isinstance(item, str):
             if not item:
                 return None
             tokens = self.tokenizer.tokenize(
                 repaired(item), add_special=add_special, parse_special=parse_special
             )
-            return np.asarray(tokens, dtype=np.int32)
+            tokens = np.asarray(tokens, dtype=np.int32)
+            return np.concatenate([tokens, self.end]) if end and len(self.end) else tokens
         return _token_item(item, getattr(self.tokenizer, "n_vocab", None), found.where)
 
     def _is_of_a_record(self, error: Exception) -> bool:
@@ -495,6 +508,18 @@ class _Reading:
                 return False
             check()
         return True
+
+
+def _end(tokenizer: Tokenizer) -> NDArray[np.int32]:
+    """What the tokenizer puts after a text: EOS, SEP, or nothing; int32 [0] or [1].
+
+    Seen from an empty text, which gets the special tokens alone. Wordpiece has both, whatever the
+    model says of a BOS (llama_vocab::impl::tokenize in src/llama-vocab.cpp).
+    """
+    special = np.asarray(
+        tokenizer.tokenize("", add_special=True, parse_special=False), dtype=np.int32
+    )
+    return special[1 if tokenizer.add_bos or len(special) > 1 else 0 :]
 
 
 def _located(error: Exception, where: str) -> Exception:

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,9 +24,11 @@ from imatrix import _isolate, _session, corpus
 from imatrix._batch import Batch, Wanted
 from imatrix._chunking import cut
 from imatrix._models import Models, session_settings
+from imatrix._native_thread import NativeThread, Work, ended_at_exit
 from imatrix._placement import Overrides, Placement, SplitMode
 from imatrix._threads import physical_cores
 from imatrix.architectures import lacks_head
+from imatrix.chat_template import ChatOptions
 from imatrix.errors import ModelError
 from imatrix.run_report import Perplexity, Progress
 
@@ -494,6 +495,9 @@ def evaluate(
     max_chunks: int | None = None,
     skip_chunks: int = 0,
     parse_special: bool = False,
+    packing: corpus.Packing = "stream",
+    chat: ChatOptions | None = None,
+    on_bad_record: corpus.OnBadRecord = "stop",
     n_gpu_layers: int | Literal["auto"] = "auto",
     split_mode: SplitMode = "layer",
     tensor_split: Sequence[float] | None = None,
@@ -517,8 +521,8 @@ def evaluate(
 
     Args:
         model: path of a GGUF model, or of the first part of a multi-part one.
-        texts: as Collector.run takes them; tokenized by the model. Take other text than the
-            calibration's.
+        texts: as Collector.run takes them: sources, mixtures and chats too; rendered and tokenized
+            by the model. Take other text than the calibration's.
         mtp_model: the head's own file, where it is not in the model.
         reference: the model to measure against, usually the one before quantization.
         reference_mtp_model: its head's own file, where it is not in it.
@@ -530,7 +534,9 @@ def evaluate(
         n_ubatch: tokens a graph; None for 512. A model whose tokens see those after them too
             (Collector.causal) needs each chunk in one decode and one graph: there both are n_ctx
             where they are None, and must be no less where they are not.
-        max_chunks, skip_chunks, parse_special: as in Collector.run.
+        max_chunks, skip_chunks, parse_special, packing, chat: as in Collector.run. A chunk of
+            2 tokens, which document packing can make, has no position to score.
+        on_bad_record: as in Collector.run; records that are left out are a UserWarning.
         n_gpu_layers, n_threads, use_mmap, rehearse: as in Collector.
         split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: as in
             Collector, for all the models alike.
@@ -542,8 +548,11 @@ def evaluate(
     Raises:
         FileNotFoundError: there is no such file.
         ModelError (a ValueError): not a model, or a head that the metadata claim is missing.
-        ValueError: a bad number, no tokens, mtp=True without a head, or a reference of another
-            architecture or vocabulary, or without a head where the model has one.
+        TemplateError (a ValueError): a chat cannot be rendered.
+        ValueError: a bad number, no tokens, mtp=True without a head, a source that cannot be
+            understood, or a reference of another architecture or vocabulary, or without a head
+            where the model has one.
+        ImportError: a library that reads a source is not installed.
         NonFiniteError: NaN or infinite logits.
         MemoryError: the models or the contexts do not fit.
     """
@@ -574,6 +583,7 @@ def evaluate(
 
     batches: list[Batch] = []  # as each model needs it
     with ExitStack() as stack:
+        work = stack.enter_context(ended_at_exit("evaluation"))
 
         def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Models:
             models = Models(
@@ -618,13 +628,18 @@ def evaluate(
             theirs = opened(reference, reference_mtp_model)
             _check_reference(ours, theirs, with_head, os.fspath(reference))
         own, own_head = loaded(ours, {})
+        render = ours.renderer(ChatOptions() if chat is None else chat)
+        stack.callback(render.close)
         cut_chunks, total, _ = cut(
             ours,
             texts,
             n_ctx,
+            packing=packing,
+            render=render,
             parse_special=parse_special,
             skip_chunks=skip_chunks,
             max_chunks=max_chunks,
+            on_bad_record=on_bad_record,
         )
         chunks = (chunk.tokens for chunk in cut_chunks)
         first = next(chunks)  # bad text is an error before any context is made
@@ -643,7 +658,14 @@ def evaluate(
             )
         except ModelError as error:
             raise ModelError(f"{os.fspath(model)}: {error}") from None
-        found, lengths, digest = _drive(evaluator, first, chunks, total, progress)
+        found, lengths, digest = _drive(work, evaluator, first, chunks, total, progress)
+        for tally in cut_chunks.tallies:
+            if tally.skipped:
+                warnings.warn(
+                    f"{tally.skipped} record(s) could not be used and were skipped, the first: "
+                    f"{tally.first_skipped}",
+                    stacklevel=2,
+                )
         n_vocab = own.n_vocab
         causal = ours.causal
         # a gemma4-assistant runs all its blocks in one graph, which drafts any depth
@@ -701,6 +723,7 @@ def _check_reference(ours: Models, theirs: Models, with_head: bool, path: str) -
 
 
 def _drive(
+    work: Work,
     evaluator: _session.Evaluator,
     first: NDArray[np.int32],
     rest: Iterator[NDArray[np.int32]],
@@ -715,10 +738,12 @@ def _drive(
     n_tokens = n_scored = 0
     nll = nll_sq = 0.0
     started = time.monotonic()
-    with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+    work.cancel = evaluator.cancel
+    with NativeThread() as native:
         try:
             chunk: NDArray[np.int32] | None = first
             while chunk is not None:
+                work.check()
                 running = native.submit(evaluator.step, chunk)
                 following = next(rest, None)
                 done = running.result()
@@ -734,8 +759,10 @@ def _drive(
                     so_far = _so_far(nll, nll_sq, n_scored)
                     progress(Progress(len(found), total, n_tokens, seconds, so_far))
                 chunk = following
-        except BaseException:
+        except BaseException as error:
             evaluator.cancel()
+            if isinstance(error, InterruptedError):
+                work.check()
             raise
     return found, lengths, digest.hexdigest()
 

@@ -343,6 +343,8 @@ class _Check:
         self._blocks = _quantize_pybind.type_blocks()
         self._convertible = _quantize_pybind.tensor_types()
         self._head_refused = _refusal(file)
+        # what gives the logits, and process_output collects; tied: the token embedding
+        self._lm_head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         # whether the matrix has data of the trunk, of the head
         self._covered = {self._in_head(name) for name in matrix or () if name in file.tensors}
         self._experts_apart = any(_EXPERT_APART.fullmatch(name) for name in file.tensors)
@@ -502,10 +504,10 @@ class _Check:
         """What gives a tensor the data that it lacks."""
         if name in self._adapted:
             return "adapt"
+        if name == self._lm_head:
+            return "merge" if self._experts_apart else "collect the output"
         if name in UNASKED[:2] or collectable is False:
             return "another type"
-        if name == "output.weight":
-            return "merge" if self._experts_apart else "collect the output"
         if not name.startswith(("blk.", "nextn.")):  # is_wanted in ext/eval_hook.cpp
             return "another type"
         in_head = self._in_head(name)
@@ -629,13 +631,13 @@ class _Check:
     def _collect_fix(self, tensors: Sequence[TensorCoverage]) -> str:
         """One command that collects them, and all that the matrix has already."""
         head = self._head_refused is None and any(t.in_head for t in tensors)
-        output = any(t.name == "output.weight" for t in tensors)
+        output = any(t.name == self._lm_head for t in tensors)
         command = self._collect(
             head or (self._head_refused is None and True in self._covered),
-            output or "output.weight" in (self.matrix or ()),
+            output or self._lm_head in (self.matrix or ()),
         )
-        if all(t.name == "output.weight" for t in tensors):
-            return f"Collect output.weight too: {command}"
+        if all(t.name == self._lm_head for t in tensors):
+            return f"Collect {self._lm_head} too: {command}"
         part = "the head's weights" if all(t.in_head for t in tensors) else "the data"
         return f"Collect {part}{' with --mtp' if head else ''}: {command}"
 

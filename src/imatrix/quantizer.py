@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
+from imatrix._native_thread import NativeThread, ended_at_exit
 from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
 from imatrix.architectures import check_whole, loads_alone
@@ -190,11 +191,12 @@ def quantize(
     metadata = [] if matrix is None else _metadata(matrix, source)
     if asked.rewritten:
         metadata.append(("general.file_type", FTYPES[name]))
-    with atomic.replacing(dst) as temporary:
+    # its own file goes before the interpreter does, too
+    with ended_at_exit("quantization") as work, atomic.replacing(dst) as temporary:
         watch = _quantize_pybind.Watch()
         _session.set_log_level()  # logging.getLogger("imatrix.engine") may want more by now
         # In a second thread, so that Ctrl-C reaches this one.
-        with ThreadPoolExecutor(1, thread_name_prefix="imatrix") as native:
+        with NativeThread() as native:
             running = native.submit(
                 _quantize_pybind.quantize,
                 watch,
@@ -212,6 +214,7 @@ def quantize(
             )
             try:
                 while wait([running], timeout=0.1).not_done:
+                    work.check()
                     if progress is not None:
                         progress(*watch.progress)
             except BaseException:
@@ -268,7 +271,11 @@ def _check_unasked(found: Coverage) -> None:
                 f"{tensor.name} would get a type that needs importance data, and there are none "
                 "for it. Leave out pure, or give it a type of its own, as in "
                 f"tensor_types={{'^{tensor.name}$': 'q4_K'}}"
-                + (" (or collect with process_output)." if tensor.name == "output.weight" else ".")
+                + (
+                    " (or collect with process_output)."
+                    if tensor.cure == "collect the output"
+                    else "."
+                )
             )
 
 
