@@ -201,7 +201,10 @@ def test_against_reads_the_text_again(
     ("content", "said"),
     [
         (b'{"text": "a"}\n{"text"', "line 2: not JSON"),
-        (b'{"body": "a b c d e f"}\n', "no field 'messages' or 'text'; it has 'body'"),
+        (
+            b'{"body": "a b c d e f"}\n',
+            "no field 'messages' or 'conversations' or 'conversation' or 'text'; it has 'body'",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_read(

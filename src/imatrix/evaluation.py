@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from imatrix.architectures import lacks_head
 from imatrix.chat_template import ChatOptions
 from imatrix.errors import ModelError
 from imatrix.run_report import Perplexity, Progress
+from imatrix.text_sources import OnBadRecord
 
 __all__ = ["Comparison", "Difference", "Estimate", "Evaluation", "Predictions", "evaluate"]
 
@@ -497,7 +499,7 @@ def evaluate(
     parse_special: bool = False,
     packing: corpus.Packing = "stream",
     chat: ChatOptions | None = None,
-    on_bad_record: corpus.OnBadRecord = "stop",
+    on_bad_record: OnBadRecord = "stop",
     n_gpu_layers: int | Literal["auto"] = "auto",
     split_mode: SplitMode = "layer",
     tensor_split: Sequence[float] | None = None,
