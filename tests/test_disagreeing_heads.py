@@ -188,6 +188,15 @@ def test_tensors_of_a_head_that_nothing_claims(arch: str, tmp_path: Path) -> Non
         assert engine(tmp_path / "d.gguf") == (whole.n_layer, 0)
 
 
+def test_a_claim_of_more_blocks_than_there_are(tmp_path: Path) -> None:
+    whole = make_any(tmp_path / "whole.gguf", "qwen35")
+    trunk = drop_mtp(whole.path, tmp_path / "trunk.gguf")
+    path = rewrite(trunk.model, tmp_path / "m.gguf", keys={claim(whole): 9})
+    refused(path, "nextn_predict_layers is 9", "imatrix drop-mtp")
+    drop_mtp(path, tmp_path / "d.gguf")
+    assert (tmp_path / "d.gguf").read_bytes() == trunk.model.read_bytes()
+
+
 def test_part_of_a_head_is_missing(tmp_path: Path) -> None:
     whole = make_any(tmp_path / "whole.gguf", "glm4moe")
     for number, name in enumerate(("attn_q.weight", "nextn.eh_proj.weight")):
@@ -232,6 +241,19 @@ def test_a_head_of_blocks_alone_is_grafted_and_not_run(tmp_path: Path) -> None:
     graft_mtp(trunk, blocks, tmp_path / "again.gguf")
     assert contents(tmp_path / "again.gguf") == contents(whole.path)
     assert engine(tmp_path / "again.gguf", mtp=True) == (whole.n_layer, 1)
+
+
+def test_a_head_whose_output_stayed_in_the_trunk_is_not_run(tmp_path: Path) -> None:
+    """The engine would take the token embedding for it, without a word."""
+    whole = make_any(tmp_path / "whole.gguf", "glm4moe")
+    trunk, head = tmp_path / "trunk.gguf", tmp_path / "head.gguf"
+    imatrix.extract_mtp(whole.path, head, trunk_out=trunk)
+    without = rewrite(head, tmp_path / "without.gguf", without=("output.",))
+    assert engine(without, mtp=True)[1] == 1
+    with pytest.raises(ModelError, match=r"has an output.weight, this file has none.*graft-mtp"):
+        Collector(trunk, mtp_model=without)
+    graft_mtp(trunk, without, tmp_path / "again.gguf")
+    assert contents(tmp_path / "again.gguf") == contents(whole.path)
 
 
 def test_a_head_with_a_vocabulary_of_its_own_is_refused(tmp_path: Path) -> None:

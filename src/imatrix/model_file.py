@@ -132,7 +132,8 @@ class ModelFile:
         if not 0 <= claimed <= block_count:
             raise ModelError(
                 f"{first}: nextn_predict_layers is {claimed}, block_count is "
-                f"{block_count}; the metadata contradict each other"
+                f"{block_count}; the metadata contradict each other. If the model has no head, "
+                f"drop the claim: imatrix drop-mtp {first} -o OUT.gguf"
             )
         n_trunk, n_nextn = head_blocks(header["architecture"], block_count, claimed, tensors)
         return cls(

@@ -252,11 +252,13 @@ def drop_mtp(
             one; nothing would be left; or the engine does not load the result.
         OSError: reading or writing failed.
     """
-    source = _Model.read(Path(model))
+    source = _Model.read(Path(model), any_claim=True)
     path = Path(out)
     _check_outputs([path], source.paths)
+    key = f"{source.architecture}.nextn_predict_layers"
+    claimed = key in source.keys and source.keys[key].decoded() != 0
     heads = {t.block for t in source.infos.values() if t.block is not None and ".nextn." in t.name}
-    if source.architecture == "gemma4-assistant" or not (source.claimed_nextn or heads):
+    if source.architecture == "gemma4-assistant" or not (claimed or heads):
         raise ModelError(f"{source.path}: it has no MTP head, and its metadata claim none")
     claimed_from = source.block_count - source.claimed_nextn
     blocks = {t.block for t in source.infos.values() if t.block is not None}
@@ -426,6 +428,15 @@ def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) 
                     "the engine loads a head from a file of its own only with it. Put the head "
                     f"into its model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
                 )
+        own = f"blk.{head.n_trunk}.nextn.shared_head_head.weight"
+        output = "output.weight"
+        if output in trunk.tensors and not (output in head.tensors or own in head.tensors):
+            # the loaders take token_embd.weight in its place (src/models/)
+            raise ModelError(
+                f"{head.path}: {trunk.path.name} has an {output}, this file has none, and the "
+                "engine would take the head's token embedding in its place. Put the head into its "
+                f"model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
+            )
     for block in range(head.n_trunk, head.n_trunk + head.n_nextn):
         # [2 * n_embd, n_embd] in every architecture that has one (src/models/)
         name = f"blk.{block}.nextn.eh_proj.weight"
@@ -666,8 +677,11 @@ class _Model:
     n_nextn: int
 
     @classmethod
-    def read(cls, path: Path) -> _Model:
+    def read(cls, path: Path, *, any_claim: bool = False) -> _Model:
         """Read the headers of all parts, as src/llama-model-loader.cpp finds them.
+
+        Args:
+            any_claim: take a claim of more head blocks than there are blocks for none.
 
         Raises:
             FileNotFoundError, IsADirectoryError: no such file.
@@ -684,10 +698,13 @@ class _Model:
             block_count = integer(first.keys, f"{architecture}.block_count", 0)
             claimed = integer(first.keys, f"{architecture}.nextn_predict_layers", 0)
             if not 0 <= claimed <= block_count:
-                raise DamagedError(
-                    f"nextn_predict_layers is {claimed}, block_count is {block_count}; the "
-                    "metadata contradict each other"
-                )
+                if not any_claim:
+                    raise DamagedError(
+                        f"nextn_predict_layers is {claimed}, block_count is {block_count}; the "
+                        "metadata contradict each other. If the model has no head, drop the "
+                        f"claim: imatrix drop-mtp {path} -o OUT.gguf"
+                    )
+                claimed = 0
             infos: dict[str, Tensor] = {}
             for number, part in enumerate(parts):
                 if len(parts) > 1:
