@@ -1,7 +1,7 @@
 """The head against an independent forward pass in NumPy: the test that everything hangs on.
 
-A head that is fed wrongly still gives every name and every count (the engine has a call
-that does just that, llama_batch_ext_set_embd_state), so only sums from elsewhere can tell.
+A head that is fed wrongly still gives every name and every count, so only sums from elsewhere can
+tell.
 """
 
 from __future__ import annotations
