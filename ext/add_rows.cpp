@@ -10,7 +10,8 @@ namespace imatrix {
 namespace {
 
 // float32 partial sums run over at most this many rows, then go to float64. The relative
-// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact.
+// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact; of a
+// signed sum so much of the sum of the magnitudes.
 constexpr size_t kRowsPerPartial = 512;
 
 // Columns a kernel call adds: their partial sums stay in the first cache level.
@@ -26,6 +27,8 @@ constexpr size_t kWorthSharing = size_t{1} << 16;
 int64_t add_columns(const RowBlock & block, size_t first, size_t last) {
     const float * shifted[kRowsPerPartial];
     float         partial[kColumns];
+    float         signed_partial[kColumns];
+    const bool    both = block.signed_sums != nullptr;
     for (size_t a = first; a < last; a += kColumns) {
         const size_t n = std::min(kColumns, last - a);
         for (size_t r = 0; r < block.n_rows; r += kRowsPerPartial) {
@@ -34,13 +37,22 @@ int64_t add_columns(const RowBlock & block, size_t first, size_t last) {
                 shifted[k] = block.rows[r + k] + a;
             }
             std::fill_n(partial, n, 0.0f);
-            best_row_kernel().run(shifted, count, n, partial);
-            // a sum of squares is finite only if every one of them is
+            if (both) {
+                std::fill_n(signed_partial, n, 0.0f);
+            }
+            best_row_kernel().run(shifted, count, n, partial, both ? signed_partial : nullptr);
+            // A sum of squares is finite only if every one of them is, and then no value is beyond
+            // 2^64, so that their sum is finite too.
             for (size_t j = 0; j < n; ++j) {
                 if (!std::isfinite(partial[j])) {
                     return static_cast<int64_t>(a + j);
                 }
                 block.sums[a + j] += static_cast<double>(partial[j]);
+            }
+            if (both) {
+                for (size_t j = 0; j < n; ++j) {
+                    block.signed_sums[a + j] += static_cast<double>(signed_partial[j]);
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-// Squares of rows into float64 sums, by several threads.
+// Squares of rows, and the rows themselves, into float64 sums, by several threads.
 #pragma once
 
 #include <cstddef>
@@ -9,11 +9,12 @@ namespace imatrix {
 
 class Parallel;
 
-// The rows of one matrix or expert and the sums that their squares are added to.
+// The rows of one matrix or expert and the sums that their squares and they are added to.
 struct RowBlock {
-    const float * const * rows   = nullptr; // n contiguous floats each
-    size_t                n_rows = 0;
-    double *              sums   = nullptr; // [n]
+    const float * const * rows        = nullptr; // n contiguous floats each
+    size_t                n_rows      = 0;
+    double *              sums        = nullptr; // [n]
+    double *              signed_sums = nullptr; // [n], or NULL: the squares only
 };
 
 // What was found not to be finite: the lowest channel of the first block that has one.
@@ -22,7 +23,7 @@ struct NonFinite {
     int64_t channel = -1; // -1: all is finite
 };
 
-// sums[j] += the squares of column j, for every block. Which thread adds what is a matter of
+// sums[j] += the squares of column j, signed_sums[j] += column j, for every block. Which thread adds what is a matter of
 // columns and of blocks, never of rows, so that the sums do not depend on the number of threads.
 // After a NaN or Inf the sums of that block are of no use.
 NonFinite add_rows(Parallel & threads, const std::vector<RowBlock> & blocks, size_t n);

@@ -48,7 +48,7 @@ ggml_backend_buffer_t buffer_of(const ggml_tensor * tensor) {
     return tensor->view_src != nullptr ? tensor->view_src->buffer : tensor->buffer;
 }
 
-// float32 sums that stay on a device for the length of a chunk, [n_in, n_mat]
+// float32 sums that stay on a device for the length of a chunk, [n_in or 2 * n_in, n_mat]
 struct Held {
     ContextPtr    context;
     BufferPtr     buffer;
@@ -100,14 +100,16 @@ struct DeviceSums::Graph {
         return mine;
     }
 
-    // Squares, contiguous. CUDA's SQR wants contiguous rows and does not say so when it is asked
-    // what it supports (ggml-cuda/unary.cu).
-    ggml_tensor * squares(const ggml_tensor * theirs) {
+    // What is to be added up, contiguous: squares and, with `both`, the rows themselves behind them,
+    // so that one pass adds the two. CUDA's SQR wants contiguous rows and does not say so when it is
+    // asked what it supports (ggml-cuda/unary.cu).
+    ggml_tensor * addends(const ggml_tensor * theirs, bool both) {
         ggml_tensor * rows = view(theirs);
         if (!ggml_is_contiguous(rows)) {
             rows = ggml_cont(context.get(), rows);
         }
-        return ggml_sqr(context.get(), rows);
+        ggml_tensor * squares = ggml_sqr(context.get(), rows);
+        return both ? ggml_concat(context.get(), squares, rows, 0) : squares;
     }
 
     // [n_in, n, m] -> [n_in, m]: the sum over dimension 1, by halves
@@ -187,15 +189,15 @@ void DeviceSums::begin_chunk() {
     }
 }
 
-// Adds `sums` [n_in, n_mat] to what the device holds for the slot.
+// Adds `sums` [n_in or 2 * n_in, n_mat] to what the device holds for the slot.
 DeviceSums::Outcome DeviceSums::run(Device & device, Graph & graph, ggml_tensor * sums,
                                     size_t weight, size_t slot, const Shape & shape) {
     ggml_backend * backend = device.backend.get();
     Held &         held    = device.held[slot];
-    if (held.tensor == nullptr) {
+    if (held.tensor == nullptr || held.tensor->ne[0] != sums->ne[0]) {
         ContextPtr    context(ggml_init({ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true}));
         ggml_tensor * tensor =
-            ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, shape.n_in, shape.n_mat);
+            ggml_new_tensor_2d(context.get(), GGML_TYPE_F32, sums->ne[0], shape.n_mat);
         BufferPtr buffer(ggml_backend_alloc_ctx_tensors(context.get(), backend));
         if (buffer == nullptr) {
             device.tell("it has no memory left for sums");
@@ -242,23 +244,24 @@ DeviceSums::Outcome DeviceSums::run(Device & device, Graph & graph, ggml_tensor 
 }
 
 DeviceSums::Outcome DeviceSums::add(const ggml_tensor * rows, size_t weight, size_t slot,
-                                    const Shape & shape) {
+                                    const Shape & shape, bool both) {
     Device * device = device_of(rows);
     if (device == nullptr) {
         return Outcome::unsupported;
     }
     Graph         graph(graph_memory_);
-    ggml_tensor * squares = graph.squares(rows);
+    ggml_tensor * addends = graph.addends(rows, both);
     const int64_t each    = ggml_nrows(rows) / shape.n_mat;
-    return run(
-        *device, graph,
-        graph.add_up(ggml_reshape_3d(graph.context.get(), squares, shape.n_in, each, shape.n_mat)),
-        weight, slot, shape);
+    return run(*device, graph,
+               graph.add_up(ggml_reshape_3d(graph.context.get(), addends, addends->ne[0], each,
+                                            shape.n_mat)),
+               weight, slot, shape);
 }
 
 DeviceSums::Outcome DeviceSums::add_routed(const ggml_tensor * rows, size_t weight, size_t slot,
                                            const Shape &                             shape,
-                                           const std::vector<std::vector<int32_t>> & rows_of) {
+                                           const std::vector<std::vector<int32_t>> & rows_of,
+                                           bool                                      both) {
     Device * device = device_of(rows);
     if (device == nullptr) {
         return Outcome::unsupported;
@@ -268,7 +271,7 @@ DeviceSums::Outcome DeviceSums::add_routed(const ggml_tensor * rows, size_t weig
         return Outcome::unsupported;
     }
     const size_t n_mat  = static_cast<size_t>(shape.n_mat);
-    const size_t row    = static_cast<size_t>(shape.n_in) * sizeof(float);
+    const size_t row    = static_cast<size_t>(shape.n_in) * sizeof(float) * (both ? 2 : 1);
     const size_t budget = std::max<size_t>(1, kGatherBytes / row);
 
     // Numbers of rows in a table for each matrix, and the number of a row of zeros.
@@ -278,8 +281,8 @@ DeviceSums::Outcome DeviceSums::add_routed(const ggml_tensor * rows, size_t weig
     const auto                        flush = [&] {
         Graph         graph(graph_memory_);
         const int64_t n_rows = ggml_nrows(rows);
-        ggml_tensor * table =
-            ggml_reshape_2d(graph.context.get(), graph.squares(rows), shape.n_in, n_rows);
+        ggml_tensor * table = graph.addends(rows, both);
+        table        = ggml_reshape_2d(graph.context.get(), table, table->ne[0], n_rows);
         table        = ggml_pad(graph.context.get(), table, 0, 1, 0, 0);
         int  zeros   = static_cast<int>(n_rows);
         auto longest = [&] {
@@ -377,7 +380,7 @@ int64_t DeviceSums::fetch(const Take & take) {
         ggml_backend_tensor_get(held.tensor, sums.data(), 0, ggml_nbytes(held.tensor));
         bytes += static_cast<int64_t>(ggml_nbytes(held.tensor));
         held.has_data = false;
-        take(held.weight, slot, sums.data());
+        take(held.weight, slot, sums.data(), held.tensor->ne[0]);
     }
     return bytes;
 }

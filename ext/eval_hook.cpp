@@ -163,14 +163,14 @@ void EvalHook::finish_chunk() {
         return; // this chunk's sums are dropped anyway
     }
     counters_.fetched_bytes +=
-        devices_.fetch([this](size_t weight, size_t slot, const float * sums) {
+        devices_.fetch([this](size_t weight, size_t slot, const float * sums, int64_t width) {
             const Shape shape = sums_.slots()[slot].shape;
             for (int64_t mat = 0; mat < shape.n_mat; ++mat) {
                 const bool expert = shape.n_counts > 1;
                 if (expert && sums_.slots()[slot].pending_counts[static_cast<size_t>(mat)] == 0) {
                     continue; // not reached by this chunk
                 }
-                if (!add_sums(weight, slot, mat, sums + mat * shape.n_in)) {
+                if (!add_sums(weight, slot, mat, sums + mat * width, width > shape.n_in)) {
                     return;
                 }
             }
@@ -306,17 +306,18 @@ const char * EvalHook::host_bytes(const ggml_tensor * tensor, std::vector<char> 
     return staging.data();
 }
 
-// Adds float32 sums to the pending ones, if they are finite.
-bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * partial) {
+// Adds float32 sums to the pending ones, if they are finite. With `both` the signed ones follow
+// behind those of squares.
+bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * partial, bool both) {
     const Shape & shape = sums_.slots()[slot].shape;
-    // a sum of squares is finite only if every one of them is
+    // a sum of squares is finite only if every one of them is, and then the signed one is too
     for (int64_t j = 0; j < shape.n_in; ++j) {
         if (!std::isfinite(partial[j])) {
             fail(Failure::non_finite, sums_.weights()[weight].name, shape.n_mat > 1 ? mat : -1, j);
             return false;
         }
     }
-    sums_.add(slot, mat, partial);
+    sums_.add(slot, mat, partial, both ? partial + shape.n_in : nullptr);
     return true;
 }
 
@@ -346,8 +347,9 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
     // modulo the weight's: ggml's broadcast rule for MUL_MAT.
     const bool in_order = shape.n_mat == 1 || (w->ne[2] == x->ne[2] && w->ne[3] == x->ne[3]);
     const bool far      = device_sums_ && DeviceSums::is_far(x);
+    const bool both     = !sums_.slots()[slot].signed_total.empty();
     if (far && in_order &&
-        summed_there(weight, devices_.add(x, weight, slot, shape), ggml_nrows(x))) {
+        summed_there(weight, devices_.add(x, weight, slot, shape, both), ggml_nrows(x))) {
         return;
     }
     rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
@@ -365,7 +367,7 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
         }
     }
     if (far && !in_order &&
-        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_, both),
                      ggml_nrows(x))) {
         return;
     }
@@ -392,7 +394,8 @@ void EvalHook::list_rows(size_t slot, const ggml_tensor * x, const char * data,
                 data + i1 * static_cast<int64_t>(x->nb[1]) + i2 * static_cast<int64_t>(x->nb[2]) +
                 i3 * static_cast<int64_t>(x->nb[3])));
         }
-        blocks.push_back({nullptr, numbers.size(), sums_.touch(slot, mat)});
+        double * sums = sums_.touch(slot, mat);
+        blocks.push_back({nullptr, numbers.size(), sums, sums_.signed_pending(slot, mat)});
         mats.push_back(mat);
     }
     const float * const * first = rows.data();
@@ -402,7 +405,7 @@ void EvalHook::list_rows(size_t slot, const ggml_tensor * x, const char * data,
     }
 }
 
-// Squares the rows of rows_of_ on the host. Where they had to be copied from a device, it goes on
+// Squares and adds the rows of rows_of_ on the host. Where they had to be copied from a device, it goes on
 // while they are added.
 void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
     const size_t slot = sums_.weights()[weight].slot;
@@ -479,8 +482,9 @@ void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
             sums_.count(slot, e, static_cast<int64_t>(n_rows));
         }
     }
+    const bool both = !sums_.slots()[slot].signed_total.empty();
     if (device_sums_ && DeviceSums::is_far(x) &&
-        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_),
+        summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_, both),
                      ggml_nelements(ids))) {
         return;
     }

@@ -1,5 +1,5 @@
 // The ggml eval callback: sees every matrix multiplication of a graph as it runs and adds
-// the squares of the rows that reach a wanted weight to the sums.
+// the rows that reach a wanted weight, and their squares, to the sums.
 #pragma once
 
 #include "add_rows.h"
@@ -131,7 +131,7 @@ private:
     void fail(Failure kind, const std::string & weight, int64_t mat = -1, int64_t channel = -1);
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
-    bool         add_sums(size_t weight, size_t slot, int64_t mat, const float * partial);
+    bool add_sums(size_t weight, size_t slot, int64_t mat, const float * partial, bool both);
     void         collect_dense(size_t weight, const ggml_tensor * node);
     void         collect_experts(size_t weight, const ggml_tensor * node);
     void         add_routed_rows(size_t weight, const ggml_tensor * x);

@@ -1,15 +1,17 @@
-// x² into sums: the one loop that every collected activation goes through.
+// x² and x into sums: the one loop that every collected activation goes through.
 #pragma once
 
 #include <cstddef>
 
 namespace imatrix {
 
-// acc[j] += rows[0][j]² + rows[1][j]² + ... for j < n, in float32.
+// acc[j] += rows[0][j]² + rows[1][j]² + ... for j < n, in float32, and, unless it is NULL,
+// signed_acc[j] += rows[0][j] + rows[1][j] + ... The squares' sums are the same with it and without.
 // `rows` are pointers to n contiguous floats each, in any order, aligned to 4 bytes.
 // float32 holds a partial sum over a few hundred rows well (see kRowsPerPartial in
 // add_rows.cpp); longer sums belong in float64.
-using RowKernel = void (*)(const float * const * rows, size_t n_rows, size_t n, float * acc);
+using RowKernel = void (*)(const float * const * rows, size_t n_rows, size_t n, float * acc,
+                           float * signed_acc);
 
 struct NamedRowKernel {
     const char * name; // "avx512", "avx2", "neon", "plain"

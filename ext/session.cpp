@@ -442,6 +442,7 @@ Status Session::open(const SessionParams & params) {
     trunk_.reset();
     params_ = params;
     hook_.set_device_sums(params.device_sums);
+    sums_.keep_signed(params.signed_sums);
     hook_.set_threads(static_cast<size_t>(std::max(1, params.n_threads)));
     n_heads_ = 0;
     sharing_ = false;
@@ -1010,9 +1011,10 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
 }
 
 Status Session::restore(const std::vector<std::string> & names, const Shape & shape,
-                        const double * sums, const int64_t * counts) {
+                        const double * sums, const int64_t * counts,
+                        const double * signed_sums) {
     try {
-        if (!sums_.restore(names, shape, sums, counts)) {
+        if (!sums_.restore(names, shape, sums, counts, signed_sums)) {
             return Status::failed(Code::bad_argument, "a weight to restore has sums already");
         }
     } catch (const std::bad_alloc &) {

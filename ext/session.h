@@ -95,6 +95,7 @@ struct SessionParams {
     bool    mtp              = false;
     bool    process_output   = false; // what the LM head reads as well (trunk only)
     bool    perplexity       = false;
+    bool    signed_sums      = true; // keep sums of the activations beside those of squares
     bool    device_sums      = true; // sum rows on the device that holds them, where it can
     bool    leave_out_logits = true; // where they are asked for and nobody reads them
     bool    computes         = true; // false: for try_decode() only
@@ -154,8 +155,9 @@ public:
 
     // Puts back what an earlier session had committed for weights that shared their activation;
     // before the first step(). Should they not share it here, the first chunk finds out.
+    // `signed_sums`: NULL if there are none.
     Status restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
-                   const int64_t * counts);
+                   const int64_t * counts, const double * signed_sums);
 
     // Back to zero, contexts and all else stay. Between two steps.
     void clear_sums() { sums_.clear(); }

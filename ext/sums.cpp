@@ -19,12 +19,26 @@ size_t Sums::find(const std::string & name) const {
     return found == by_name_.end() ? npos : found->second;
 }
 
+void Sums::keep_signed(bool on) {
+    keeps_signed_ = on;
+    if (!on) {
+        for (Slot & slot : slots_) {
+            slot.signed_total   = {};
+            slot.signed_pending = {};
+        }
+    }
+}
+
 size_t Sums::add_slot(const Shape & shape) {
     Slot         slot;
     const size_t values = static_cast<size_t>(shape.n_mat) * static_cast<size_t>(shape.n_in);
     slot.shape          = shape;
     slot.total.assign(values, 0.0);
     slot.pending.assign(values, 0.0);
+    if (keeps_signed_) {
+        slot.signed_total.assign(values, 0.0);
+        slot.signed_pending.assign(values, 0.0);
+    }
     slot.total_counts.assign(static_cast<size_t>(shape.n_counts), 0);
     slot.pending_counts.assign(static_cast<size_t>(shape.n_counts), 0);
     slot.touched.assign(static_cast<size_t>(shape.n_mat), 0);
@@ -39,11 +53,23 @@ double * Sums::touch(size_t index, int64_t mat) {
     return slot.pending.data() + mat * slot.shape.n_in;
 }
 
-void Sums::add(size_t index, int64_t mat, const float * partial) {
-    double *      sums = touch(index, mat);
+double * Sums::signed_pending(size_t index, int64_t mat) {
+    Slot & slot = slots_[index];
+    return slot.signed_pending.empty() ? nullptr
+                                       : slot.signed_pending.data() + mat * slot.shape.n_in;
+}
+
+void Sums::add(size_t index, int64_t mat, const float * partial, const float * signed_partial) {
     const int64_t n_in = slots_[index].shape.n_in;
-    for (int64_t j = 0; j < n_in; ++j) {
-        sums[j] += static_cast<double>(partial[j]);
+    const auto    add  = [n_in](double * sums, const float * more) {
+        for (int64_t j = 0; j < n_in; ++j) {
+            sums[j] += static_cast<double>(more[j]);
+        }
+    };
+    add(touch(index, mat), partial);
+    double * signed_sums = signed_pending(index, mat);
+    if (signed_sums != nullptr && signed_partial != nullptr) {
+        add(signed_sums, signed_partial);
     }
 }
 
@@ -59,15 +85,20 @@ void Sums::commit() {
         if (!slot.dirty) {
             continue;
         }
-        const int64_t n = slot.shape.n_in;
+        const int64_t n   = slot.shape.n_in;
+        const auto    add = [n](std::vector<double> & total, const std::vector<double> & pending,
+                             int64_t mat) {
+            for (int64_t j = mat * n; j < (mat + 1) * n; ++j) {
+                total[static_cast<size_t>(j)] += pending[static_cast<size_t>(j)];
+            }
+        };
         for (int64_t mat = 0; mat < slot.shape.n_mat; ++mat) {
             if (!slot.touched[static_cast<size_t>(mat)]) {
                 continue; // an expert that this chunk did not reach
             }
-            double * total   = slot.total.data() + mat * n;
-            double * pending = slot.pending.data() + mat * n;
-            for (int64_t j = 0; j < n; ++j) {
-                total[j] += pending[j];
+            add(slot.total, slot.pending, mat);
+            if (!slot.signed_total.empty()) {
+                add(slot.signed_total, slot.signed_pending, mat);
             }
         }
         for (size_t i = 0; i < slot.total_counts.size(); ++i) {
@@ -78,12 +109,16 @@ void Sums::commit() {
 }
 
 void Sums::discard() {
-    for (Slot & slot : slots_) {
+    for (size_t i = 0; i < slots_.size(); ++i) {
+        Slot & slot = slots_[i];
         if (slot.dirty) {
             const int64_t n = slot.shape.n_in;
             for (int64_t mat = 0; mat < slot.shape.n_mat; ++mat) {
                 if (slot.touched[static_cast<size_t>(mat)]) {
                     std::fill_n(slot.pending.data() + mat * n, n, 0.0);
+                    if (double * signed_sums = signed_pending(i, mat)) {
+                        std::fill_n(signed_sums, n, 0.0);
+                    }
                 }
             }
             std::fill(slot.touched.begin(), slot.touched.end(), uint8_t{0});
@@ -98,7 +133,7 @@ void Sums::discard() {
 }
 
 bool Sums::restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
-                   const int64_t * counts) {
+                   const int64_t * counts, const double * signed_sums) {
     for (const std::string & name : names) {
         const size_t known = find(name);
         if (known != npos && weights_[known].slot != npos) {
@@ -109,6 +144,12 @@ bool Sums::restore(const std::vector<std::string> & names, const Shape & shape, 
     Slot &       slot  = slots_[index];
     std::copy_n(sums, slot.total.size(), slot.total.begin());
     std::copy_n(counts, slot.total_counts.size(), slot.total_counts.begin());
+    if (signed_sums == nullptr) {
+        slot.signed_total   = {};
+        slot.signed_pending = {};
+    } else if (keeps_signed_) {
+        std::copy_n(signed_sums, slot.signed_total.size(), slot.signed_total.begin());
+    }
     for (const std::string & name : names) {
         weights_[weight(name)].slot = index;
     }
@@ -119,6 +160,7 @@ void Sums::clear() {
     discard();
     for (Slot & slot : slots_) {
         std::fill(slot.total.begin(), slot.total.end(), 0.0);
+        std::fill(slot.signed_total.begin(), slot.signed_total.end(), 0.0);
         std::fill(slot.total_counts.begin(), slot.total_counts.end(), int64_t{0});
     }
 }

@@ -1,4 +1,5 @@
-// The store: per weight, float64 sums of squared activations and int64 counts of rows.
+// The store: per weight, float64 sums of squared activations and of the activations themselves,
+// and int64 counts of rows.
 #pragma once
 
 #include "live.h"
@@ -40,6 +41,8 @@ public:
         Shape                shape;
         std::vector<double>  total;          // [n_mat, n_in]
         std::vector<double>  pending;        // [n_mat, n_in]
+        std::vector<double>  signed_total;   // [n_mat, n_in], or empty: not kept
+        std::vector<double>  signed_pending; // as signed_total
         std::vector<int64_t> total_counts;   // [n_counts]
         std::vector<int64_t> pending_counts; // [n_counts]
         std::vector<uint8_t> touched;        // [n_mat], pending holds something
@@ -57,21 +60,30 @@ public:
     size_t weight(const std::string & name);
     size_t find(const std::string & name) const; // npos if there is none
 
+    // Whether sums of the activations themselves are kept beside those of their squares. Off: those
+    // that there are go, since they would lack the rows to come. On: of slots that are made from
+    // then on; one that is there already has rows that they would lack.
+    void keep_signed(bool on);
+    bool keeps_signed() const { return keeps_signed_; }
+
     size_t add_slot(const Shape & shape);
 
     // The pending sums of a matrix, to be added to.
     double * touch(size_t slot, int64_t mat);
-    // pending[mat] += partial, float32 to float64
-    void add(size_t slot, int64_t mat, const float * partial);
+    // Of a matrix that was touched; NULL if they are not kept.
+    double * signed_pending(size_t slot, int64_t mat);
+    // pending[mat] += partial, float32 to float64; likewise signed_pending unless it is NULL
+    void add(size_t slot, int64_t mat, const float * partial, const float * signed_partial);
     void count(size_t slot, int64_t index, int64_t rows);
 
     void commit();
     void discard();
 
     // Makes a slot that holds committed sums [n_mat, n_in] and counts [n_counts], and gives it
-    // to all `names`. False, and nothing is changed, if one of them has a slot already.
+    // to all `names`. `signed_sums`: NULL if those rows have none. False, and nothing is changed, if
+    // one of the names has a slot already.
     bool restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
-                 const int64_t * counts);
+                 const int64_t * counts, const double * signed_sums);
 
     // Sets every sum and count to zero; who shares with whom stays. Call it between chunks.
     void clear();
@@ -89,6 +101,7 @@ private:
     std::vector<Weight>                     weights_;
     std::vector<Slot>                       slots_;
     std::unordered_map<std::string, size_t> by_name_;
+    bool                                    keeps_signed_ = true;
 };
 
 } // namespace imatrix

@@ -25,6 +25,9 @@ from imatrix.formats.checkpoint import Group, Setting
 if TYPE_CHECKING:
     from imatrix.collector import Collector
 
+# Sums, counts and signed sums, as a Group has them.
+Data = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None]
+
 __all__ = [
     "Block",
     "BlockSums",
@@ -44,7 +47,7 @@ class Work:
     Attributes:
         owner: whose it is, for release().
         collector: arguments of Collector; paths may hold environment variables.
-        mtp, process_output, perplexity: as in Collector.run.
+        mtp, process_output, signed_sums, perplexity: as in Collector.run.
         identity: what decides the numbers, and so must be the same everywhere, by name.
     """
 
@@ -52,6 +55,7 @@ class Work:
     collector: tuple[tuple[str, Any], ...]
     mtp: bool
     process_output: bool
+    signed_sums: bool
     perplexity: bool
     identity: tuple[tuple[str, Setting], ...]
 
@@ -82,7 +86,10 @@ class Block:
     @property
     def nbytes(self) -> int:
         """Bytes of the sums and counts."""
-        return sum(sums.nbytes + counts.nbytes for _, sums, counts in self.groups)
+        return sum(
+            sums.nbytes + counts.nbytes + (0 if signed is None else signed.nbytes)
+            for _, sums, counts, signed in self.groups
+        )
 
 
 class BlockSums:
@@ -91,7 +98,7 @@ class BlockSums:
 
     def __init__(self) -> None:
         # by the weights that share them; arrays are our own
-        self._groups: dict[tuple[str, ...], tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
+        self._groups: dict[tuple[str, ...], Data] = {}
         self._group_of: dict[str, tuple[str, ...]] = {}
 
     def add(self, groups: list[Group]) -> None:
@@ -102,90 +109,99 @@ class BlockSums:
             ClusterError: it has other shapes than the blocks before it.
             MemoryError: no room for weights that those did not have.
         """
-        for names, sums, counts in groups:
-            self._check(names, sums, counts)
-        for names, sums, counts in groups:
-            self._make_room(tuple(names), sums, counts)
-        for names, sums, counts in groups:  # from here on nothing can fail
+        for names, *data in groups:
+            self._check(names, tuple(data))
+        for names, *data in groups:
+            self._make_room(tuple(names), tuple(data))
+        for names, *data in groups:  # from here on nothing can fail
             key = tuple(names)
             for each in (key,) if key in self._groups else [(name,) for name in names]:
-                have_sums, have_counts = self._groups[each]
-                have_sums += sums
-                have_counts += counts
+                for have, more in zip(self._groups[each], data, strict=True):
+                    if have is not None:
+                        have += more
 
-    def _check(
-        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
-    ) -> None:
+    def _check(self, names: list[str], data: Data) -> None:
         for name in names:
             if (key := self._group_of.get(name)) is None:
                 continue
-            have = [array.shape for array in self._groups[key]]
-            if have != [sums.shape, counts.shape]:
-                raise ClusterError(
-                    f"{name}: a worker sent sums {sums.shape} and counts {counts.shape}, the "
-                    f"blocks before it had {have[0]} and {have[1]}"
-                )
+            have = _shapes_told(self._groups[key])
+            if have != (sent := _shapes_told(data)):
+                raise ClusterError(f"{name}: a worker sent {sent}, the blocks before it had {have}")
 
-    def _make_room(
-        self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
-    ) -> None:
+    def _make_room(self, key: tuple[str, ...], data: Data) -> None:
         """Zeros for weights that are new, and each by itself where they do not share as here."""
         if key in self._groups:
             return
         if not any(name in self._group_of for name in key):
-            self._put(key, np.zeros_like(sums), np.zeros_like(counts))
+            self._put(key, _zeros(data))
             return
         for name in key:
             together = self._group_of.get(name, ())
             if not together:
-                self._put((name,), np.zeros_like(sums), np.zeros_like(counts))
+                self._put((name,), _zeros(data))
             elif len(together) > 1:
-                have_sums, have_counts = self._groups.pop(together)
+                have = self._groups.pop(together)
                 for each in together:
-                    self._put((each,), have_sums.copy(), have_counts.copy())
+                    self._put((each,), _copy(have))
 
-    def _put(
-        self, key: tuple[str, ...], sums: NDArray[np.float64], counts: NDArray[np.int64]
-    ) -> None:
-        self._groups[key] = (sums, counts)
+    def _put(self, key: tuple[str, ...], data: Data) -> None:
+        self._groups[key] = data
         self._group_of.update(dict.fromkeys(key, key))
 
     def restore(
-        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
+        self,
+        names: list[str],
+        sums: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        signed_sums: NDArray[np.float64] | None = None,
     ) -> None:
         """As _session.Session.restore."""
-        self._put(tuple(names), sums.copy(), counts.copy())
+        self._put(tuple(names), _copy((sums, counts, signed_sums)))
 
     def taken(self) -> list[Group]:
         """groups(), the arrays themselves: nothing can be added any more."""
-        return [
-            (list(names), sums, counts)
-            for names, (sums, counts) in self._groups.items()
-            if counts.any()
-        ]
+        return [(list(names), *data) for names, data in self._groups.items() if data[1].any()]
 
     def groups(self) -> list[Group]:
         """As _session.Session.groups."""
         return [
-            (list(names), sums.copy(), counts.copy())
-            for names, (sums, counts) in self._groups.items()
-            if counts.any()
+            (list(names), *_copy(data)) for names, data in self._groups.items() if data[1].any()
         ]
 
-    def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    def snapshot(self) -> dict[str, Data]:
         """As _session.Session.snapshot."""
         return {
-            name: (sums.copy(), counts.copy())
-            for names, (sums, counts) in self._groups.items()
-            if counts.any()
+            name: _copy(data)
+            for names, data in self._groups.items()
+            if data[1].any()
             for name in names
         }
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """As _session.Session.counts."""
         return {
-            name: counts.copy() for names, (_, counts) in self._groups.items() for name in names
+            name: counts.copy() for names, (_, counts, _) in self._groups.items() for name in names
         }
+
+
+def _zeros(data: Data) -> Data:
+    sums, counts, signed = data
+    return (
+        np.zeros_like(sums),
+        np.zeros_like(counts),
+        None if signed is None else np.zeros_like(signed),
+    )
+
+
+def _copy(data: Data) -> Data:
+    sums, counts, signed = data
+    return sums.copy(), counts.copy(), None if signed is None else signed.copy()
+
+
+def _shapes_told(data: Data) -> str:
+    sums, counts, signed = data
+    told = "no signed sums" if signed is None else f"signed sums {signed.shape}"
+    return f"sums {sums.shape}, counts {counts.shape} and {told}"
 
 
 # --- on a worker ---------------------------------------------------------------------------------
@@ -227,6 +243,7 @@ class _Loaded:
                 wanted,
                 mtp=work.mtp,
                 process_output=work.process_output,
+                signed_sums=work.signed_sums,
                 perplexity=work.perplexity,
             )
             self.machine = collector._models.machine

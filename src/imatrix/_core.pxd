@@ -82,7 +82,8 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
 
 
 cdef extern from "row_kernels.h" namespace "imatrix" nogil:
-    ctypedef void (*RowKernel)(const float * const * rows, size_t n_rows, size_t n, float * acc) noexcept
+    ctypedef void (*RowKernel)(const float * const * rows, size_t n_rows, size_t n, float * acc,
+                               float * signed_acc) noexcept
 
     cdef cppclass NamedRowKernel:
         const char * name
@@ -101,6 +102,7 @@ cdef extern from "add_rows.h" namespace "imatrix" nogil:
         const float * const * rows
         size_t n_rows
         double * sums
+        double * signed_sums
 
     cdef cppclass NonFinite:
         size_t block
@@ -118,6 +120,7 @@ cdef extern from "sums.h" namespace "imatrix" nogil:
     cdef cppclass Slot "imatrix::Sums::Slot":
         Shape shape
         vector[double] total
+        vector[double] signed_total
         vector[int64_t] total_counts
 
     cdef cppclass Weight "imatrix::Sums::Weight":
@@ -197,6 +200,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool mtp
         cbool process_output
         cbool perplexity
+        cbool signed_sums
         cbool device_sums
         cbool leave_out_logits
         FirstSlot first_slot
@@ -226,7 +230,7 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         Status step(const int32_t * tokens, const int32_t * lengths, int32_t n_chunks,
                     ChunkScore * scores)
         Status restore(const vector[string] & names, const Shape & shape, const double * sums,
-                       const int64_t * counts)
+                       const int64_t * counts, const double * signed_sums)
         void clear_sums()
         void cancel()
         void clear_cancel()

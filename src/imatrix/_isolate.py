@@ -35,6 +35,7 @@ from imatrix.errors import (
     NonFiniteError,
     RowsMissingError,
 )
+from imatrix.formats.checkpoint import Group
 
 if TYPE_CHECKING:
     from imatrix._session import DeviceInfo, MemoryUse
@@ -355,21 +356,38 @@ class Session:
     def clear_cancel(self) -> None:
         self._engine.tell("clear_cancel", self._number)
 
-    def groups(self) -> list[tuple[list[str], NDArray[np.float64], NDArray[np.int64]]]:
+    def groups(self) -> list[Group]:
         found, arrays = self._engine.ask("groups", object=self._number)
-        return list(zip(found["names"], arrays[::2], arrays[1::2], strict=True))
+        left = iter(arrays)
+        return [
+            (names, next(left), next(left), next(left) if signed else None)
+            for names, signed in found["groups"]
+        ]
 
-    def snapshot(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        return {name: data for names, *data in self.groups() for name in names}  # type: ignore[misc]
+    def snapshot(
+        self,
+    ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None]]:
+        return {
+            name: (sums, counts, signed)
+            for names, sums, counts, signed in self.groups()
+            for name in names
+        }
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
         found, arrays = self._engine.ask("counts", object=self._number)
         return dict(zip(found["names"], arrays, strict=True))
 
     def restore(
-        self, names: list[str], sums: NDArray[np.float64], counts: NDArray[np.int64]
+        self,
+        names: list[str],
+        sums: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        signed_sums: NDArray[np.float64] | None = None,
     ) -> None:
-        self._engine.ask("restore", [sums, counts], object=self._number, names=names)
+        arrays: list[NDArray[Any]] = [sums, counts]
+        if signed_sums is not None:
+            arrays.append(signed_sums)
+        self._engine.ask("restore", arrays, object=self._number, names=names)
 
     @property
     def memory(self) -> list[MemoryUse]:

@@ -109,8 +109,8 @@ def choose(
 
 
 def sums_size(*files: ModelFile) -> int:
-    """Bytes of float32 sums of all weights of these models, at most: weights that share their rows
-    share their sums."""
+    """Bytes of float32 sums of squares of all weights of these models, at most: weights that share
+    their rows share their sums."""
     return sum(
         4 * shape[0] * (shape[2] if len(shape) > 2 else 1)
         for file in files

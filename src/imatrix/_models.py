@@ -425,7 +425,11 @@ class Models:
             # what stays on the CPU is theirs who say so
             experts=not self._placement.overrides
             and self.trunk_file.integers.get("expert_count", 0) > 1,
-            sums=sums_size(self.trunk_file, *other) if settings["device_sums"] else 0,
+            sums=(
+                sums_size(self.trunk_file, *other) * (2 if settings["signed_sums"] else 1)
+                if settings["device_sums"]
+                else 0
+            ),
         )
         for use in need(self.layers) or ():
             if not use["host"]:
@@ -532,6 +536,7 @@ def session_settings(
     mtp: bool = False,
     process_output: bool = False,
     perplexity: bool = False,
+    signed_sums: bool = True,
     device_sums: bool = True,
 ) -> dict[str, Any]:
     """What _session.Session.open takes."""
@@ -542,5 +547,6 @@ def session_settings(
         "mtp": mtp,
         "process_output": process_output,
         "perplexity": perplexity,
+        "signed_sums": signed_sums,
         "device_sums": device_sums,
     }

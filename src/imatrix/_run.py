@@ -201,8 +201,8 @@ class Run:
             entries: dict[str, Entry] = {}
             if self.session is not None:
                 entries = {
-                    name.removeprefix(prefix): Entry(sums, counts, name=name)
-                    for name, (sums, counts) in self.session.snapshot().items()
+                    name.removeprefix(prefix): Entry(sums, counts, signed_sums=signed, name=name)
+                    for name, (sums, counts, signed) in self.session.snapshot().items()
                     if name.startswith(FOREIGN_HEAD) == bool(prefix)
                 }
             return ImportanceMatrix(

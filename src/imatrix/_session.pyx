@@ -156,11 +156,13 @@ def row_kernel_names():
     return [kernels[i].name.decode() for i in range(n)]
 
 
-def add_squares(str kernel, const float[:, :] rows, float[::1] acc):
+def add_squares(str kernel, const float[:, :] rows, float[::1] acc, float[::1] signed_acc=None):
     """acc[j] += sum over i of rows[i, j]², by one named kernel (tests and benchmarks).
 
     rows: float32 [n_rows, n], rows contiguous and any distance apart; acc: float32 [n].
+    signed_acc: float32 [n], to which the values themselves are added; None for the squares only.
     """
+    cdef float * beside = NULL
     cdef NamedRowKernel[4] kernels
     cdef size_t n = _core.row_kernels(kernels)
     cdef vector[const float *] pointers
@@ -168,16 +170,21 @@ def add_squares(str kernel, const float[:, :] rows, float[::1] acc):
     cdef Py_ssize_t r
     if rows.shape[1] != acc.shape[0]:
         raise ValueError("rows and acc differ in length")
+    if signed_acc is not None and signed_acc.shape[0] != acc.shape[0]:
+        raise ValueError("acc and signed_acc differ in length")
     if rows.shape[1] > 1 and rows.strides[1] != sizeof(float):
         raise ValueError("a row must be contiguous")
     if acc.shape[0] == 0:
         return
+    if signed_acc is not None:
+        beside = &signed_acc[0]
     for r in range(rows.shape[0]):
         pointers.push_back(&rows[r, 0])
     for i in range(n):
         if kernels[i].name.decode() == kernel:
             with nogil:
-                kernels[i].run(pointers.data(), pointers.size(), <size_t>acc.shape[0], &acc[0])
+                kernels[i].run(pointers.data(), pointers.size(), <size_t>acc.shape[0], &acc[0],
+                               beside)
             return
     raise ValueError(f"no such kernel here: {kernel}")
 
@@ -191,8 +198,9 @@ cdef class RowAdder:
         self._threads.reset(new Parallel())
         self._threads.get().set_threads(n_threads)
 
-    def add(self, list blocks, list sums):
-        """sums[b][j] += sum over i of blocks[b][i, j]², for arrays of float32 and of float64.
+    def add(self, list blocks, list sums, list signed_sums=None):
+        """sums[b][j] += sum over i of blocks[b][i, j]², for arrays of float32 and of float64, and
+        likewise the values themselves to signed_sums, unless that is None.
 
         Returns None, or (block, channel) of the first that is not finite.
         """
@@ -214,6 +222,11 @@ cdef class RowAdder:
             block.rows = pointers[i].data()
             block.n_rows = pointers[i].size()
             block.sums = &acc[0]
+            if signed_sums is not None:
+                acc = signed_sums[i]
+                if <size_t>acc.shape[0] != n:
+                    raise ValueError("rows and signed sums differ in length")
+                block.signed_sums = &acc[0]
             native.push_back(block)
         with nogil:
             bad = _core.add_rows(self._threads.get()[0], native, n)
@@ -392,6 +405,16 @@ cdef object _sums_of(const _core.Slot * slot):
     return out
 
 
+cdef object _signed_of(const _core.Slot * slot):
+    """None where they are not kept."""
+    if slot.signed_total.empty():
+        return None
+    out = np.empty((slot.shape.n_mat, slot.shape.n_in), dtype=np.float64)
+    cdef double[:, ::1] view = out
+    memcpy(&view[0, 0], slot.signed_total.data(), slot.signed_total.size() * sizeof(double))
+    return out
+
+
 _FIRST_SLOTS = {"cached": 0, "counted": 1, "absent": 2}  # enum FirstSlot
 
 
@@ -419,9 +442,10 @@ cdef class Session:
             self._session.release()  # a fork's copy, see _claim_process
 
     def open(self, *, int n_ctx, int n_batch, int n_ubatch, int n_seq, int n_threads, bint mtp,
-             bint process_output, bint perplexity, bint device_sums=True,
+             bint process_output, bint perplexity, bint signed_sums=True, bint device_sums=True,
              bint leave_out_logits=True, str first_slot="cached", bint computes=True):
-        """Make the contexts; the sums of an earlier open() stay.
+        """Make the contexts; the sums of an earlier open() stay, the signed ones where both want
+        them.
 
         first_slot: "cached"; "counted" and "absent" are for comparisons (FirstSlot in session.h).
         computes: False for try_decode() only.
@@ -437,6 +461,7 @@ cdef class Session:
         params.mtp = mtp
         params.process_output = process_output
         params.perplexity = perplexity
+        params.signed_sums = signed_sums
         params.device_sums = device_sums
         params.leave_out_logits = leave_out_logits
         params.first_slot = <FirstSlot><int32_t>_FIRST_SLOTS[first_slot]
@@ -489,7 +514,8 @@ cdef class Session:
         self._session.get().set_hook_enabled(enabled)
 
     def snapshot(self):
-        """name -> (sums float64 [n_mat, n_in], counts int64 [n_counts]), copies."""
+        """name -> (sums float64 [n_mat, n_in], counts int64 [n_counts], signed sums as sums, or
+        None), copies."""
         out = {}
         cdef const _core.Slot * slot
         cdef size_t w
@@ -501,7 +527,8 @@ cdef class Session:
             if not counts.any():
                 continue  # seen only in chunks that did not count
             sums = _sums_of(slot)
-            out[_text(self._session.get().sums().weights()[w].name)] = (sums, counts)
+            out[_text(self._session.get().sums().weights()[w].name)] = (
+                sums, counts, _signed_of(slot))
         return out
 
     def counts(self):
@@ -517,8 +544,9 @@ cdef class Session:
         return out
 
     def groups(self):
-        """[(names, sums float64 [n_mat, n_in], counts int64 [n_counts])], copies: what weights
-        fed by one activation share is there once. Weights without rows are left out."""
+        """[(names, sums float64 [n_mat, n_in], counts int64 [n_counts], signed sums as sums, or
+        None)], copies: what weights fed by one activation share is there once. Weights without
+        rows are left out."""
         cdef const _core.Slot * slot
         names = {}
         for w in range(self._session.get().sums().weights().size()):
@@ -533,24 +561,30 @@ cdef class Session:
             if not counts.any():
                 continue
             sums = _sums_of(slot)
-            out.append((shared, sums, counts))
+            out.append((shared, sums, counts, _signed_of(slot)))
         return out
 
     def restore(self, names, const double[:, ::1] sums not None,
-                const int64_t[::1] counts not None):
+                const int64_t[::1] counts not None, const double[:, ::1] signed_sums=None):
         """Put back one element of groups(), bit for bit; before the first step."""
+        cdef const double * native_signed = NULL
         cdef _core.Shape shape
         cdef Status status
         cdef vector[string] native
         if sums.shape[0] == 0 or sums.shape[1] == 0 or counts.shape[0] not in (1, sums.shape[0]):
             raise ValueError("sums and counts do not fit together")
+        if signed_sums is not None:
+            if (signed_sums.shape[0] != sums.shape[0] or signed_sums.shape[1] != sums.shape[1]):
+                raise ValueError("sums and signed sums do not fit together")
+            native_signed = &signed_sums[0, 0]
         shape.n_mat = sums.shape[0]
         shape.n_in = sums.shape[1]
         shape.n_counts = counts.shape[0]
         for name in names:
             native.push_back(name.encode("utf-8"))
         with nogil:
-            status = self._session.get().restore(native, shape, &sums[0, 0], &counts[0])
+            status = self._session.get().restore(native, shape, &sums[0, 0], &counts[0],
+                                                 native_signed)
         _check(status)
 
     @property

@@ -120,8 +120,9 @@ class Worker:
 
     def _do_groups(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         groups = self._objects[request["object"]].groups()
-        arrays = [array for _, sums, counts in groups for array in (sums, counts)]
-        return {"names": [names for names, _, _ in groups]}, arrays
+        arrays = [array for _, *data in groups for array in data if array is not None]
+        # [names, whether signed sums follow the sums and counts]
+        return {"groups": [[names, signed is not None] for names, _, _, signed in groups]}, arrays
 
     def _do_counts(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         counts = self._objects[request["object"]].counts()

@@ -83,6 +83,7 @@ class _Asked:
     max_chunks: int | None
     skip_chunks: int
     process_output: bool
+    signed_sums: bool
     parse_special: bool
     packing: Packing
     chat: ChatOptions | None
@@ -103,6 +104,7 @@ class _Asked:
         return {
             "mtp": with_head,
             "process_output": self.process_output,
+            "signed_sums": self.signed_sums,
             "parse_special": self.parse_special,
             "perplexity": bool(self.perplexity),
             "skip_chunks": self.skip_chunks,
@@ -519,6 +521,7 @@ class Collector:
         max_chunks: int | None = None,
         skip_chunks: int = 0,
         process_output: bool = False,
+        signed_sums: bool = True,
         parse_special: bool = False,
         packing: Packing = "stream",
         chat: ChatOptions | None = None,
@@ -544,6 +547,9 @@ class Collector:
             skip_chunks: chunks to leave out at the start.
             process_output: collect output.weight too (the trunk's rows only); of a model without
                 one, whose token embedding gives the logits, token_embd.weight.
+            signed_sums: keep the sums of the activations themselves beside those of their squares
+                (Entry.signed_sums), for each channel's mean; they take as much memory and space in
+                a file again. False leaves them out.
             parse_special: read special tokens that the text spells out as such. Chats have theirs
                 read in any case.
             packing: "stream", as llama-imatrix cuts a text; "document", where no document sees
@@ -626,6 +632,7 @@ class Collector:
             max_chunks=max_chunks,
             skip_chunks=skip_chunks,
             process_output=process_output,
+            signed_sums=signed_sums,
             parse_special=parse_special,
             packing=packing,
             chat=chat,
@@ -647,7 +654,11 @@ class Collector:
     def _run_alone(self, texts: corpus.Texts, asked: _Asked) -> ImportanceMatrix:
         """run(), as the only one."""
         with_head = self._prepare(
-            asked.mtp, asked.process_output, asked.perplexity, weights=asked.cluster is None
+            asked.mtp,
+            asked.process_output,
+            asked.perplexity,
+            signed_sums=asked.signed_sums,
+            weights=asked.cluster is None,
         )
         if asked.perplexity is None:
             asked = replace(asked, perplexity=self._models.causal)
@@ -674,7 +685,9 @@ class Collector:
             max_chunks=asked.max_chunks,
             on_bad_record=asked.on_bad_record,
         )
-        settings = self._settings(with_head, asked.process_output, bool(asked.perplexity))
+        settings = self._settings(
+            with_head, asked.process_output, bool(asked.perplexity), asked.signed_sums
+        )
         if self._auto:
             # rounding goes with the batch: a run that goes on keeps that of its first part
             taken = None
@@ -802,7 +815,9 @@ class Collector:
         )
         return Plan(trunk, head, never, trunk_outputs, head_outputs)
 
-    def _settings(self, with_head: bool, process_output: bool, perplexity: bool) -> dict[str, Any]:
+    def _settings(
+        self, with_head: bool, process_output: bool, perplexity: bool, signed_sums: bool = True
+    ) -> dict[str, Any]:
         """What _session.Session.open takes."""
         return session_settings(
             self._n_ctx,
@@ -811,11 +826,18 @@ class Collector:
             mtp=with_head,
             process_output=process_output,
             perplexity=perplexity,
+            signed_sums=signed_sums,
             device_sums=self._device_sums,
         )
 
     def _prepare(
-        self, mtp: bool, process_output: bool, perplexity: bool | None, *, weights: bool = True
+        self,
+        mtp: bool,
+        process_output: bool,
+        perplexity: bool | None,
+        *,
+        signed_sums: bool = True,
+        weights: bool = True,
     ) -> bool:
         """Load the model for what was asked, without `weights` its vocabulary only; whether there
         is a head to collect."""
@@ -839,7 +861,9 @@ class Collector:
             )
         with_head = mtp and self.n_nextn > 0
         self._models.check(with_head)
-        self._models.rehearse(self._settings(with_head, process_output, perplexity is not False))
+        self._models.rehearse(
+            self._settings(with_head, process_output, perplexity is not False, signed_sums)
+        )
         if with_head:
             self._models.check_predicts("mtp=True (--mtp)", "leave the head out")
         if perplexity:
@@ -850,7 +874,9 @@ class Collector:
             self._batch = self._models.batch(self._wanted)
         if weights:
             scored = self._models.causal if perplexity is None else perplexity
-            self._models.load(with_head, self._settings(with_head, process_output, scored))
+            self._models.load(
+                with_head, self._settings(with_head, process_output, scored, signed_sums)
+            )
         else:
             self._models.load_vocabulary()
         return with_head
@@ -931,6 +957,7 @@ class Collector:
             self._arguments,
             mtp=run.with_head,
             process_output=asked.process_output,
+            signed_sums=asked.signed_sums,
             perplexity=bool(asked.perplexity),
             identity=tuple(self._identity(run.with_head).items()),
         )
@@ -969,6 +996,7 @@ class Collector:
         *,
         mtp: bool,
         process_output: bool,
+        signed_sums: bool,
         perplexity: bool,
     ) -> NativeSession:
         """For a worker of a cluster: load the model, and open a session on it.
@@ -984,8 +1012,8 @@ class Collector:
             raise ModelError(
                 f"{self._models.trunk_file.path} is not what the run was started with: {told}"
             )
-        self._prepare(mtp, process_output, perplexity)
-        return self._models.open(self._settings(mtp, process_output, perplexity))
+        self._prepare(mtp, process_output, perplexity, signed_sums=signed_sums)
+        return self._models.open(self._settings(mtp, process_output, perplexity, signed_sums))
 
     @contextmanager
     def _stoppable(self, session: NativeSession) -> Iterator[None]:

@@ -40,19 +40,28 @@ class Entry:
         counts: [n_counts], how many activation rows went into the sums. n_mat of them for a
             weight with experts (MUL_MAT_ID); one for a dense weight, 3-D ones included, as
             llama-imatrix counts it (tools/imatrix/imatrix.cpp). Converted to int64.
+        signed_sums: [n_mat, n_in], sums of the activations themselves over the same rows, for
+            their mean; None if they are not known. Converted as `sums` is.
         name: the weight's name, only for the error messages.
 
     Arrays that already have the right type and layout are not copied; the entry's view of them
     is read-only.
 
     Raises:
-        ValueError: the shapes do not fit, a sum is negative or not finite, or a count is negative
-            or not a whole number.
+        ValueError: the shapes do not fit, a sum is not finite, one of squares is negative, or a
+            count is negative or not a whole number.
     """
 
-    __slots__ = ("_counts", "_sums")
+    __slots__ = ("_counts", "_signed_sums", "_sums")
 
-    def __init__(self, sums: ArrayLike, counts: ArrayLike, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        sums: ArrayLike,
+        counts: ArrayLike,
+        *,
+        signed_sums: ArrayLike | None = None,
+        name: str | None = None,
+    ) -> None:
         label = "an entry" if name is None else repr(name)
         self._sums = _checked_sums(sums, label)
         self._counts = _checked_counts(counts, label)
@@ -61,6 +70,12 @@ class Entry:
                 f"{label}: sums {self._sums.shape} have {self.n_mat} matrices but there are "
                 f"{self.n_counts} counts; expected 1 (a dense weight) or {self.n_mat} (one an "
                 "expert)"
+            )
+        self._signed_sums = None if signed_sums is None else _finite(signed_sums, label, "signed sums")
+        if self._signed_sums is not None and self._signed_sums.shape != self._sums.shape:
+            raise ValueError(
+                f"{label}: signed sums {list(self._signed_sums.shape)} and sums of squares "
+                f"{list(self._sums.shape)} must be of one shape"
             )
 
     @property
@@ -72,6 +87,22 @@ class Entry:
     def counts(self) -> NDArray[np.int64]:
         """[n_counts] int64, read-only: activation rows summed; n_counts is 1 or n_mat."""
         return self._counts
+
+    @property
+    def signed_sums(self) -> NDArray[np.float64] | None:
+        """[n_mat, n_in] float64, read-only: sums of the activations; None if they are not known."""
+        return self._signed_sums
+
+    @property
+    def means(self) -> NDArray[np.float64] | None:
+        """[n_mat, n_in] float64: signed sums / counts, and 0.0 where the count is 0; None without
+        signed sums."""
+        if self._signed_sums is None:
+            return None
+        counts = self._counts[:, np.newaxis]
+        mean = np.zeros_like(self._signed_sums)
+        np.divide(self._signed_sums, counts, out=mean, where=counts > 0)
+        return mean
 
     @property
     def n_mat(self) -> int:
@@ -108,17 +139,29 @@ class Entry:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Entry):
             return NotImplemented
-        return np.array_equal(self._sums, other._sums) and np.array_equal(
-            self._counts, other._counts
+        if self._signed_sums is None or other._signed_sums is None:
+            same = self._signed_sums is other._signed_sums
+        else:
+            same = np.array_equal(self._signed_sums, other._signed_sums)
+        return (
+            same
+            and np.array_equal(self._sums, other._sums)
+            and np.array_equal(self._counts, other._counts)
         )
 
     __hash__ = None  # type: ignore[assignment]  # holds arrays
 
-    def __reduce__(self) -> tuple[type[Entry], tuple[Any, Any]]:
-        return Entry, (self._sums, self._counts)
+    def __reduce__(self) -> tuple[Any, tuple[Any, Any, Any]]:
+        return _entry, (self._sums, self._counts, self._signed_sums)
 
     def __repr__(self) -> str:
-        return f"Entry(sums={list(self._sums.shape)}, counts={list(self._counts.shape)})"
+        told = "" if self._signed_sums is None else ", signed sums"
+        return f"Entry(sums={list(self._sums.shape)}, counts={list(self._counts.shape)}{told})"
+
+
+def _entry(sums: Any, counts: Any, signed_sums: Any) -> Entry:
+    """An entry, from what its __reduce__ gave."""
+    return Entry(sums, counts, signed_sums=signed_sums)
 
 
 @dataclass(frozen=True)
@@ -200,13 +243,18 @@ class ImportanceMatrix(Mapping[str, Entry]):
         chunk_count: chunks collected.
         chunk_size: tokens in a chunk; 0 if not known.
         provenance: how the matrix was made; None if not known.
+        head_blocks: numbers of blocks that are known to be an MTP/NextN head, beside those that
+            have a `blk.N.nextn.*` entry. Those without an entry are passed over.
 
     Raises:
         ValueError: a name is empty, or chunk_count or chunk_size is negative.
         TypeError: a value is not an Entry, or datasets is one string.
     """
 
-    __slots__ = ("_chunk_count", "_chunk_size", "_datasets", "_entries", "_provenance")
+    __slots__ = (
+        *("_chunk_count", "_chunk_size", "_datasets", "_entries"),
+        *("_head_blocks", "_provenance"),
+    )
 
     def __init__(
         self,
@@ -216,6 +264,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
         chunk_count: int = 0,
         chunk_size: int = 0,
         provenance: Provenance | None = None,
+        head_blocks: Iterable[int] = (),
     ) -> None:
         for name, entry in entries.items():
             if not isinstance(name, str) or not name:
@@ -231,6 +280,10 @@ class ImportanceMatrix(Mapping[str, Entry]):
         self._datasets = tuple(datasets)
         self._chunk_count = int(chunk_count)
         self._chunk_size = int(chunk_size)
+        matches = (_HEAD_BLOCK.match(name) for name in self._entries)
+        named = {int(match[1]) for match in matches if match}
+        there = {_block(name) for name in self._entries}
+        self._head_blocks = frozenset(named | (set(head_blocks) & there))
         # One spelling for "nothing known", so that equality does not tell two apart.
         self._provenance = None if provenance == Provenance() else provenance
 
@@ -279,9 +332,18 @@ class ImportanceMatrix(Mapping[str, Entry]):
 
     @property
     def head_blocks(self) -> frozenset[int]:
-        """Numbers of the blocks that are an MTP/NextN head: those with a `blk.N.nextn.*` entry."""
-        matches = (_HEAD_BLOCK.match(name) for name in self._entries)
-        return frozenset(int(match[1]) for match in matches if match)
+        """Numbers of the blocks that are an MTP/NextN head: those with a `blk.N.nextn.*` entry,
+        and those that whoever made the matrix knew to be one."""
+        return self._head_blocks
+
+    @property
+    def without_signed_sums(self) -> tuple[str, ...]:
+        """Weights that saw rows and have no signed sums, in the order of the matrix."""
+        return tuple(
+            name
+            for name, entry in self._entries.items()
+            if entry.signed_sums is None and entry.counts.any()
+        )
 
     @property
     def head(self) -> ImportanceMatrix:
@@ -324,6 +386,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
             chunk_count=self._chunk_count,
             chunk_size=self._chunk_size,
             provenance=self._provenance,
+            head_blocks=self._head_blocks,
         )
 
     def merge(self, *others: ImportanceMatrix) -> ImportanceMatrix:
@@ -339,6 +402,10 @@ class ImportanceMatrix(Mapping[str, Entry]):
         collect_imatrix and save_imatrix in tools/imatrix/imatrix.cpp). They go together: the
         result has [n_mat, n_in] and one count. A weight of experts that an old file flattened so
         is added with its one count for each expert, as llama-imatrix adds it.
+
+        Signed sums of a weight are kept if all entries that saw rows of it have them. If one has
+        none the sum has none, as llama-imatrix does it: a mean over all rows cannot be had from
+        some of them. The property `without_signed_sums` tells which.
 
         Dataset names are joined, each once. The chunk size is the first one known; chunks of
         another size are converted to it by their tokens, rounded to the nearest whole chunk.
@@ -367,6 +434,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
             chunk_count=_chunks_of(parts, chunk_size),
             chunk_size=chunk_size,
             provenance=_merged_provenance([part._provenance or Provenance() for part in parts]),
+            head_blocks=frozenset().union(*(part._head_blocks for part in parts)),
         )
 
     def __add__(self, other: ImportanceMatrix) -> ImportanceMatrix:
@@ -424,6 +492,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
             and self._chunk_count == other._chunk_count
             and self._chunk_size == other._chunk_size
             and self._provenance == other._provenance
+            and self._head_blocks == other._head_blocks
         )
 
     __hash__ = None  # type: ignore[assignment]  # holds arrays
@@ -462,18 +531,23 @@ def _block(name: str) -> int | None:
 
 
 def _checked_sums(sums: ArrayLike, label: str) -> NDArray[np.float64]:
-    array = np.asarray(sums)
+    array = _finite(sums, label, "sums")
+    if (low := float(array.min())) < 0:
+        raise ValueError(f"{label}: sums of squares cannot be negative, found {low:g}")
+    return array
+
+
+def _finite(values: ArrayLike, label: str, what: str) -> NDArray[np.float64]:
+    """[n_mat, n_in], C-contiguous, read-only."""
+    array = np.asarray(values)
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{label}: sums must be real numbers, got dtype {array.dtype}")
+        raise ValueError(f"{label}: {what} must be real numbers, got dtype {array.dtype}")
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{label}: sums must have shape [n_mat, n_in], got {list(array.shape)}")
+        raise ValueError(f"{label}: {what} must have shape [n_mat, n_in], got {list(array.shape)}")
     array = np.ascontiguousarray(array, dtype=np.float64)
     # The extremes tell it all (NaN passes through both) without an array of flags.
-    low, high = float(array.min()), float(array.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"{label}: sums must be finite, found a NaN or an infinity")
-    if low < 0:
-        raise ValueError(f"{label}: sums of squares cannot be negative, found {low:g}")
+    if not (np.isfinite(array.min()) and np.isfinite(array.max())):
+        raise ValueError(f"{label}: {what} must be finite, found a NaN or an infinity")
     return _read_only(array)
 
 
@@ -513,7 +587,15 @@ def _added(name: str, parts: Sequence[Entry]) -> Entry:
     counts = np.zeros(n_counts, np.int64)
     for part in parts:
         counts += part.counts if part.n_counts <= n_counts else part.counts[:1]
-    return Entry(exact_sum([part.sums.reshape(shape) for part in parts]), counts, name=name)
+    # an entry without rows adds nothing to a mean, whatever it lacks
+    known = [part.signed_sums for part in parts if part.counts.any()]
+    signed = [each.reshape(shape) for each in known if each is not None]
+    return Entry(
+        exact_sum([part.sums.reshape(shape) for part in parts]),
+        counts,
+        signed_sums=exact_sum(signed) if signed and len(signed) == len(known) else None,
+        name=name,
+    )
 
 
 def _common_spelling(parts: Sequence[Entry]) -> tuple[tuple[int, int], int] | None:

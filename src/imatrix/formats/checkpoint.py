@@ -4,7 +4,7 @@ Sums and counts are as exact as they are in memory. The layout, shapes in ggml's
 length first; S stands for `imatrix.checkpoint`:
 
     general.type           string "imatrix-checkpoint"
-    S.version              u32, 1
+    S.version              u32, 2; 1 had no signed sums
     S.done                 u64, chunks dealt with, from the first that the run was to collect
     S.tokens               u64, tokens of the chunks that count
     S.seconds              f64, time spent on chunks
@@ -20,6 +20,7 @@ length first; S stands for `imatrix.checkpoint`:
     S.shared.with          array of string, ... and that other weight, whose data are theirs too
     <weight>.in_sum2       F64 [n_in, n_mat]    sums of squared activations
     <weight>.counts        I64 [1, n_counts]    activation rows; n_counts is 1 or n_mat
+    <weight>.in_sum        F64 [n_in, n_mat]    sums of the activations; absent where not collected
 
 Chunks left out for a NaN are in the keys `imatrix.collector.left_out.*` of a matrix file (see
 imatrix.formats.gguf); they are among the chunks dealt with. The weights of a gemma4-assistant head
@@ -45,17 +46,20 @@ __all__ = ["Checkpoint", "Group", "Setting", "read", "write"]
 
 Setting = str | int | bool
 
-# Weights fed by the same rows, their sums [n_mat, n_in] and their counts [n_counts].
-Group = tuple[list[str], NDArray[np.float64], NDArray[np.int64]]
+# Weights fed by the same rows, their sums [n_mat, n_in], their counts [n_counts], and their signed
+# sums [n_mat, n_in] if those are collected.
+Group = tuple[list[str], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None]
 
 _TYPE = "general.type"
 _KIND = "imatrix-checkpoint"
 _KEY = "imatrix.checkpoint."
 _SETTING = f"{_KEY}setting."
 _LEFT_OUT = "imatrix.collector.left_out."
-_VERSION = 1
+_VERSION = 2
+_READ = (1, 2)
 
 _SUMS = ".in_sum2"
+_SIGNED = ".in_sum"
 _COUNTS = ".counts"
 
 
@@ -100,16 +104,22 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         writer = gguf.Writer(temporary, "imatrix")
         try:
             _add_metadata(writer, checkpoint)
-            for names, sums, counts in checkpoint.groups:
+            for names, sums, counts, signed in checkpoint.groups:
                 writer.add_tensor_info(names[0] + _SUMS, sums.shape, sums.dtype, sums.nbytes)
                 shape = (len(counts), 1)
                 writer.add_tensor_info(names[0] + _COUNTS, shape, counts.dtype, counts.nbytes)
+                if signed is not None:
+                    writer.add_tensor_info(
+                        names[0] + _SIGNED, signed.shape, signed.dtype, signed.nbytes
+                    )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for _, sums, counts in checkpoint.groups:
+            for _, sums, counts, signed in checkpoint.groups:
                 writer.write_tensor_data(sums)
                 writer.write_tensor_data(counts[:, np.newaxis])
+                if signed is not None:
+                    writer.write_tensor_data(signed)
         finally:
             writer.close()
 
@@ -152,7 +162,7 @@ def _add_metadata(writer: gguf.Writer, checkpoint: Checkpoint) -> None:
         else:
             kind = GGUFValueType.INT64 if isinstance(value, int) else GGUFValueType.STRING
         writer.add_key_value(_SETTING + name, value, kind)
-    shared = [(name, names[0]) for names, _, _ in checkpoint.groups for name in names[1:]]
+    shared = [(name, names[0]) for names, *_ in checkpoint.groups for name in names[1:]]
     for key, column in (("shared.weights", 0), ("shared.with", 1)):
         names = [pair[column] for pair in shared]
         writer.add_key_value(_KEY + key, names, GGUFValueType.ARRAY, GGUFValueType.STRING)
@@ -168,10 +178,10 @@ def _checkpoint_from(reader: gguf.Reader, fields: Mapping[str, Any]) -> Checkpoi
 
     if fields.get(_TYPE) != _KIND:
         raise ValueError(f"it has no {_TYPE}; give a checkpoint")
-    if (version := value("version", int)) != _VERSION:
+    if (version := value("version", int)) not in _READ:
         raise ValueError(
-            f"a checkpoint of version {version}; this imatrix knows {_VERSION}: go on with the "
-            "one that wrote it"
+            f"a checkpoint of version {version}; this imatrix knows {_READ[0]} to {_READ[-1]}: go "
+            "on with the one that wrote it"
         )
     return Checkpoint(
         done=value("done", int),
@@ -182,9 +192,12 @@ def _checkpoint_from(reader: gguf.Reader, fields: Mapping[str, Any]) -> Checkpoi
         scored=value("scored", int),
         text_digest=value("text_digest", str),
         settings={
-            key.removeprefix(_SETTING): setting
-            for key, setting in fields.items()
-            if key.startswith(_SETTING)
+            **({} if version > 1 else {"signed_sums": False}),  # nobody collected them then
+            **{
+                key.removeprefix(_SETTING): setting
+                for key, setting in fields.items()
+                if key.startswith(_SETTING)
+            },
         },
         left_out=gguf.left_out_from(fields),
         output=value("output", str) if f"{_KEY}output" in fields else "",
@@ -202,15 +215,23 @@ def _groups_from(reader: gguf.Reader, weights: list[str], others: list[str]) -> 
         if other not in names or weight in names:
             raise ValueError(f"{weight!r} cannot share the data of {other!r}")
         names[other].append(weight)
-    if len(tensors) != 2 * len(firsts):
-        raise ValueError(f"it must have a tensor <weight>{_COUNTS} for each <weight>{_SUMS}")
+    with_signed = {first for first in firsts if first + _SIGNED in tensors}
+    if len(tensors) != 2 * len(firsts) + len(with_signed):
+        raise ValueError(
+            f"it must have a tensor <weight>{_COUNTS} for each <weight>{_SUMS}, and may have a "
+            f"<weight>{_SIGNED}, but no other"
+        )
     groups: list[Group] = []
     for first in firsts:
         sums = _array(tensors[first + _SUMS], GGMLQuantizationType.F64)
         counts = _array(tensors.get(first + _COUNTS), GGMLQuantizationType.I64).reshape(-1)
         sums = sums.reshape(-1, sums.shape[-1])
-        Entry(sums, counts, name=first)  # refuses what makes no sense
-        groups.append((names[first], sums, counts))
+        signed = None
+        if first in with_signed:
+            signed = _array(tensors[first + _SIGNED], GGMLQuantizationType.F64)
+            signed = signed.reshape(-1, signed.shape[-1])
+        Entry(sums, counts, signed_sums=signed, name=first)  # refuses what makes no sense
+        groups.append((names[first], sums, counts, signed))
     return groups
 
 
