@@ -70,11 +70,15 @@ class Keeper:
             # that skips them would have done; the other way round the text differs
             and not (name == "on_bad_record" and name not in found.settings)
         ]
-        if list(
-            name
-            for name in {**found.settings, **settings}
-            if found.settings.get(name) != settings.get(name)
-        ) == ["signed_sums"] and settings["signed_sums"]:
+        if (
+            list(
+                name
+                for name in {**found.settings, **settings}
+                if found.settings.get(name) != settings.get(name)
+            )
+            == ["signed_sums"]
+            and settings["signed_sums"]
+        ):
             raise CheckpointError(
                 f"{self.path} holds no signed sums (sums of the activations themselves), so that "
                 "those of the whole run cannot be had from it. Pass signed_sums=False "

@@ -71,7 +71,9 @@ class Entry:
                 f"{self.n_counts} counts; expected 1 (a dense weight) or {self.n_mat} (one an "
                 "expert)"
             )
-        self._signed_sums = None if signed_sums is None else _finite(signed_sums, label, "signed sums")
+        self._signed_sums = (
+            None if signed_sums is None else _finite(signed_sums, label, "signed sums")
+        )
         if self._signed_sums is not None and self._signed_sums.shape != self._sums.shape:
             raise ValueError(
                 f"{label}: signed sums {list(self._signed_sums.shape)} and sums of squares "
@@ -282,7 +284,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
         self._chunk_size = int(chunk_size)
         matches = (_HEAD_BLOCK.match(name) for name in self._entries)
         named = {int(match[1]) for match in matches if match}
-        there = {_block(name) for name in self._entries}
+        there = {block_of(name) for name in self._entries}
         self._head_blocks = frozenset(named | (set(head_blocks) & there))
         # One spelling for "nothing known", so that equality does not tell two apart.
         self._provenance = None if provenance == Provenance() else provenance
@@ -349,13 +351,13 @@ class ImportanceMatrix(Mapping[str, Entry]):
     def head(self) -> ImportanceMatrix:
         """The entries of the head blocks, the attention and feed-forward ones among them."""
         blocks = self.head_blocks
-        return self._only(name for name in self._entries if _block(name) in blocks)
+        return self._only(name for name in self._entries if block_of(name) in blocks)
 
     @property
     def trunk(self) -> ImportanceMatrix:
         """The entries outside the head blocks."""
         blocks = self.head_blocks
-        return self._only(name for name in self._entries if _block(name) not in blocks)
+        return self._only(name for name in self._entries if block_of(name) not in blocks)
 
     def to_frame(self, *, experts: bool = False, exact: bool = False) -> pandas.DataFrame:
         """Statistics as a pandas DataFrame, one row a weight, in the order of the matrix.
@@ -521,11 +523,12 @@ class _UnknownWeight(KeyError):
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
-    block = _block(name)
+    block = block_of(name)
     return (block is None, block or 0, name)
 
 
-def _block(name: str) -> int | None:
+def block_of(name: str) -> int | None:
+    """Number of the block that a weight belongs to; None for one outside the blocks."""
     match = _BLOCK.match(name)
     return int(match[1]) if match else None
 

@@ -10,6 +10,16 @@ ggml's order, the row length first:
     <weight>.in_sum2       F32 [n_in, n_mat]    sums of squared activations
     <weight>.counts        F32 [1, n_counts]    activation rows; n_counts is 1 or n_mat
 
+and, since llama.cpp 0.6.0:
+
+    imatrix.n_layer_nextn  u32, how many of the last blocks are an MTP/NextN head; absent for none
+    imatrix.stats_schema   array of string, what the numbers of <weight>.stats are
+    <weight>.in_sum        F32 [n_in, n_mat]    sums of the activations; absent where not collected
+    <weight>.stats         F32 [12]             statistics of the weight
+
+The statistics follow from the sums: they are computed for each file that is written
+(imatrix.activation_stats.schema_figures), and passed over when one is read.
+
 The loader asks for keys and tensors by name, so it passes over the ones we add:
 
     imatrix.collector.version          string
@@ -46,7 +56,7 @@ chunk_size is more than the tokens there were.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +72,10 @@ from gguf import (
 from numpy.typing import NDArray
 
 from imatrix import atomic
+from imatrix.activation_stats import SCHEMA, schema_figures
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
+from imatrix.formats.single import scaled_counts, stored
+from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, block_of
 
 __all__ = ["read", "write"]
 
@@ -74,6 +86,8 @@ _CHUNK_SIZE = "imatrix.chunk_size"
 _VERSION = "imatrix.collector.version"
 _ENGINE = "imatrix.collector.engine"
 _MTP = "imatrix.collector.mtp"
+_N_NEXTN = "imatrix.n_layer_nextn"
+_SCHEMA = "imatrix.stats_schema"
 _N_CTX = "imatrix.collector.n_ctx"
 _DIGEST = "imatrix.collector.dataset_digest"
 _LEFT_CHUNKS = "imatrix.collector.left_out.chunks"
@@ -99,7 +113,7 @@ _SOURCE_COUNTS: dict[str, tuple[GGUFValueType, type]] = {
 _KNOWN = frozenset(
     (
         *(_DATASETS, _CHUNK_COUNT, _CHUNK_SIZE, _VERSION, _ENGINE, _MTP, _N_CTX, _DIGEST),
-        *(_LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
+        *(_N_NEXTN, _LEFT_CHUNKS, _LEFT_TOKENS, _LEFT_WEIGHTS),
         *(_TOKENS, _PACKING, _SEED),
         *(_SOURCES + name for name in (*_SOURCE_LISTS, *_SOURCE_COUNTS)),
     )
@@ -107,13 +121,12 @@ _KNOWN = frozenset(
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
+_SIGNED = ".in_sum"
+_STATS = ".stats"
 
 # GGML_MAX_NAME in ggml.h with its final zero; a longer tensor name fails the whole file
 # (ggml/src/gguf.cpp).
 _MAX_TENSOR_NAME = 63
-
-# float32 holds every whole number up to here, and not the one after.
-_MAX_COUNT = 2**24
 
 _U32_MAX = 2**32 - 1
 
@@ -136,25 +149,32 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
             "does not read a file without any"
         )
     names = sorted(matrix)
-    scaled = {name: _scaled_counts(name, matrix[name]) for name in names}
+    scaled = {name: scaled_counts(name, matrix[name]) for name in names}
     _check_names(names)
+    stats = schema_figures(matrix)
     with atomic.replacing(path) as temporary:
         writer = Writer(temporary, "imatrix")
         try:
             _add_metadata(writer, matrix)
             for name in names:
-                sums_shape, n_counts = matrix[name].sums.shape, len(scaled[name])
+                entry, n_counts = matrix[name], len(scaled[name])
                 single = np.dtype(np.float32)
-                writer.add_tensor_info(
-                    name + _SUMS, sums_shape, single, sums_shape[0] * sums_shape[1] * 4
-                )
+                n_bytes = entry.sums.size * 4
+                writer.add_tensor_info(name + _SUMS, entry.sums.shape, single, n_bytes)
                 writer.add_tensor_info(name + _COUNTS, (n_counts, 1), single, n_counts * 4)
+                if entry.signed_sums is not None:
+                    writer.add_tensor_info(name + _SIGNED, entry.sums.shape, single, n_bytes)
+                writer.add_tensor_info(name + _STATS, (len(SCHEMA),), single, len(SCHEMA) * 4)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name in names:  # one at a time, so that one copy at most exists in float32
-                writer.write_tensor_data(_scaled_sums(matrix[name], scaled[name]))
+                as_stored = stored(matrix[name], scaled[name])
+                writer.write_tensor_data(as_stored.sums)
                 writer.write_tensor_data(scaled[name].astype(np.float32)[:, np.newaxis])
+                if as_stored.signed_sums is not None:
+                    writer.write_tensor_data(as_stored.signed_sums)
+                writer.write_tensor_data(stats[name])
         finally:
             writer.close()
 
@@ -288,20 +308,24 @@ def _told(error: Exception) -> str:
 def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMatrix:
     sums: dict[str, ReaderTensor] = {}
     counts: dict[str, ReaderTensor] = {}
+    signed: dict[str, ReaderTensor] = {}
     for tensor in reader.tensors:
-        for suffix, found in ((_SUMS, sums), (_COUNTS, counts)):
+        for suffix, found in ((_SUMS, sums), (_COUNTS, counts), (_SIGNED, signed)):
             if tensor.name.endswith(suffix):
                 found[tensor.name.removesuffix(suffix)] = tensor
     for name in sorted(sums.keys() ^ counts.keys()):
         have, lack = (_SUMS, _COUNTS) if name in sums else (_COUNTS, _SUMS)
         raise ValueError(f"{name!r} has {name + have!r} but no {name + lack!r}")
+    for name in sorted(signed.keys() - sums.keys()):
+        raise ValueError(f"{name!r} has {name + _SIGNED!r} but no {name + _SUMS!r}")
     if not sums:
         raise ValueError(f"it has no sums: no tensor is named <weight>{_SUMS}")
     datasets = fields.get(_DATASETS, [])
     if not isinstance(datasets, list) or not all(isinstance(item, str) for item in datasets):
         raise ValueError(f"{_DATASETS} must be an array of strings")
+    entries = {name: _entry_from(name, sums[name], counts[name], signed.get(name)) for name in sums}
     return ImportanceMatrix(
-        {name: _entry_from(name, sums[name], counts[name]) for name in sums},
+        entries,
         datasets=datasets,
         chunk_count=_field(fields, _CHUNK_COUNT, int) or 0,
         chunk_size=_field(fields, _CHUNK_SIZE, int) or 0,
@@ -317,7 +341,15 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
             seed=_field(fields, _SEED, int),
             sources=_sources_from(fields),
         ),
+        head_blocks=_last_blocks(entries, _field(fields, _N_NEXTN, int) or 0),
     )
+
+
+def _last_blocks(names: Iterable[str], n: int) -> range:
+    """The last n blocks that have an entry, as nextn_layer_start in tools/imatrix/imatrix.cpp
+    counts them."""
+    end = 1 + max((block for name in names if (block := block_of(name)) is not None), default=-1)
+    return range(max(0, end - n), end)
 
 
 def _sources_from(fields: Mapping[str, Any]) -> tuple[TextSource, ...]:
@@ -387,7 +419,12 @@ def _field(fields: Mapping[str, Any], key: str, kind: type) -> Any:
     return value
 
 
-def _entry_from(name: str, sums_tensor: ReaderTensor, counts_tensor: ReaderTensor) -> Entry:
+def _entry_from(
+    name: str,
+    sums_tensor: ReaderTensor,
+    counts_tensor: ReaderTensor,
+    signed_tensor: ReaderTensor | None,
+) -> Entry:
     sums = _floats(sums_tensor)
     counts = _floats(counts_tensor).reshape(-1)
     sums = sums.reshape(-1, sums.shape[-1])
@@ -398,7 +435,16 @@ def _entry_from(name: str, sums_tensor: ReaderTensor, counts_tensor: ReaderTenso
     if len(sums) == 1 and sums.size % len(counts) == 0:
         # llama.cpp ignores the shape and cuts the sums into as many rows as there are counts.
         sums = sums.reshape(len(counts), -1)
-    return Entry(sums, counts, name=name)
+    signed = None
+    if signed_tensor is not None:
+        signed = _floats(signed_tensor)
+        if signed.size != sums.size:
+            raise ValueError(
+                f"{name + _SIGNED!r} holds {signed.size} values, {name + _SUMS!r} {sums.size}; "
+                "expected as many"
+            )
+        signed = signed.reshape(sums.shape)
+    return Entry(sums, counts, signed_sums=signed, name=name)
 
 
 def _floats(tensor: ReaderTensor) -> NDArray[np.float64]:
@@ -417,6 +463,9 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
     )
     writer.add_uint32(_CHUNK_COUNT, _u32(_CHUNK_COUNT, matrix.chunk_count))
     writer.add_uint32(_CHUNK_SIZE, _u32(_CHUNK_SIZE, matrix.chunk_size))
+    if n_nextn := _n_last(matrix):
+        writer.add_uint32(_N_NEXTN, n_nextn)
+    writer.add_key_value(_SCHEMA, list(SCHEMA), GGUFValueType.ARRAY, GGUFValueType.STRING)
     if (made := matrix.provenance) is None:
         return
     for key, text in (
@@ -439,6 +488,12 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
     add_left_out(writer, made.left_out)
 
 
+def _n_last(matrix: ImportanceMatrix) -> int:
+    """How many of the last blocks are the head's; 0 where others come after them."""
+    head = matrix.head_blocks
+    return len(head) if head == set(_last_blocks(matrix, len(head))) else 0
+
+
 def _u32(key: str, value: int) -> int:
     if not 0 <= value <= _U32_MAX:
         raise ValueError(f"{key} must be in [0, {_U32_MAX}], got {value}")
@@ -453,48 +508,3 @@ def _check_names(names: list[str]) -> None:
                 f"{name!r}: the name is {len(name.encode())} bytes long; llama.cpp reads at most "
                 f"{limit}, as the file adds {_SUMS!r} to it"
             )
-
-
-def _scaled_counts(name: str, entry: Entry) -> NDArray[np.int64]:
-    """[n_counts] int64: the counts as the file will hold them.
-
-    A count above 2^24 would be rounded in float32, and a sum above 3.4e38 would become infinite.
-    Quantizers divide one by the other, so both are scaled alike: all counts of a weight by one
-    power of two, which keeps their proportions (merging weighs by them), then rounded to whole
-    numbers, since the loader rounds them, and to 1 at least, since 0 means no data. The sums
-    then follow the rounded counts exactly (see _scaled_sums).
-    """
-    counts = entry.counts
-    peaks = entry.sums.max(axis=1)
-    if len(counts) == 1:
-        peaks = peaks.max(keepdims=True)
-    for shift in range(64):
-        scaled = counts >> shift
-        if shift:
-            scaled += (counts >> (shift - 1)) & 1  # round half up
-            np.maximum(scaled, 1, out=scaled, where=counts > 0)
-        if scaled.max() <= _MAX_COUNT and _fits_float32(peaks * _factors(counts, scaled)):
-            return scaled
-    raise ValueError(
-        f"{name!r}: the largest sum, {peaks.max():g}, belongs to too few activation rows: even "
-        "their mean is beyond float32 (3.4e38); the activations have overflowed, so check the model"
-    )
-
-
-def _factors(counts: NDArray[np.int64], scaled: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[n_counts] float64: what to multiply the sums by; 1.0 where the count is 0."""
-    factors = np.ones(len(counts))
-    np.divide(scaled, counts, out=factors, where=counts > 0)
-    return factors
-
-
-def _fits_float32(values: NDArray[np.float64]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(values.astype(np.float32)).all())
-
-
-def _scaled_sums(entry: Entry, scaled: NDArray[np.int64]) -> NDArray[np.float32]:
-    """[n_mat, n_in] float32: the sums, such that sums / scaled counts is the mean it was."""
-    if np.array_equal(entry.counts, scaled):
-        return entry.sums.astype(np.float32)
-    return (entry.sums * _factors(entry.counts, scaled)[:, np.newaxis]).astype(np.float32)
