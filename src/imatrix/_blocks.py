@@ -109,16 +109,18 @@ class BlockSums:
             ClusterError: it has other shapes than the blocks before it.
             MemoryError: no room for weights that those did not have.
         """
-        for names, *data in groups:
-            self._check(names, tuple(data))
-        for names, *data in groups:
-            self._make_room(tuple(names), tuple(data))
-        for names, *data in groups:  # from here on nothing can fail
+        for names, sums, counts, signed in groups:
+            self._check(names, (sums, counts, signed))
+        for names, sums, counts, signed in groups:
+            self._make_room(tuple(names), (sums, counts, signed))
+        for names, sums, counts, signed in groups:  # from here on nothing can fail
             key = tuple(names)
             for each in (key,) if key in self._groups else [(name,) for name in names]:
-                for have, more in zip(self._groups[each], data, strict=True):
-                    if have is not None:
-                        have += more
+                have_sums, have_counts, have_signed = self._groups[each]
+                have_sums += sums
+                have_counts += counts
+                if have_signed is not None and signed is not None:
+                    have_signed += signed
 
     def _check(self, names: list[str], data: Data) -> None:
         for name in names:

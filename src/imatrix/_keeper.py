@@ -58,9 +58,8 @@ class Keeper:
             raise CheckpointError(
                 f"cannot go on from {error}. Pass restart=True (--restart) to start from zero."
             ) from error
-        differing = [
-            f"{name} is {_told(found.settings.get(name))} there and {_told(settings.get(name))} "
-            "here"
+        names = [
+            name
             # a text can be known as a whole to one run and as a stream to the other: the chunks
             # that are done are compared in any case
             for name in {**found.settings, **settings}
@@ -70,21 +69,18 @@ class Keeper:
             # that skips them would have done; the other way round the text differs
             and not (name == "on_bad_record" and name not in found.settings)
         ]
-        if (
-            list(
-                name
-                for name in {**found.settings, **settings}
-                if found.settings.get(name) != settings.get(name)
-            )
-            == ["signed_sums"]
-            and settings["signed_sums"]
-        ):
+        if names == ["signed_sums"] and settings["signed_sums"]:
             raise CheckpointError(
                 f"{self.path} holds no signed sums (sums of the activations themselves), so that "
                 "those of the whole run cannot be had from it. Pass signed_sums=False "
                 "(--no-signed-sums) to go on from it without, or restart=True (--restart) to start "
                 "from zero."
             )
+        differing = [
+            f"{name} is {_told(found.settings.get(name))} there and {_told(settings.get(name))} "
+            "here"
+            for name in names
+        ]
         if differing:
             raise CheckpointError(
                 f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}"

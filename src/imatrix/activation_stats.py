@@ -356,9 +356,14 @@ def _compared(
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         dx, dy, apart = x - x.mean(), y - y.mean(), x - y
         pair = _Pair(
-            n,
-            *(float(u @ w) for u, w in ((x, y), (x, x), (y, y), (apart, apart))),
-            *(float(u @ w) for u, w in ((dx, dy), (dx, dx), (dy, dy))),
+            n=n,
+            dot=float(x @ y),
+            norm=float(x @ x),
+            norm_before=float(y @ y),
+            distance=float(apart @ apart),
+            co=float(dx @ dy),
+            variation=float(dx @ dx),
+            variation_before=float(dy @ dy),
             energy=None,
         )
     single = _as_is if exact else _single
