@@ -115,6 +115,10 @@ def _as_data(weight: WeightComparison) -> dict[str, Any]:
         "cosine": weight.worst_cosine,
         "relative_l2": _finite(weight.worst_relative_l2),
         "rank_correlation": weight.worst_rank_correlation,
+        "mean_distance": _finite(weight.worst_mean_distance),
+        "signed_sums": {(True, True): "both", (True, False): "a", (False, True): "b"}.get(
+            (weight.signed_a, weight.signed_b)
+        ),
         "worst_matrix": weight.worst_matrix,
         "rows_a": weight.rows_a,
         "rows_b": weight.rows_b,
@@ -137,6 +141,7 @@ def _with_matrices(weight: WeightComparison) -> dict[str, Any]:
                 ("cosine", weight.cosine),
                 ("relative_l2", weight.relative_l2),
                 ("rank_correlation", weight.rank_correlation),
+                ("mean_distance", weight.mean_distance),
             )
         }
     return data
@@ -160,7 +165,7 @@ def _write_csv(found: MatrixComparison) -> None:
 
 _COLUMNS = (
     *("name", "part", "n_in", "n_mat", "compared", "cosine", "relative_l2", "rank_correlation"),
-    *("worst_matrix", "rows_a", "rows_b", "unseen_a", "unseen_b"),
+    *("mean_distance", "signed_sums", "worst_matrix", "rows_a", "rows_b", "unseen_a", "unseen_b"),
 )
 
 
@@ -180,6 +185,15 @@ def _render(
                 console.print(Text(told, "dim"))
     for label, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         _list(console, label, list(names), found.head_names, limit)
+    for label, alone in (
+        ("signed sums only in A", [w.name for w in found.weights if w.signed_a > w.signed_b]),
+        ("signed sums only in B", [w.name for w in found.weights if w.signed_b > w.signed_a]),
+    ):
+        if alone and len(alone) == len(found.weights):
+            console.print()
+            console.print(Text(f"{label}: all weights in both"))
+        else:
+            _list(console, label, alone, found.head_names, limit)
     _list(
         console,
         "of different sizes",
@@ -211,9 +225,11 @@ def _median(values: Sequence[float]) -> float:
 def _table(part: str, weights: Sequence[WeightComparison]) -> Table:
     experts = any(weight.n_mat > 1 for weight in weights)
     gaps = any(weight.unseen_a or weight.unseen_b for weight in weights)
+    means = any(weight.worst_mean_distance is not None for weight in weights)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column(part, no_wrap=True, overflow="ellipsis", min_width=24)
-    headings = ["cosine", "distance", "rank", *(["expert"] if experts else []), "rows A", "rows B"]
+    headings = ["cosine", "distance", "rank", *(["means"] if means else [])]
+    headings += [*(["expert"] if experts else []), "rows A", "rows B"]
     for heading in (*headings, *(["no rows A", "no rows B"] if gaps else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for weight in weights:
@@ -223,6 +239,11 @@ def _table(part: str, weights: Sequence[WeightComparison]) -> Table:
             "" if weight.worst_cosine is None else _cosine(weight.worst_cosine),
             "" if weight.worst_relative_l2 is None else f"{weight.worst_relative_l2:.3g}",
             "" if weight.worst_rank_correlation is None else f"{weight.worst_rank_correlation:.4f}",
+            *(
+                ["" if (away := weight.worst_mean_distance) is None else f"{away:.3g}"]
+                if means
+                else []
+            ),
             *([str(weight.worst_matrix) if several else ""] if experts else []),
             str(weight.rows_a),
             str(weight.rows_b),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from imatrix.conversion import convert, format_of, merge
 from imatrix.formats import Format
 from imatrix.matrix import ImportanceMatrix
 
-__all__ = ["add_chunk_size", "add_format", "add_parser", "tell_losses"]
+__all__ = ["add_chunk_size", "add_format", "add_parser", "tell_losses", "tell_unsigned"]
 
 
 def add_parser(commands: Commands) -> None:
@@ -81,14 +82,32 @@ def _convert(args: argparse.Namespace, terminal: Terminal) -> int:
 def _merge(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.output, args.files)
     form: Format = args.output_format or format_of(args.output)
-    matrix = merge(*args.files, chunk_size=args.ctx_size)
+    parts = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.files]
+    matrix = merge(*parts)
     matrix.save(args.output, format=form)
     terminal.note(
         f"wrote {args.output}: {form}, {len(args.files)} file(s), {_show.weights_told(matrix)}; "
         f"{matrix.chunk_count} chunks"
     )
+    tell_unsigned(parts, matrix, terminal)
     tell_losses(matrix, form, terminal)
     return 0
+
+
+def tell_unsigned(
+    parts: Iterable[ImportanceMatrix], merged: ImportanceMatrix, terminal: Terminal
+) -> None:
+    """Warn of signed sums that some of the files have and their sum has not."""
+    known = {
+        name for part in parts for name, entry in part.items() if entry.signed_sums is not None
+    }
+    lost = [name for name in merged.without_signed_sums if name in known]
+    if lost:
+        few = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        terminal.warn(
+            f"no signed sums any more of {_show.plural(len(lost), 'weight')}, since some of the "
+            f"files have none of them, and a mean needs all rows: {few}"
+        )
 
 
 def tell_losses(matrix: ImportanceMatrix, form: Format, terminal: Terminal) -> None:
@@ -101,6 +120,8 @@ def tell_losses(matrix: ImportanceMatrix, form: Format, terminal: Terminal) -> N
     partial = [
         int(np.count_nonzero(entry.counts == 0)) for entry in matrix.values() if entry.counts.any()
     ]
+    if any(entry.signed_sums is not None for entry in matrix.values()):
+        terminal.note("left out: the signed sums, for which .dat has no place; GGUF has")
     if any(partial):
         terminal.warn(
             f"{sum(partial)} experts of {sum(map(bool, partial))} weights saw no rows; .dat cannot "

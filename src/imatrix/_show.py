@@ -177,6 +177,7 @@ def as_data(matrix: ImportanceMatrix, file: str, form: Format = "gguf") -> dict[
                 "rows_max": line.rows[1],
                 "mean": line.mean,
                 "peak": line.peak,
+                "signed_sums": matrix[line.name].signed_sums is not None,
                 "unseen": line.unseen,
             }
         )
@@ -248,6 +249,9 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
         facts["not used"] = told
     if told := experts_told(experts(matrix)):
         facts["experts"] = told
+    if signed := sum(entry.signed_sums is not None for entry in matrix.values()):
+        of = "all weights" if signed == len(matrix) else f"{signed} of {len(matrix)} weights"
+        facts["signed"] = f"sums of the activations themselves, of {of}"
     return facts
 
 

@@ -1,4 +1,5 @@
-"""`imatrix stats`: llama-imatrix's --show-statistics, trunk and head apart."""
+"""`imatrix stats`: llama-imatrix's --show-statistics, trunk and head apart; with --legacy the one
+that llama.cpp had before 0.6.0."""
 
 from __future__ import annotations
 
@@ -21,6 +22,12 @@ from imatrix import _show
 from imatrix._arguments import Commands, add_verbose, at_least
 from imatrix._files_cli import add_chunk_size
 from imatrix._terminal import Terminal
+from imatrix.activation_stats import (
+    ActivationStatistics,
+    LayerActivations,
+    MatrixActivations,
+    activation_statistics,
+)
 from imatrix.formats import detected
 from imatrix.matrix import ImportanceMatrix
 from imatrix.weight_stats import (
@@ -41,6 +48,13 @@ _Row = TypeVar("_Row")
 _PARTS: tuple[Part, Part] = ("trunk", "head")
 
 _LEGEND = (
+    "A: a channel's activation. Mean, StdDev, Skew, Kurt: of the channels' means E[A]; H Norm: "
+    "entropy of their shares of ∑ E[A²], of log2 N, 100 % where all are alike. Beside the same "
+    "weight of the nearest earlier block: Gain, the ratio of the root mean squares; L2 Dist, "
+    "CosSim, PCC (correlation), Cov, of the means."
+)
+_UNSIGNED = "without signed sums, Mean to Kurt and what follows Gain are of E[A²]: "
+_LEGACY_LEGEND = (
     "Act²: a channel's squared activation, on average. μ, σ: mean and standard deviation of these. "
     "% Active: above 1e-5. N: how many. Entropy: of their shares, in bits; E (norm): of log2 N, "
     "100 % where all are alike. ZD: more than σ above μ. CosSim: with the same weight of the block "
@@ -96,7 +110,7 @@ _ROWS = (
     _Column("rows_min", "fewest rows", str),
     _Column("rows_max", "most rows", str),
 )
-_WEIGHTS = (
+_LEGACY_WEIGHTS = (
     *(_BLOCK, _TENSOR, _TOTAL, *_FIGURES, _Column("elements", "N", str), *_ENTROPY),
     *(_Column("cossim", "CosSim", _digits(4)), _UNSEEN),
 )
@@ -107,7 +121,22 @@ _MEANS = (
     _Column("n_weights", "weights", str),
     _Column("elements", "N", str),
 )
-_LAYERS = (_BLOCK, *_MEANS, *_ROWS)
+_LEGACY_LAYERS = (_BLOCK, *_MEANS, *_ROWS)
+
+_LABEL = _Column("label", "Layer", str)
+_ENERGY = _Column("total", "∑ E[A²]", _digits(4))
+_GAIN = _Column("gain", "Gain", _digits(2))
+_L2 = _Column("l2_dist", "L2 Dist", _digits(4))
+_COSSIM = _Column("cossim", "CosSim", _digits(4))
+_BETWEEN = (_Column("pearson", "PCC", _digits(4)), _Column("covariance", "Cov", _digits(4)))
+_WEIGHTS = (
+    *(_LABEL, _Column("name", "Tensor", str, left=True)),
+    *(_Column("mean", "Mean", _digits(4)), _Column("stddev", "StdDev", _digits(4))),
+    *(_Column("skewness", "Skew", _digits(4)), _Column("kurtosis", "Kurt", _digits(4))),
+    *(_Column("entropy_norm", "H Norm", _percent(2)), _ENERGY, _GAIN, _L2, *_BETWEEN),
+    *(_Column("elements", "N", str),),
+)
+_LAYERS = (_LABEL, _ENERGY, _GAIN, _L2, _COSSIM, *_BETWEEN, *_ROWS)
 _EXPERTS = (
     *(_BLOCK, _TENSOR, _Column("expert", "Expert", str), _Column("rows", "Rows", str)),
     *(_Column("share", "Share", _percent(2)), _TOTAL, *_FIGURES, *_ENTROPY),
@@ -117,6 +146,16 @@ _EXPERTS = (
 _KINDS: Mapping[type, tuple[str, ...]] = {
     kind: tuple(field.name for field in fields(kind))
     for kind in (WeightStatistics, LayerStatistics, ExpertStatistics)
+} | {
+    kind: tuple(field.name for field in fields(kind) if field.repr)
+    for kind in (ActivationStatistics, LayerActivations)
+}
+_COLUMNS_OF: Mapping[type, tuple[_Column, ...]] = {
+    ActivationStatistics: _WEIGHTS,
+    LayerActivations: _LAYERS,
+    WeightStatistics: _LEGACY_WEIGHTS,
+    LayerStatistics: _LEGACY_LAYERS,
+    ExpertStatistics: _EXPERTS,
 }
 
 
@@ -126,7 +165,7 @@ def add_parser(commands: Commands) -> None:
         "stats",
         help="the statistics that llama-imatrix --show-statistics prints, the head apart",
         description="Statistics of an importance matrix: a line a weight, then a line a layer, the "
-        "trunk and the head apart. The figures are llama-imatrix's.",
+        "trunk and the head apart. The figures are those of llama-imatrix in llama.cpp 0.6.0.",
         allow_abbrev=False,
     )
     command.set_defaults(run=_stats)
@@ -135,21 +174,31 @@ def add_parser(commands: Commands) -> None:
     what = command.add_mutually_exclusive_group()
     what.add_argument("--layers", action="store_true", help="the layers only")
     what.add_argument(
-        "--experts", action="store_true", help="a line an expert instead, fewest rows first"
+        "--experts",
+        action="store_true",
+        help="a line an expert instead, fewest rows first, with the columns of --legacy",
+    )
+    add(
+        "--legacy",
+        action="store_true",
+        help="the columns that llama-imatrix had before: Min, Max, %% Active, ZD and others, all "
+        "of the squared activations",
     )
     add("--part", choices=_PARTS, help="the trunk only, or the head only")
     add(
         "--sort",
         metavar="COLUMN",
         help="by this column: a heading or a field's name in --json; numbers the largest first "
-        "(default: as llama-imatrix, by tensor, then the largest Σ(Act²))",
+        "(default: as llama-imatrix, by layer and name; with --legacy by tensor, then the largest "
+        "Σ(Act²))",
     )
     add("--reverse", action="store_true", help="the order turned round")
     add("--top", metavar="N", type=at_least(1), help="the first N lines, of trunk and head each")
     add(
         "--exact",
         action="store_true",
-        help="compute in float64; llama-imatrix adds up in float32, and so does this by default",
+        help="compute in float64 throughout; llama-imatrix rounds to float32, and so does this by "
+        "default",
     )
     form = command.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON: weights, layers and parts")
@@ -161,35 +210,44 @@ def add_parser(commands: Commands) -> None:
 
 
 def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
-    kind: type = WeightStatistics
-    if args.layers or args.experts:
-        kind = LayerStatistics if args.layers else ExpertStatistics
+    legacy = args.legacy or args.experts
+    kind: type = WeightStatistics if legacy else ActivationStatistics
+    if args.experts:
+        kind = ExpertStatistics
+    elif args.layers:
+        kind = LayerStatistics if legacy else LayerActivations
     key = None if args.sort is None else _sort_key(args.sort, kind)
     matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
-    found = statistics(matrix, exact=args.exact)
 
     def chosen(rows: Sequence[_Row]) -> list[_Row]:
         return _chosen(rows, key, reverse=args.reverse, top=args.top)
 
     parts: tuple[Part, ...] = (args.part,) if args.part else _PARTS
     experts = _thinnest_first(expert_statistics(matrix)) if args.experts else []
+    old = statistics(matrix, exact=args.exact) if legacy else None
+    new = None if legacy else activation_statistics(matrix, exact=args.exact)
     if args.json or args.csv:
+        head = set(matrix.head)
         # one list of both parts, which `part` tells apart
         data: dict[str, Any] = {
             "file": args.file,
             "format": detected(args.file),
-            "exact": found.exact,
-            "head_blocks": sorted(found.head_blocks),
-            "parts": [each for each in found.parts if each.part in parts],
-            "layers": [each for each in found.layers if each.part in parts],
-            "weights": [each for each in found.weights if each.part in parts],
-            "without_rows": [
-                name
-                for part in parts
-                for name in (found.trunk if part == "trunk" else found.head).without_rows
-            ],
+            "exact": args.exact,
+            "legacy": legacy,
+            "head_blocks": sorted(matrix.head_blocks),
         }
-        name = {LayerStatistics: "layers", ExpertStatistics: "experts"}.get(kind, "weights")
+        if old is not None:
+            data["parts"] = [each for each in old.parts if each.part in parts]
+        found: Any = old or new
+        data["layers"] = [each for each in found.layers if each.part in parts]
+        data["weights"] = [each for each in found.weights if each.part in parts]
+        for field_name in ("without_rows", *(["without_signed_sums"] if new is not None else [])):
+            data[field_name] = [
+                name
+                for name in getattr(found, field_name)
+                if ("head" if name in head else "trunk") in parts
+            ]
+        name = "experts" if args.experts else "layers" if args.layers else "weights"
         if args.experts:
             data["experts"] = [each for each in experts if each.part in parts]
         data[name] = chosen(data[name])
@@ -203,14 +261,52 @@ def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
         title = f": {_show.weights_told(matrix)}; {_collected(matrix)}"
         out.print(Text(args.file, "bold") + Text(title), soft_wrap=True)
         for part in parts:
-            one = found.trunk if part == "trunk" else found.head
-            _render(out, one, part, matrix.trunk if part == "trunk" else matrix.head, args, chosen)
+            of_part = matrix.trunk if part == "trunk" else matrix.head
+            if old is not None:
+                one = old.trunk if part == "trunk" else old.head
+                _render(out, one, part, of_part, args, chosen)
+            elif new is not None:
+                _render_new(out, new.part(part), part, of_part, args, chosen)
             if args.experts:
                 _print_table(out, _EXPERTS, chosen([e for e in experts if e.part == part]), keys=3)
         out.print()
-        out.print(Text(_LEGEND, "dim"))
+        out.print(Text(_LEGACY_LEGEND if legacy else _LEGEND, "dim"))
     sys.stdout.flush()  # here, where a closed pipe is expected
     return 0
+
+
+def _render_new(
+    out: Console,
+    found: MatrixActivations,
+    part: Part,
+    matrix: ImportanceMatrix,
+    args: argparse.Namespace,
+    chosen: Callable[[Sequence[Any]], list[Any]],
+) -> None:
+    """A part's heading and facts, and its tables."""
+    out.print()
+    if not matrix:
+        out.print(Text(part, "bold") + Text(": no weights"))
+        return
+    told = f": {len(matrix)} weights, none saw a row"
+    if found.weights:
+        elements = sum(each.elements for each in found.weights)
+        told = f": {_show.plural(len(found.weights), 'weight')}, N {elements}"
+    out.print(Text(part, "bold") + Text(told), soft_wrap=True)
+    if experts := _show.experts_told(_show.experts(matrix)):
+        out.print(f"  experts: {experts}", markup=False, soft_wrap=True)
+    for heading, names in (
+        ("without rows: ", [name for name in found.without_rows if name in matrix]),
+        (_UNSIGNED, [name for name in found.without_signed_sums if name in matrix]),
+    ):
+        if names:
+            all_of_them = len(names) == len(matrix) and len(names) > 3
+            listed = "all weights" if all_of_them else ", ".join(names)
+            out.print(Text(f"  {heading}", "yellow") + Text(listed), soft_wrap=True)
+    if not args.layers:
+        _print_table(out, _WEIGHTS, chosen(found.weights), keys=2)
+    layers = chosen(found.layers) if args.layers else found.layers
+    _print_table(out, _LAYERS, layers, keys=1)
 
 
 def _collected(matrix: ImportanceMatrix) -> str:
@@ -242,10 +338,10 @@ def _render(
         told = ", ".join(found.without_rows)
         out.print(Text("  without rows: ", "yellow") + Text(told), soft_wrap=True)
     if not args.layers and not args.experts:
-        _print_table(out, _WEIGHTS, chosen(found.weights), keys=2)
+        _print_table(out, _LEGACY_WEIGHTS, chosen(found.weights), keys=2)
     if not args.experts:
         layers = chosen(found.layers) if args.layers else found.layers
-        _print_table(out, _LAYERS, layers, keys=1)
+        _print_table(out, _LEGACY_LAYERS, layers, keys=1)
 
 
 def _whole_told(whole: PartStatistics) -> str:
@@ -264,8 +360,9 @@ def _sort_key(name: str, kind: type) -> str:
     Raises:
         ValueError: there is no such column.
     """
-    columns = {WeightStatistics: _WEIGHTS, LayerStatistics: _LAYERS}.get(kind, _EXPERTS)
-    known = {column.heading.lower(): column.key for column in columns}
+    known = {column.heading.lower(): column.key for column in _COLUMNS_OF[kind]}
+    if "label" in _KINDS[kind]:
+        known["layer"] = "block"  # by number, not by its letters
     known |= {key: key for key in _KINDS[kind]}
     try:
         return known[name.lower()]
@@ -280,7 +377,16 @@ def _chosen(rows: Sequence[_Row], key: str | None, *, reverse: bool, top: int | 
     what is missing last."""
     found = list(rows)
     if key is not None:
-        ascending = key in ("block", "expert", "thinnest", "name", "tensor", "part", "previous")
+        ascending = key in (
+            "block",
+            "expert",
+            "thinnest",
+            "name",
+            "label",
+            "tensor",
+            "part",
+            "previous",
+        )
         present = [row for row in found if not _missing(getattr(row, key))]
         down = ascending if reverse else not ascending
         present.sort(key=lambda row: getattr(row, key), reverse=down)
@@ -309,7 +415,9 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, (WeightStatistics, LayerStatistics, PartStatistics, ExpertStatistics)):
+    if (names := _KINDS.get(type(value))) is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, PartStatistics):
         return _plain(asdict(value))
     return value
 

@@ -221,6 +221,7 @@ class _Adaptation:
             chunk_count=self._matrix.chunk_count,
             chunk_size=self._matrix.chunk_size,
             provenance=self._matrix.provenance,
+            head_blocks=self._matrix.head_blocks,
         )
         return Adapted(
             matrix=adapted,
@@ -305,13 +306,21 @@ class _Adaptation:
             return None
         if (last := max(names)) >= n_mat:
             raise _OtherSizeError(f"{names[last]} is an expert of more than {n_mat}")
-        sums = np.zeros((n_mat, n_in))
+        sums, signed = np.zeros((n_mat, n_in)), np.zeros((n_mat, n_in))
         counts = np.zeros(n_mat, np.int64)
+        have_signed = True
         for expert, name in names.items():
             entry = _sized(name, self._matrix[name], n_in, 1)
             sums[expert], counts[expert] = entry.sums[0], entry.counts[0]
+            if entry.signed_sums is not None:
+                signed[expert] = entry.signed_sums[0]
+            elif entry.counts.any():
+                have_signed = False  # the weight as a whole has none
         ordered = tuple(names[expert] for expert in sorted(names))
-        return _Found(Entry(sums, counts, name=f"{prefix}*"), ordered, ("stacked",))
+        stacked = Entry(
+            sums, counts, signed_sums=signed if have_signed else None, name=f"{prefix}*"
+        )
+        return _Found(stacked, ordered, ("stacked",))
 
     # --- what is told ---------------------------------------------------------------------------
 
@@ -371,7 +380,13 @@ def _same(a: Entry, b: Entry) -> bool:
 def _cut(found: _Found, expert: int) -> _Found:
     entry = found.entry
     counts = entry.counts if entry.n_counts == 1 else entry.counts[expert : expert + 1]
-    return replace(found.after("cut"), entry=Entry(entry.sums[expert : expert + 1], counts))
+    signed = entry.signed_sums
+    one = Entry(
+        entry.sums[expert : expert + 1],
+        counts,
+        signed_sums=None if signed is None else signed[expert : expert + 1],
+    )
+    return replace(found.after("cut"), entry=one)
 
 
 def _sized(name: str, entry: Entry, n_in: int, n_mat: int) -> Entry:
@@ -384,7 +399,7 @@ def _sized(name: str, entry: Entry, n_in: int, n_mat: int) -> Entry:
     if (entry.n_mat, entry.n_in) == (n_mat, n_in):
         return entry
     if entry.n_mat == 1 and entry.n_in == n_mat * n_in:
-        return Entry(entry.sums.reshape(n_mat, n_in), entry.counts, name=name)
+        return entry.reshaped(n_mat, n_in, name=name)
     if entry.sums.size == n_in and name.endswith((".attn_k_b.weight", ".attn_v_b.weight")):
         raise _UnfitError(
             f"the matrix has one mean of all {n_mat} heads, as older programs made it, and a "

@@ -224,6 +224,7 @@ def _collect_locked(
         matrix = earlier[0].merge(*earlier[1:])
         _save(matrix, args.output, args.output_format)
         terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
+        _files_cli.tell_unsigned(earlier, matrix, terminal)
         _tell_matrix(matrix, terminal)
         return OK
     if earlier:
@@ -303,6 +304,7 @@ def _collect_text(
                     max_chunks=args.chunks,
                     skip_chunks=args.chunk,
                     process_output=args.process_output,
+                    signed_sums=args.signed_sums,
                     parse_special=args.parse_special,
                     **text_arguments,
                     min_expert_rows=args.min_expert_rows,
@@ -324,6 +326,8 @@ def _collect_text(
         matrix = saver.finish()  # the last of them: where it is, all is done (_is_finished)
         terminal.note(f"wrote {args.output}")
         _tell_matrix(matrix, terminal)
+        if earlier:
+            _files_cli.tell_unsigned([*earlier, collector.matrix], matrix, terminal)
         checkpoint.unlink(missing_ok=True)  # all it held is safe now
         _sources_cli.tell(collector.report, terminal)
         if saver.progress is not None:
@@ -521,6 +525,7 @@ class _Saver:
             chunk_count=both.chunk_count,
             chunk_size=both.chunk_size,
             provenance=both.provenance,
+            head_blocks=both.head_blocks,
         )
 
 
@@ -794,6 +799,13 @@ def _add_collect(commands: Commands) -> None:
         "--process-output",
         action="store_true",
         help="collect output.weight too; of a model with tied embeddings token_embd.weight",
+    )
+    add(
+        "--signed-sums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the sums of the activations beside those of their squares, for each channel's "
+        "mean (default: on; they double the file)",
     )
     add_parse_special(command)
     add(

@@ -133,6 +133,20 @@ class Entry:
         np.divide(self._sums, counts, out=mean, where=counts > 0)
         return mean
 
+    def reshaped(self, n_mat: int, n_in: int, *, name: str | None = None) -> Entry:
+        """The same values as [n_mat, n_in], for those that a file holds flattened.
+
+        Raises:
+            ValueError: there are more values or fewer, or the counts do not fit.
+        """
+        signed = self._signed_sums
+        return Entry(
+            self._sums.reshape(n_mat, n_in),
+            self._counts,
+            signed_sums=None if signed is None else signed.reshape(n_mat, n_in),
+            name=name,
+        )
+
     @property
     def covered(self) -> float:
         """Fraction of the counts, in [0, 1], that are above 0."""

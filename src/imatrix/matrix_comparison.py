@@ -40,8 +40,13 @@ class WeightComparison:
         rank_correlation: [n_mat] float64: Spearman's, the Pearson correlation of the ranks of the
             n_in means, ties given their average rank; in [-1, 1]. Every channel counts the same.
             NaN where all means of a_e or b_e are equal, which leaves no ranks.
+        mean_distance: [n_mat] float64: |m_a - m_b| / |r_a|, between the means of the activations
+            themselves (Entry.means), in units of a's root mean squares r_a = √a_e, since means of
+            both signs may all be near 0; inf if only r_a is zero everywhere. NaN where one of the
+            two has no signed sums.
         rows_a, rows_b: activation rows, those of all experts together.
         unseen_a, unseen_b: matrices without a row.
+        signed_a, signed_b: whether there are signed sums, and so means.
     """
 
     name: str
@@ -51,10 +56,13 @@ class WeightComparison:
     cosine: _Floats = field(repr=False)
     relative_l2: _Floats = field(repr=False)
     rank_correlation: _Floats = field(repr=False)
+    mean_distance: _Floats = field(repr=False)
     rows_a: int
     rows_b: int
     unseen_a: int
     unseen_b: int
+    signed_a: bool
+    signed_b: bool
 
     @property
     def n_compared(self) -> int:
@@ -76,6 +84,12 @@ class WeightComparison:
     def worst_rank_correlation(self) -> float | None:
         """The least rank correlation; None if there is none."""
         return _least(self.rank_correlation)
+
+    @property
+    def worst_mean_distance(self) -> float | None:
+        """The largest distance of means; None if there is none."""
+        least = _least(-self.mean_distance)
+        return None if least is None else -least
 
     @property
     def worst_matrix(self) -> int | None:
@@ -139,7 +153,7 @@ class MatrixComparison:
         data, and means no further apart than `tolerance`, as a relative L2 distance.
 
         Counts may differ: twice the text may give the same means. 1e-6 lets the float32 of files
-        pass.
+        pass. Signed sums do not count: no quantizer reads them.
         """
         alike = not self.only_a and not self.only_b and not self.mismatched
         return alike and all(weight.within(tolerance) for weight in self.weights)
@@ -198,9 +212,9 @@ def same_shapes(a: Entry, b: Entry) -> tuple[Entry, Entry] | None:
     if _shape(a) == _shape(b):
         return a, b
     if a.sums.size == b.sums.size and a.n_mat == 1:
-        return Entry(a.sums.reshape(_shape(b)), a.counts), b
+        return a.reshaped(*_shape(b)), b
     if a.sums.size == b.sums.size and b.n_mat == 1:
-        return a, Entry(b.sums.reshape(_shape(a)), b.counts)
+        return a, b.reshaped(*_shape(a))
     return None
 
 
@@ -208,13 +222,16 @@ def _compared(name: str, part: Part, a: Entry, b: Entry) -> WeightComparison:
     seen_a, seen_b = (np.broadcast_to(entry.counts > 0, entry.n_mat) for entry in (a, b))
     both = seen_a & seen_b
     figures = {
-        key: np.full(a.n_mat, np.nan) for key in ("cosine", "relative_l2", "rank_correlation")
+        key: np.full(a.n_mat, np.nan)
+        for key in ("cosine", "relative_l2", "rank_correlation", "mean_distance")
     }
     if both.any():
         x, y = a.importance[both], b.importance[both]
         figures["cosine"][both] = _cosine(x, y)
         figures["relative_l2"][both] = _relative_l2(x, y)
         figures["rank_correlation"][both] = _spearman(x, y)
+        if (means_a := a.means) is not None and (means_b := b.means) is not None:
+            figures["mean_distance"][both] = _in_units(means_a[both] - means_b[both], np.sqrt(x))
     for values in figures.values():
         values.flags.writeable = False
     return WeightComparison(
@@ -226,6 +243,8 @@ def _compared(name: str, part: Part, a: Entry, b: Entry) -> WeightComparison:
         rows_b=int(b.counts.sum()),
         unseen_a=int(np.count_nonzero(~seen_a)),
         unseen_b=int(np.count_nonzero(~seen_b)),
+        signed_a=a.signed_sums is not None,
+        signed_b=b.signed_sums is not None,
         **figures,
     )
 
@@ -260,6 +279,16 @@ def _relative_l2(x: _Floats, y: _Floats) -> _Floats:
     scale = np.where(peak > 0, peak, 1.0)
     away = np.linalg.norm((x - y) / scale, axis=1)
     norm = np.linalg.norm(x / scale, axis=1)
+    return _over(away, norm)
+
+
+def _in_units(away: _Floats, unit: _Floats) -> _Floats:
+    """[n] of rows [n, n_in]: |away| / |unit|."""
+    return _over(np.linalg.norm(away, axis=1), np.linalg.norm(unit, axis=1))
+
+
+def _over(away: _Floats, norm: _Floats) -> _Floats:
+    """away / norm, 0 for nothing over nothing."""
     relative = np.where(away > 0, np.inf, 0.0)
     np.divide(away, norm, out=relative, where=norm > 0)
     return relative
