@@ -100,9 +100,9 @@ struct DeviceSums::Graph {
         return mine;
     }
 
-    // What is to be added up, contiguous: squares and, with `both`, the rows themselves behind them,
-    // so that one pass adds the two. CUDA's SQR wants contiguous rows and does not say so when it is
-    // asked what it supports (ggml-cuda/unary.cu).
+    // What is to be added up, contiguous: squares and, with `both`, the rows themselves behind
+    // them, so that one pass adds the two. CUDA's SQR wants contiguous rows and does not say so
+    // when it is asked what it supports (ggml-cuda/unary.cu).
     ggml_tensor * addends(const ggml_tensor * theirs, bool both) {
         ggml_tensor * rows = view(theirs);
         if (!ggml_is_contiguous(rows)) {
@@ -281,11 +281,11 @@ DeviceSums::Outcome DeviceSums::add_routed(const ggml_tensor * rows, size_t weig
     const auto                        flush = [&] {
         Graph         graph(graph_memory_);
         const int64_t n_rows = ggml_nrows(rows);
-        ggml_tensor * table = graph.addends(rows, both);
-        table        = ggml_reshape_2d(graph.context.get(), table, table->ne[0], n_rows);
-        table        = ggml_pad(graph.context.get(), table, 0, 1, 0, 0);
-        int  zeros   = static_cast<int>(n_rows);
-        auto longest = [&] {
+        ggml_tensor * table  = graph.addends(rows, both);
+        table                = ggml_reshape_2d(graph.context.get(), table, table->ne[0], n_rows);
+        table                = ggml_pad(graph.context.get(), table, 0, 1, 0, 0);
+        int  zeros           = static_cast<int>(n_rows);
+        auto longest         = [&] {
             size_t n = 1;
             for (const std::vector<int32_t> & list : lists) {
                 n = std::max(n, list.size());

@@ -1,5 +1,5 @@
-// Sums of squares, and of the rows themselves, made on the device that holds the rows, with ggml's own operations: only the
-// sums come to the host, once a chunk.
+// Sums of squares, and of the rows themselves, made on the device that holds the rows, with ggml's
+// own operations: only the sums come to the host, once a chunk.
 //
 // Squares are added by halves (the first half of the rows to the second, and so on), with ADD
 // alone: float32 throughout, and the error of a sum of n squares grows with log2(n). A matrix
@@ -38,8 +38,8 @@ public:
     void begin_chunk(); // what was not fetched is forgotten
 
     // Adds the squares of `rows`, which lie in a device's memory, to a slot's sums there, and with
-    // `both` the rows to its signed sums; within a chunk it is the same for all of a slot. The rows are read
-    // before this returns. `weight` comes back from fetch().
+    // `both` the rows to its signed sums; within a chunk it is the same for all of a slot. The rows
+    // are read before this returns. `weight` comes back from fetch().
     //
     // Matrix m of the slot gets every row whose last two dimensions count to m; with one matrix
     // it gets all.

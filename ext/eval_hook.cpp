@@ -405,8 +405,8 @@ void EvalHook::list_rows(size_t slot, const ggml_tensor * x, const char * data,
     }
 }
 
-// Squares and adds the rows of rows_of_ on the host. Where they had to be copied from a device, it goes on
-// while they are added.
+// Squares and adds the rows of rows_of_ on the host. Where they had to be copied from a device, it
+// goes on while they are added.
 void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
     const size_t slot = sums_.weights()[weight].slot;
     const size_t n_in = static_cast<size_t>(sums_.slots()[slot].shape.n_in);

@@ -132,15 +132,15 @@ private:
     bool take_slot(size_t weight, const Shape & shape, size_t shared);
     const char * host_bytes(const ggml_tensor * tensor, std::vector<char> & staging);
     bool add_sums(size_t weight, size_t slot, int64_t mat, const float * partial, bool both);
-    void         collect_dense(size_t weight, const ggml_tensor * node);
-    void         collect_experts(size_t weight, const ggml_tensor * node);
-    void         add_routed_rows(size_t weight, const ggml_tensor * x);
-    void         list_rows(size_t slot, const ggml_tensor * x, const char * data,
-                           std::vector<const float *> & rows, std::vector<RowBlock> & blocks,
-                           std::vector<int64_t> & mats);
-    void         fail_non_finite(size_t weight, size_t slot, int64_t mat, int64_t channel);
-    void         read_ids(const ggml_tensor * ids);
-    bool         summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows);
+    void collect_dense(size_t weight, const ggml_tensor * node);
+    void collect_experts(size_t weight, const ggml_tensor * node);
+    void add_routed_rows(size_t weight, const ggml_tensor * x);
+    void list_rows(size_t slot, const ggml_tensor * x, const char * data,
+                   std::vector<const float *> & rows, std::vector<RowBlock> & blocks,
+                   std::vector<int64_t> & mats);
+    void fail_non_finite(size_t weight, size_t slot, int64_t mat, int64_t channel);
+    void read_ids(const ggml_tensor * ids);
+    bool summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows);
 
     Sums &       sums_;
     HookError    error_;

@@ -21,8 +21,8 @@ constexpr size_t kUnroll = 8;
 // (benchmarks/test_row_kernels.py). Past the end of a row nothing is read; a prefetch cannot fault.
 constexpr size_t kAhead = 256;
 
-// What a kernel does is compiled twice: with Signed it adds the values beside their squares, without
-// it leaves `signed_acc` alone, which may then be NULL.
+// What a kernel does is compiled twice: with Signed it adds the values beside their squares,
+// without it leaves `signed_acc` alone, which may then be NULL.
 template <bool Signed>
 void plain_row(const float * __restrict x, size_t n, float * __restrict acc,
                float * __restrict signed_acc) {
@@ -51,7 +51,7 @@ void add_plain(const float * const * rows, size_t n_rows, size_t n, float * acc,
 
 void run_plain(const float * const * rows, size_t n_rows, size_t n, float * acc,
                float * signed_acc) {
-    (signed_acc != nullptr ? add_plain<true> : add_plain<false>)(rows, n_rows, n, acc, signed_acc);
+    (signed_acc != nullptr ? add_plain<true> : add_plain<false>) (rows, n_rows, n, acc, signed_acc);
 }
 
 #ifdef IMATRIX_X86
@@ -107,8 +107,8 @@ __attribute__((target("avx512f"))) void add_avx512(const float * const * rows, s
 
 void run_avx512(const float * const * rows, size_t n_rows, size_t n, float * acc,
                 float * signed_acc) {
-    (signed_acc != nullptr ? add_avx512<true> : add_avx512<false>)(rows, n_rows, n, acc,
-                                                                   signed_acc);
+    (signed_acc != nullptr ? add_avx512<true> : add_avx512<false>) (rows, n_rows, n, acc,
+                                                                    signed_acc);
 }
 
 template <bool Signed>
@@ -175,7 +175,7 @@ __attribute__((target("avx2,fma"))) void add_avx2(const float * const * rows, si
 
 void run_avx2(const float * const * rows, size_t n_rows, size_t n, float * acc,
               float * signed_acc) {
-    (signed_acc != nullptr ? add_avx2<true> : add_avx2<false>)(rows, n_rows, n, acc, signed_acc);
+    (signed_acc != nullptr ? add_avx2<true> : add_avx2<false>) (rows, n_rows, n, acc, signed_acc);
 }
 #endif
 
@@ -229,7 +229,7 @@ void add_neon(const float * const * rows, size_t n_rows, size_t n, float * acc,
 
 void run_neon(const float * const * rows, size_t n_rows, size_t n, float * acc,
               float * signed_acc) {
-    (signed_acc != nullptr ? add_neon<true> : add_neon<false>)(rows, n_rows, n, acc, signed_acc);
+    (signed_acc != nullptr ? add_neon<true> : add_neon<false>) (rows, n_rows, n, acc, signed_acc);
 }
 #endif
 

@@ -1011,8 +1011,7 @@ Status Session::collect(const int32_t * tokens, const int32_t * lengths, int32_t
 }
 
 Status Session::restore(const std::vector<std::string> & names, const Shape & shape,
-                        const double * sums, const int64_t * counts,
-                        const double * signed_sums) {
+                        const double * sums, const int64_t * counts, const double * signed_sums) {
     try {
         if (!sums_.restore(names, shape, sums, counts, signed_sums)) {
             return Status::failed(Code::bad_argument, "a weight to restore has sums already");

@@ -87,7 +87,7 @@ void Sums::commit() {
         }
         const int64_t n   = slot.shape.n_in;
         const auto    add = [n](std::vector<double> & total, const std::vector<double> & pending,
-                             int64_t mat) {
+                                int64_t mat) {
             for (int64_t j = mat * n; j < (mat + 1) * n; ++j) {
                 total[static_cast<size_t>(j)] += pending[static_cast<size_t>(j)];
             }

@@ -80,8 +80,8 @@ public:
     void discard();
 
     // Makes a slot that holds committed sums [n_mat, n_in] and counts [n_counts], and gives it
-    // to all `names`. `signed_sums`: NULL if those rows have none. False, and nothing is changed, if
-    // one of the names has a slot already.
+    // to all `names`. `signed_sums`: NULL if those rows have none. False, and nothing is changed,
+    // if one of the names has a slot already.
     bool restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
                  const int64_t * counts, const double * signed_sums);
 

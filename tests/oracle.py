@@ -31,8 +31,9 @@ Feeding = Literal["draft", "trunk"]
 class Entry(NamedTuple):
     """What a matrix holds for one weight."""
 
-    sums: F64  # [n_mat, n_in]
+    sums: F64  # [n_mat, n_in], of squares
     counts: I64  # [1] for a dense weight, however many matrices it has; [n_expert] for experts
+    signed: F64  # [n_mat, n_in], of the rows themselves
 
 
 @dataclass
@@ -121,6 +122,20 @@ def compare(
         want = oracle[name].sums
         got = np.asarray(engine[name], dtype=np.float64).reshape(want.shape)
         worst[name] = float(np.abs(got - want).max() / np.abs(want).max())
+    return worst
+
+
+def compare_signed(
+    engine: Mapping[str, NDArray[np.floating]], oracle: Mapping[str, Entry]
+) -> dict[str, float]:
+    """The same of the signed sums, over what the largest could have been: √(count · sum of squares).
+    Theirs may all be near 0."""
+    worst = {}
+    for name in sorted(engine.keys() & oracle.keys()):
+        want = oracle[name]
+        got = np.asarray(engine[name], dtype=np.float64).reshape(want.signed.shape)
+        most = np.sqrt(want.counts[:, np.newaxis] * want.sums).max()
+        worst[name] = float(np.abs(got - want.signed).max() / most)
     return worst
 
 
@@ -249,24 +264,26 @@ class _Forward:
     def matmul(self, name: str, x: F64) -> F64:
         """x @ weight.T for a plain weight, noting what went in."""
         seen = x[self.first_row :]
-        self.note(name, np.sum(seen * seen, axis=0)[None], len(seen))
+        self.note(
+            name, np.sum(seen * seen, axis=0)[None], len(seen), np.sum(seen, axis=0)[None]
+        )
         return np.asarray(self.rounded(name, x) @ np.atleast_2d(self.weights[name]).T)
 
     def matmul_heads(self, name: str, x: F64) -> F64:
         """The same where each head has a matrix of its own; x [rows, heads, n_in]."""
         seen = x[self.first_row :]
-        self.note(name, np.sum(seen * seen, axis=0), len(seen))
+        self.note(name, np.sum(seen * seen, axis=0), len(seen), np.sum(seen, axis=0))
         return np.asarray(np.einsum("rhi,hoi->rho", self.rounded(name, x), self.weights[name]))
 
     def matmul_expert(self, name: str, expert: int, x: F64, rows: I64) -> F64:
         """The same for the rows that were routed to one expert, and their numbers."""
         n_expert, _, n_in = self.weights[name].shape
-        sums = np.zeros((n_expert, n_in))
+        sums, signed = np.zeros((2, n_expert, n_in))
         counts = np.zeros(n_expert, dtype=np.int64)
         seen = x[rows >= self.first_row]
-        sums[expert] = np.sum(seen * seen, axis=0)
+        sums[expert], signed[expert] = np.sum(seen * seen, axis=0), np.sum(seen, axis=0)
         counts[expert] = len(seen)
-        self.note(name, sums, counts)
+        self.note(name, sums, counts, signed)
         return np.asarray(self.rounded(name, x) @ self.weights[name][expert].T)
 
     @contextmanager
@@ -276,13 +293,13 @@ class _Forward:
         yield
         self.observing = True
 
-    def note(self, name: str, sums: F64, counts: int | I64) -> None:
+    def note(self, name: str, sums: F64, counts: int | I64, signed: F64) -> None:
         if not self.observing:
             return
-        new = Entry(sums, np.atleast_1d(np.asarray(counts, dtype=np.int64)))
+        new = Entry(sums, np.atleast_1d(np.asarray(counts, dtype=np.int64)), signed)
         old = self.result.entries.get(name)
         if old is not None:
-            new = Entry(old.sums + new.sums, old.counts + new.counts)
+            new = Entry(old.sums + new.sums, old.counts + new.counts, old.signed + new.signed)
         self.result.entries[name] = new
 
     def rounded(self, name: str, x: F64) -> F64:

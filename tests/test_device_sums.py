@@ -116,14 +116,18 @@ def collect(
 
 
 def differences(got: ImportanceMatrix, want: ImportanceMatrix) -> dict[str, float]:
-    """For each weight the largest difference over its largest sum."""
+    """For each weight the largest difference over its largest sum, and of the signed sums over
+    what those could be at most."""
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
-    return {
-        name: float(np.abs(got[name].sums - want[name].sums).max() / want[name].sums.max())
-        for name in want
-    }
+    found = {}
+    for name, entry in want.items():
+        signed, expected = got[name].signed_sums, entry.signed_sums
+        most = np.sqrt(entry.sums * entry.counts[:, np.newaxis]).max()
+        found[name] = float(np.abs(got[name].sums - entry.sums).max() / entry.sums.max())
+        found[f"{name}, signed"] = float(np.abs(signed - expected).max() / most)
+    return found
 
 
 def both_ways(

@@ -85,6 +85,10 @@ def assert_agrees(got: ImportanceMatrix, want: oracle.Result, tolerance: float =
         np.testing.assert_array_equal(got[name].counts, entry.counts, err_msg=name)
     worst = oracle.compare({name: entry.sums for name, entry in got.items()}, want.entries)
     assert {name: d for name, d in worst.items() if not d <= tolerance} == {}
+    # a square's relative error is twice that of the value
+    signed = {name: entry.signed_sums for name, entry in got.items()}
+    worst = oracle.compare_signed(signed, want.entries)
+    assert {name: d for name, d in worst.items() if not d <= tolerance} == {}
 
 
 @pytest.mark.parametrize("arch", HEADS)

@@ -89,31 +89,48 @@ class Ids:
 class Expected:
     sums: F64
     counts: NDArray[np.int64]
+    signed: F64
+    magnitude: F64  # the sum of |x|: what the rounding of a signed sum goes by
 
     def __iadd__(self, other: Expected) -> Expected:
-        return Expected(self.sums + other.sums, self.counts + other.counts)
+        return Expected(
+            self.sums + other.sums,
+            self.counts + other.counts,
+            self.signed + other.signed,
+            self.magnitude + other.magnitude,
+        )
+
+    def times(self, n: int) -> Expected:
+        return Expected(n * self.sums, n * self.counts, n * self.signed, n * self.magnitude)
+
+
+def powers(x: Activation) -> tuple[F64, F64, F64]:
+    """x², x and |x| in float64, [n3, n2, n1, n_in] each."""
+    values = x.values.astype(np.float64)
+    return values**2, values, np.abs(values)
 
 
 def dense(x: Activation, w2: int = 1, w3: int = 1) -> Expected:
     """Matrix (i2, i3) of the weight sees the rows whose i2, i3 are the same modulo its own."""
-    squares = x.values.astype(np.float64) ** 2
-    sums = np.zeros((w3 * w2, x.ne[0]))
-    for i3 in range(x.ne[3]):
-        for i2 in range(x.ne[2]):
-            sums[(i3 % w3) * w2 + i2 % w2] += squares[i3, i2].sum(axis=0)
-    return Expected(sums, np.array([x.ne[1] * x.ne[2] * x.ne[3] // (w2 * w3)]))
+    sums, signed, magnitude = np.zeros((3, w3 * w2, x.ne[0]))
+    for into, values in zip((sums, signed, magnitude), powers(x), strict=True):
+        for i3 in range(x.ne[3]):
+            for i2 in range(x.ne[2]):
+                into[(i3 % w3) * w2 + i2 % w2] += values[i3, i2].sum(axis=0)
+    counts = np.array([x.ne[1] * x.ne[2] * x.ne[3] // (w2 * w3)])
+    return Expected(sums, counts, signed, magnitude)
 
 
 def routed(x: Activation, ids: Ids, n_expert: int) -> Expected:
     """Expert e sees a row for each time a token uses it."""
-    squares = x.values[0].astype(np.float64) ** 2  # [n_tokens, 1 or n_used, n_in]
-    sums = np.zeros((n_expert, x.ne[0]))
+    sums, signed, magnitude = np.zeros((3, n_expert, x.ne[0]))
     counts = np.zeros(n_expert, dtype=np.int64)
     for token, experts in enumerate(ids.values):
         for used, expert in enumerate(experts):
-            sums[expert] += squares[token, used % x.ne[1]]
+            for into, values in zip((sums, signed, magnitude), powers(x), strict=True):
+                into[expert] += values[0][token, used % x.ne[1]]
             counts[expert] += 1
-    return Expected(sums, counts)
+    return Expected(sums, counts, signed, magnitude)
 
 
 def check(harness: Harness, want: dict[str, Expected]) -> None:
@@ -124,6 +141,8 @@ def check(harness: Harness, want: dict[str, Expected]) -> None:
         # float32 over at most 512 rows, each square and each addition rounded once
         tolerance = (min(512, int(counts.max())) + 1) * 2.0**-24
         np.testing.assert_allclose(sums, want[name].sums, rtol=tolerance, atol=1e-40, err_msg=name)
+        away = np.abs(harness.signed_sums[name] - want[name].signed)
+        assert (away <= tolerance * want[name].magnitude).all(), name
 
 
 def product(
@@ -217,9 +236,7 @@ class TestDense:
             x = draw(activations(*shape))
             for name in names:
                 more = dense(x, w2, w3)
-                want[name] = (
-                    want[name] if name in want else Expected(0 * more.sums, 0 * more.counts)
-                )
+                want[name] = want[name] if name in want else more.times(0)
                 want[name] += more
             products = [product(name, ne2=w2, ne3=w3) for name in names]
             run(harness, [x], products, replay=any_layout(where))
@@ -232,8 +249,40 @@ class TestDense:
         assert stops == n_ubatches
         assert squared == n_ubatches * np.prod(shape)
         assert (fetched > 0) == (where != "host")
-        if where.endswith("-sums"):  # only the sums came over, once
-            assert fetched == 4 * shape[0] * w2 * w3
+        if where.endswith("-sums"):  # only the sums came over, once: of squares, and signed
+            assert fetched == 2 * 4 * shape[0] * w2 * w3
+
+    def test_squares_are_the_same_without_signed_sums(self, where: str) -> None:
+        x, ids = rows(40, 1, 70), Ids(np.arange(140, dtype=np.int32) % 3, 2, 70, 2)
+        products = [product("blk.0.a.weight"), product("blk.0.b_exps.weight", ids=0, ne2=3)]
+        found = []
+        for keep in (True, False):
+            harness = Harness(where)
+            harness.keep_signed(keep)
+            for _ in range(2):
+                begin(harness)
+                run(harness, [x], products, [ids])
+                harness.commit()
+            assert set(harness.signed_sums) == ({p[0] for p in products} if keep else set())
+            found.append(harness)
+        with_them, without = found
+        for name, (sums, counts, *_) in with_them.weights.items():
+            np.testing.assert_array_equal(sums, without.weights[name][0])
+            np.testing.assert_array_equal(counts, without.weights[name][1])
+        # dropped, they do not come back: rows that they lack have gone by
+        with_them.keep_signed(False)
+        with_them.keep_signed(True)
+        begin(with_them)
+        run(with_them, [x], products, [ids])
+        with_them.commit()
+        assert with_them.error[0] == "none"
+        assert with_them.signed_sums == {}
+        check_squares = {"blk.0.a.weight": dense(x), "blk.0.b_exps.weight": routed(x, ids, 3)}
+        for name, once in check_squares.items():
+            # as in check()
+            np.testing.assert_allclose(
+                with_them.weights[name][0], 3 * once.sums, rtol=513 * 2.0**-24
+            )
 
     @pytest.mark.parametrize("n", [1, 15, 16, 511, 512, 513, 1300])
     def test_any_number_of_rows(self, where: str, n: int) -> None:
@@ -271,7 +320,7 @@ class TestExperts:
         check(harness, {name: routed(x, ids, n_expert) for name in names})
         assert harness.counters[0] == 1
         if where.endswith("-sums"):
-            assert harness.counters[1] == 4 * (n_in * n_expert + n_used * n_tokens)
+            assert harness.counters[1] == 4 * (2 * n_in * n_expert + n_used * n_tokens)
 
     @pytest.mark.parametrize(("n_in", "n_tokens"), [(5, 17), (3, 1000), (8192, 1100)])
     def test_many_rows_an_expert(self, where: str, n_in: int, n_tokens: int) -> None:
@@ -555,7 +604,7 @@ class TestLeaving:
         harness.commit()
         want = {"blk.0.a.weight": dense(self.X), "blk.0.b.weight": dense(self.Y)}
         for name, once in want.items():
-            want[name] = Expected(3 * once.sums, 3 * once.counts)
+            want[name] = once.times(3)
         check(harness, want)
 
     def test_nowhere_if_something_is_written_after_all(self) -> None:

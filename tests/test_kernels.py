@@ -17,25 +17,39 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def added(kernel: str, rows: F32, start: float = 0.0) -> F32:
-    """The kernel's sums, between guards that it must not touch."""
+    """The kernel's sums of squares, between guards that it must not touch."""
+    return both_added(kernel, rows, start)[0]
+
+
+def both_added(kernel: str, rows: F32, start: float = 0.0) -> tuple[F32, F32]:
+    """Its sums of squares and of the values, between guards that it must not touch."""
     n = rows.shape[1]
-    held = np.full(n + 32, 7.0, dtype=np.float32)
-    held[16 : 16 + n] = start
-    _session.add_squares(kernel, rows, held[16 : 16 + n])
-    assert (held[:16] == 7.0).all()
-    assert (held[16 + n :] == 7.0).all()
-    return held[16 : 16 + n]
+    alone, *held = np.full((3, n + 32), 7.0, dtype=np.float32)
+    for sums in (alone, *held):
+        sums[16 : 16 + n] = start
+    _session.add_squares(kernel, rows, alone[16 : 16 + n])
+    _session.add_squares(kernel, rows, *(sums[16 : 16 + n] for sums in held))
+    for sums in (alone, *held):
+        assert (sums[:16] == 7.0).all()
+        assert (sums[16 + n :] == 7.0).all()
+    # those of squares are the same without the others beside them
+    np.testing.assert_array_equal(alone, held[0])
+    return held[0][16 : 16 + n], held[1][16 : 16 + n]
 
 
 def check(kernel: str, rows: F32, start: float = 0.0) -> None:
     with np.errstate(under="ignore"):
         want = start + (rows.astype(np.float64) ** 2).sum(axis=0)
-    got = added(kernel, rows, start).astype(np.float64)
+    got, signed = (sums.astype(np.float64) for sums in both_added(kernel, rows, start))
     # A sum of n float32 terms of one sign, added in any order, each term and each addition rounded
     # once: n + 1 roundings of 2^-24 at most. Below the normal numbers an addition is exact, but a
     # square loses up to half a denormal step.
     tolerance = (len(rows) + 1) * (2.0**-24 * want + 2.0**-150)
     assert (np.abs(got - want) <= tolerance).all()
+    # of both signs: as many roundings, each of what may be as large as the sum of the magnitudes
+    want = start + rows.astype(np.float64).sum(axis=0)
+    magnitude = abs(start) + np.abs(rows.astype(np.float64)).sum(axis=0)
+    assert (np.abs(signed - want) <= len(rows) * 2.0**-24 * magnitude).all()
 
 
 @st.composite
@@ -89,7 +103,9 @@ class TestKernel:
 
     def test_exact_numbers_stay_exact(self, kernel: str) -> None:
         rows = np.random.default_rng(2).integers(-50, 50, (100, 37)).astype(np.float32)
-        assert (added(kernel, rows) == (rows.astype(np.int64) ** 2).sum(axis=0)).all()
+        squares, signed = both_added(kernel, rows)
+        assert (squares == (rows.astype(np.int64) ** 2).sum(axis=0)).all()
+        assert (signed == rows.astype(np.int64).sum(axis=0)).all()
 
     @pytest.mark.parametrize("at", [0, 5, 16, 31, 32, 40])
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, LARGEST, 1e20])

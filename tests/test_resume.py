@@ -343,7 +343,7 @@ def test_others_can_read_it(headed: ModelSpec, interrupted: Path) -> None:
     assert whose["blk.1.ffn_up_exps.weight"] == "blk.1.ffn_gate_exps.weight" or (
         whose["blk.1.ffn_gate_exps.weight"] == "blk.1.ffn_up_exps.weight"
     )
-    assert len(tensors) == 2 * (len(matrix) - len(whose))
+    assert len(tensors) == 3 * (len(matrix) - len(whose))
     for name, entry in matrix.items():
         sums = tensors[f"{whose.get(name, name)}.in_sum2"]
         counts = tensors[f"{whose.get(name, name)}.counts"]
@@ -366,7 +366,10 @@ def test_all_of_it_comes_back(tmp_path: Path) -> None:
         text_digest="0f",
         settings={"a": True, "b": -1, "c": "", "d": 2**62, "e": "§ text"},
         left_out=(LeftOut(3, 2**34, "blk.0.attn_q.weight"),),
-        groups=[(["x", "y"], sums, np.array([2**53 + 1, 0])), (["z"], sums[:1], np.array([7]))],
+        groups=[
+            (["x", "y"], sums, np.array([2**53 + 1, 0]), -sums),
+            (["z"], sums[:1], np.array([7]), None),
+        ],
     )
     file.write(checkpoint, path)
     found = file.read(path)
@@ -375,8 +378,10 @@ def test_all_of_it_comes_back(tmp_path: Path) -> None:
     assert found.settings == checkpoint.settings
     assert type(found.settings["a"]) is bool
     assert found.left_out == checkpoint.left_out
-    assert [names for names, _, _ in found.groups] == [["x", "y"], ["z"]]
-    for (_, a, b), (_, c, d) in zip(found.groups, checkpoint.groups, strict=True):
+    assert [names for names, *_ in found.groups] == [["x", "y"], ["z"]]
+    assert [signed is None for *_, signed in found.groups] == [False, True]
+    assert found.groups[0][3].tobytes() == (-sums).tobytes()
+    for (_, a, b, _), (_, c, d, _) in zip(found.groups, checkpoint.groups, strict=True):
         assert a.tobytes() == c.tobytes()
         assert a.shape == c.shape
         assert b.tolist() == d.tolist()
@@ -464,7 +469,7 @@ def test_weights_that_shared_their_rows_may_come_back_alone(
 ) -> None:
     """As after a run whose groups fell apart: the first chunk finds out, and is done again."""
     found = file.read(interrupted)
-    assert any(len(names) > 1 for names, _, _ in found.groups)
+    assert any(len(names) > 1 for names, *_ in found.groups)
     alone = [([name], *data) for names, *data in found.groups for name in names]
     path = tmp_path / "alone.checkpoint"
     file.write(replace(found, groups=alone), path)
@@ -481,7 +486,8 @@ def test_nothing_is_put_back_twice(headed: ModelSpec) -> None:
     session = _session.Session(model)
     sums, counts = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([5, 0])
     session.restore(["a", "b"], sums, counts)
-    [(names, found_sums, found_counts)] = session.groups()
+    [(names, found_sums, found_counts, signed)] = session.groups()
+    assert signed is None  # nobody gave any
     assert names == ["a", "b"]
     assert (found_sums.tolist(), found_counts.tolist()) == (sums.tolist(), [5, 0])
     with pytest.raises(ValueError, match="has sums already"):
@@ -489,3 +495,7 @@ def test_nothing_is_put_back_twice(headed: ModelSpec) -> None:
     assert set(session.snapshot()) == {"a", "b"}
     with pytest.raises(ValueError, match="do not fit together"):
         session.restore(["c"], sums, np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="sums and signed sums do not fit together"):
+        session.restore(["c"], sums, counts, sums[:1])
+    session.restore(["c"], sums, counts, -sums)
+    assert session.snapshot()["c"][2].tolist() == (-sums).tolist()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import EngineTool, Forged, run_tool
 
-from imatrix import Collector, ImportanceMatrix
+from imatrix import Collector, Entry, ImportanceMatrix
 
 pytestmark = [
     pytest.mark.engine(
@@ -18,6 +18,7 @@ pytestmark = [
 ]
 
 N_CTX = 64
+PARTS = ("in_sum2", "counts", "in_sum", "stats")
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,8 @@ def through(engine_tool: EngineTool, model: Path, tmp_path: Path):
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
-    """The sums of squares and the counts of a file by gguf-py's reader: what ours takes of it. Theirs
-    has sums of the activations themselves (in_sum) and figures made of them (stats) beside these."""
-    return {
-        tensor.name: np.array(tensor.data)
-        for tensor in gguf.GGUFReader(path).tensors
-        if tensor.name.endswith((".in_sum2", ".counts"))
-    }
+    """The tensors of a file by gguf-py's reader."""
+    return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
 def test_theirs_reads_ours_and_gives_it_back(halves, through, tmp_path: Path) -> None:
@@ -66,9 +62,21 @@ def test_theirs_reads_ours_and_gives_it_back(halves, through, tmp_path: Path) ->
     mine, back = stored(ours), stored(theirs)
     assert set(mine) == set(back)
     for name in mine:
+        if name.endswith(".stats"):
+            # Computed by each from the same float32 sums, in float64, and rounded to float32 (6e-8)
+            # here and there; skewness and kurtosis are differences of larger numbers, 1e-9 of them.
+            np.testing.assert_allclose(
+                mine[name], back[name], rtol=1e-7, atol=1e-9, equal_nan=True, err_msg=name
+            )
+            continue
         # float32 read, added to zero, written: not a bit may change
         np.testing.assert_array_equal(mine[name].ravel(), back[name].ravel(), err_msg=name)
-    for key in ("general.type", "imatrix.chunk_count", "imatrix.chunk_size", "imatrix.datasets"):
+    weights = set(halves[0])
+    assert {f"{name}.{part}" for name in weights for part in PARTS} == set(mine)
+    for key in (
+        *("general.type", "imatrix.chunk_count", "imatrix.chunk_size", "imatrix.datasets"),
+        *("imatrix.stats_schema", "imatrix.n_layer_nextn"),
+    ):
         a, b = (gguf.GGUFReader(path).fields[key].contents() for path in (ours, theirs))
         assert a == b, key
 
@@ -86,6 +94,10 @@ def test_ours_reads_what_theirs_gave_back(halves, through, tmp_path: Path) -> No
         np.testing.assert_array_equal(
             back[name].sums.ravel(), entry.sums.astype(np.float32).ravel(), err_msg=name
         )
+        assert entry.signed_sums is not None
+        np.testing.assert_array_equal(
+            back[name].signed_sums.ravel(), entry.signed_sums.astype(np.float32).ravel()
+        )
 
 
 def test_their_own_file_is_read(
@@ -100,10 +112,11 @@ def test_their_own_file_is_read(
     )
     matrix = ImportanceMatrix.load(out)
     raw = stored(out)
-    assert {f"{name}.{part}" for name in matrix for part in ("in_sum2", "counts")} == set(raw)
+    assert {f"{name}.{part}" for name in matrix for part in PARTS} == set(raw)
     for name, entry in matrix.items():
         np.testing.assert_array_equal(entry.sums.ravel(), raw[f"{name}.in_sum2"].ravel())
         np.testing.assert_array_equal(entry.counts.ravel(), raw[f"{name}.counts"].ravel())
+        np.testing.assert_array_equal(entry.signed_sums.ravel(), raw[f"{name}.in_sum"].ravel())
     assert (matrix.chunk_count, matrix.chunk_size) == (2, N_CTX)
     assert matrix.datasets == (str(prose_file),)
 
@@ -123,6 +136,35 @@ def test_merging_is_what_theirs_does(halves, through, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             theirs[name].sums.ravel(), entry.sums.ravel(), rtol=2e-7, err_msg=name
         )
+        parts = [half[name].signed_sums for half in halves]
+        away = np.abs(theirs[name].signed_sums.ravel() - entry.signed_sums.ravel())
+        assert (away <= 2e-7 * np.abs(parts).sum(axis=0).ravel()).all(), name
+
+
+def test_signed_sums_that_one_of_two_lacks(halves, through, tmp_path: Path) -> None:
+    """Theirs drops them, weight by weight, and so does ours; a weight that only one has keeps its
+    own."""
+    lacking = ImportanceMatrix(
+        {
+            name: Entry(entry.sums, entry.counts, signed_sums=entry.signed_sums if keep else None)
+            for number, (name, entry) in enumerate(halves[1].items())
+            if (keep := number % 3) != 1
+        },
+        chunk_count=4,
+        chunk_size=N_CTX,
+    )
+    paths = [tmp_path / "first.gguf", tmp_path / "second.gguf"]
+    for matrix, path in zip((halves[0], lacking), paths, strict=True):
+        matrix.save(path)
+    merged = halves[0].merge(lacking)
+    for order in (paths, paths[::-1]):
+        theirs = ImportanceMatrix.load(through(*order))
+        assert merged.without_signed_sums == theirs.without_signed_sums
+    kept = [name for name in merged if merged[name].signed_sums is not None]
+    assert set(merged.without_signed_sums) == set(lacking.without_signed_sums)
+    assert len(kept) + len(merged.without_signed_sums) == len(halves[0])
+    alone = next(name for name in halves[0] if name not in lacking)
+    np.testing.assert_array_equal(merged[alone].signed_sums, halves[0][alone].signed_sums)
 
 
 def test_merging_is_what_one_run_gives(halves, model: Path, prose_file: Path) -> None:
@@ -134,3 +176,6 @@ def test_merging_is_what_one_run_gives(halves, model: Path, prose_file: Path) ->
         np.testing.assert_array_equal(merged[name].counts, entry.counts)
         # float64 sums of the same seven float32 chunks, added in another order
         np.testing.assert_allclose(merged[name].sums, entry.sums, rtol=1e-14, err_msg=name)
+        # of both signs: so much of the root of rows times squares, which no sum is above
+        most = np.sqrt(entry.sums * entry.counts[:, np.newaxis])
+        assert (np.abs(merged[name].signed_sums - entry.signed_sums) <= 1e-14 * most).all(), name

@@ -24,8 +24,13 @@ def drawn(n_rows: list[int], n: int, seed: int = 0) -> list[F32]:
 
 
 def added(n_threads: int, blocks: list[F32], start: float = 0.5) -> list[F64]:
-    sums = [np.full(block.shape[1], start) for block in blocks]
-    assert ADDERS[n_threads].add(blocks, sums) is None
+    """[2, n] a block: sums of squares, and of the values."""
+    sums = [np.full((2, block.shape[1]), start) for block in blocks]
+    assert ADDERS[n_threads].add(blocks, [a for a, _ in sums], [b for _, b in sums]) is None
+    alone = [np.full(block.shape[1], start) for block in blocks]
+    assert ADDERS[n_threads].add(blocks, alone) is None
+    for both, squares in zip(sums, alone, strict=True):
+        np.testing.assert_array_equal(both[0], squares)
     return sums
 
 
@@ -42,9 +47,11 @@ def test_the_number_of_threads_changes_no_bit(n: int, n_rows: list[int], seed: i
     blocks = drawn(n_rows, n, seed)
     alone = added(1, blocks)
     for got, block in zip(alone, blocks, strict=True):
-        want = 0.5 + (block.astype(np.float64) ** 2).sum(axis=0)
+        exact = block.astype(np.float64)
         # float32 over at most 512 rows, each square and each addition rounded once
-        np.testing.assert_allclose(got, want, rtol=513 * 2.0**-24)
+        np.testing.assert_allclose(got[0], 0.5 + (exact**2).sum(axis=0), rtol=513 * 2.0**-24)
+        away = np.abs(got[1] - (0.5 + exact.sum(axis=0)))
+        assert (away <= 512 * 2.0**-24 * (0.5 + np.abs(exact).sum(axis=0))).all()
     for n_threads in THREADS[1:]:
         for got, want in zip(added(n_threads, blocks), alone, strict=True):
             np.testing.assert_array_equal(got, want)
@@ -83,3 +90,5 @@ def test_a_model_collected_with_any_number(arch: str, forged: Forged) -> None:
         for name in run:
             np.testing.assert_array_equal(run[name].sums, runs[0][name].sums, err_msg=name)
             np.testing.assert_array_equal(run[name].counts, runs[0][name].counts, err_msg=name)
+            np.testing.assert_array_equal(run[name].means, runs[0][name].means, err_msg=name)
+            assert run[name].means is not None

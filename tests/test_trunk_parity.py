@@ -76,13 +76,17 @@ def ours(
 
 
 def differences(got: ImportanceMatrix, want: ImportanceMatrix) -> dict[str, float]:
-    """For each weight the largest difference over its largest sum. llama-imatrix writes a 3-D
-    weight's sums in one row."""
+    """For each weight the largest difference over its largest sum, and of the signed sums over
+    what those could be at most. llama-imatrix writes a 3-D weight's sums in one row."""
     worst = {}
     for name in want:
         a, b = got[name].sums.ravel(), want[name].sums.ravel()
         assert a.shape == b.shape, name
         worst[name] = float(np.abs(a - b).max() / b.max())
+        signed, expected = got[name].signed_sums, want[name].signed_sums
+        most = np.sqrt(got[name].sums * got[name].counts[:, np.newaxis]).max()
+        away = np.abs(signed.ravel() - expected.ravel()).max()
+        worst[f"{name}, signed"] = float(away / most)
     return worst
 
 

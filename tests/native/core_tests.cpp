@@ -67,14 +67,19 @@ void check_kernels() {
                 rows.push_back(normal(n + shift));
                 pointers.push_back(rows.back().data() + shift);
             }
-            std::vector<float> acc(n, 0.5f);
-            kernels[k].run(pointers.data(), n_rows, n, acc.data());
+            std::vector<float> acc(n, 0.5f), alone(n, 0.5f), signed_acc(n, 0.5f);
+            kernels[k].run(pointers.data(), n_rows, n, alone.data(), nullptr);
+            kernels[k].run(pointers.data(), n_rows, n, acc.data(), signed_acc.data());
+            CHECK(acc == alone);
             for (size_t j = 0; j < n; ++j) {
-                double want = 0.5;
+                double want = 0.5, want_signed = 0.5, magnitude = 0.5;
                 for (const float * row : pointers) {
                     want += static_cast<double>(row[j]) * row[j];
+                    want_signed += static_cast<double>(row[j]);
+                    magnitude += std::abs(static_cast<double>(row[j]));
                 }
                 CHECK(near(acc[j], want));
+                CHECK(std::abs(signed_acc[j] - want_signed) <= 1e-5 * magnitude);
             }
         }
     }
@@ -93,9 +98,10 @@ void check_threads() {
         Parallel threads;
         threads.set_threads(n_threads);
         for (int round = 0; round < 20; ++round) {
-            std::vector<std::vector<double>> sums(2, std::vector<double>(n));
-            const std::vector<RowBlock>      blocks{{rows.data(), 70, sums[0].data()},
-                                                    {rows.data() + 70, 50, sums[1].data()}};
+            std::vector<std::vector<double>> sums(4, std::vector<double>(n));
+            const std::vector<RowBlock>      blocks{
+                {rows.data(), 70, sums[0].data(), sums[2].data()},
+                {rows.data() + 70, 50, sums[1].data(), sums[3].data()}};
             CHECK(add_rows(threads, blocks, n).channel < 0);
             first = first.empty() ? sums : first;
             CHECK(sums == first);
@@ -126,16 +132,20 @@ struct Activation {
         rows.size   = data.size();
     }
 
+    double value(int64_t j, int64_t i1, int64_t i2, int64_t i3) const {
+        return data[static_cast<size_t>(rows.offset + j + i1 * rows.stride[1] +
+                                        i2 * rows.stride[2] + i3 * rows.stride[3])];
+    }
+
     double square(int64_t j, int64_t i1, int64_t i2, int64_t i3) const {
-        const double x = data[static_cast<size_t>(rows.offset + j + i1 * rows.stride[1] +
-                                                  i2 * rows.stride[2] + i3 * rows.stride[3])];
-        return x * x;
+        return value(j, i1, i2, i3) * value(j, i1, i2, i3);
     }
 };
 
 struct Reference {
     std::vector<double>  sums;
     std::vector<int64_t> counts;
+    std::vector<double>  signed_sums = std::vector<double>(sums.size());
 };
 
 void check_equal(const Harness & harness, const std::string & name, const Reference & want) {
@@ -149,6 +159,11 @@ void check_equal(const Harness & harness, const std::string & name, const Refere
     CHECK(slot.total.size() == want.sums.size());
     for (size_t i = 0; i < std::min(slot.total.size(), want.sums.size()); ++i) {
         CHECK(near(slot.total[i], want.sums[i]));
+    }
+    CHECK(slot.signed_total.size() == want.signed_sums.size());
+    for (size_t i = 0; i < std::min(slot.signed_total.size(), want.signed_sums.size()); ++i) {
+        // values near 1, at most a few hundred
+        CHECK(std::abs(slot.signed_total[i] - want.signed_sums[i]) <= 1e-3);
     }
 }
 
@@ -171,8 +186,10 @@ void check_dense(Where where, bool device_sums) {
                 for (int64_t i2 = 0; i2 < n2; ++i2) {
                     for (int64_t i1 = 0; i1 < n1; ++i1) {
                         for (int64_t j = 0; j < n_in; ++j) {
-                            want.sums[static_cast<size_t>(((i3 % w3) * w2 + i2 % w2) * n_in + j)] +=
-                                x.square(j, i1, i2, i3);
+                            const size_t at =
+                                static_cast<size_t>(((i3 % w3) * w2 + i2 % w2) * n_in + j);
+                            want.sums[at] += x.square(j, i1, i2, i3);
+                            want.signed_sums[at] += x.value(j, i1, i2, i3);
                         }
                     }
                 }
@@ -221,8 +238,9 @@ void check_experts(Where where, bool device_sums) {
                     static_cast<size_t>(id_data[static_cast<size_t>(token * id_stride + used)]);
                 ++want.counts[e];
                 for (int64_t j = 0; j < n_in; ++j) {
-                    want.sums[e * static_cast<size_t>(n_in) + static_cast<size_t>(j)] +=
-                        x.square(j, used % n1, token, 0);
+                    const size_t at = e * static_cast<size_t>(n_in) + static_cast<size_t>(j);
+                    want.sums[at] += x.square(j, used % n1, token, 0);
+                    want.signed_sums[at] += x.value(j, used % n1, token, 0);
                 }
             }
         }
@@ -285,6 +303,8 @@ void check_errors() {
     for (int64_t i1 = 0; i1 < 3; ++i1) {
         for (int64_t j = 0; j < 8; ++j) {
             q.sums[static_cast<size_t>(j)] += 2 * a.square(j, i1, 0, 0);
+            q.signed_sums[static_cast<size_t>(j)] += 2 * a.value(j, i1, 0, 0);
+            k.signed_sums[static_cast<size_t>(j)] += a.value(j, i1, 0, 0) + b.value(j, i1, 0, 0);
             k.sums[static_cast<size_t>(j)] += a.square(j, i1, 0, 0) + b.square(j, i1, 0, 0);
         }
     }

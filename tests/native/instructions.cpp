@@ -105,6 +105,7 @@ struct Case {
     std::vector<float>         block;
     std::vector<const float *> rows;
     std::vector<float>         acc;
+    std::vector<float>         signed_acc;
     // ... or a chunk
     std::unique_ptr<Chunk> chunk;
     Sums                   sums;
@@ -118,7 +119,7 @@ extern "C" __attribute__((noinline)) void imatrix_measured(Case & measured);
 extern "C" __attribute__((noinline)) void imatrix_measured(Case & measured) {
     if (measured.kernel != nullptr) {
         measured.kernel(measured.rows.data(), measured.rows.size(), measured.acc.size(),
-                        measured.acc.data());
+                        measured.acc.data(), measured.signed_acc.data());
         return;
     }
     measured.hook.begin_chunk();
@@ -150,6 +151,7 @@ int main(int argc, char ** argv) {
         }
         measured.block.resize(static_cast<size_t>(kTokens * kHeads), 0.5f);
         measured.acc.resize(static_cast<size_t>(kHeads));
+        measured.signed_acc.resize(static_cast<size_t>(kHeads));
         for (int64_t r = 0; r < kTokens; ++r) {
             measured.rows.push_back(measured.block.data() + r * kHeads);
         }

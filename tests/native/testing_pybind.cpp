@@ -109,6 +109,22 @@ py::dict weights_of(const Harness & harness) {
     return out;
 }
 
+// name -> signed sums [n_mat, n_in]; those that are kept
+py::dict signed_of(const Harness & harness) {
+    py::dict out;
+    for (const Sums::Weight & weight : harness.sums.weights()) {
+        if (weight.slot == Sums::npos) {
+            continue;
+        }
+        const Sums::Slot & slot = harness.sums.slots()[weight.slot];
+        if (!slot.signed_total.empty()) {
+            out[py::str(weight.name)] =
+                py::array_t<double>({slot.shape.n_mat, slot.shape.n_in}, slot.signed_total.data());
+        }
+    }
+    return out;
+}
+
 // "device" and "offload" copy the rows to the host, "device-sums" and "offload-sums" do not
 bool sums_there(const std::string & name) { return name.find("-sums") != std::string::npos; }
 
@@ -158,6 +174,8 @@ PYBIND11_MODULE(_imatrix_testing, m) {
                  h.sums.ungroup();
                  h.hook.stop_grouping();
              })
+        .def("keep_signed", [](Harness & h, bool on) { h.sums.keep_signed(on); })
+        .def_property_readonly("signed_sums", signed_of)
         .def("set_enabled", [](Harness & h, bool enabled) { h.hook.set_enabled(enabled); })
         .def(
             "run",
