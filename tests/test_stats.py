@@ -1,4 +1,4 @@
-"""Statistics: digit for digit those of llama-imatrix 0.5.0, and NumPy's in float64."""
+"""The statistics behind --legacy: digit for digit those of llama-imatrix 0.5.0, and NumPy's in float64."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Cells = list[tuple[str, ...]]
 
 @pytest.fixture
 def run(run: Run) -> Run:
-    """Run `imatrix stats` in this process."""
-    return lambda *argv: run("stats", *argv)
+    """Run `imatrix stats --legacy` in this process."""
+    return lambda *argv: run("stats", "--legacy", *argv)
 
 
 # --- the figures of llama-imatrix 0.5.0 ---------------------------------------------------------------------

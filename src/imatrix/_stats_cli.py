@@ -300,7 +300,7 @@ def _render_new(
         (_UNSIGNED, [name for name in found.without_signed_sums if name in matrix]),
     ):
         if names:
-            all_of_them = len(names) == len(matrix) and len(names) > 3
+            all_of_them = heading == _UNSIGNED and len(names) == len(found.weights) > 3
             listed = "all weights" if all_of_them else ", ".join(names)
             out.print(Text(f"  {heading}", "yellow") + Text(listed), soft_wrap=True)
     if not args.layers:
