@@ -576,8 +576,8 @@ def test_blocks_that_share_otherwise() -> None:
     """Weights that share their rows in one block and not in another."""
     rng = np.random.default_rng(0)
 
-    def group(*names: str) -> tuple[list[str], Any, Any]:
-        return list(names), rng.random((2, 4)), np.array([3])
+    def group(*names: str) -> tuple[list[str], Any, Any, Any]:
+        return list(names), rng.random((2, 4)), np.array([3]), rng.random((2, 4)) - 0.5
 
     blocks = [
         [group("q", "k", "v"), group("o")],
@@ -589,12 +589,14 @@ def test_blocks_that_share_otherwise() -> None:
         sums.add(block)
     found = sums.snapshot()
     for name in ("q", "k", "v", "o", "up"):
-        parts = [(s, c) for names, s, c in itertools.chain(*blocks) if name in names]
-        assert np.array_equal(found[name][0], sum(s for s, _ in parts)), name
-        assert np.array_equal(found[name][1], sum(c for _, c in parts)), name
+        parts = [data for names, *data in itertools.chain(*blocks) if name in names]
+        for kind in range(3):
+            assert np.array_equal(found[name][kind], sum(data[kind] for data in parts)), name
     # all of a block or nothing
     with pytest.raises(ClusterError, match=r"o: a worker sent sums \(3, 4\)"):
-        sums.add([group("q"), (["o"], np.ones((3, 4)), np.array([3]))])
+        sums.add([group("q"), (["o"], np.ones((3, 4)), np.array([3]), np.ones((3, 4)))])
+    with pytest.raises(ClusterError, match=r"o: a worker sent .* and no signed sums, the blocks"):
+        sums.add([group("q"), (["o"], np.ones((2, 4)), np.array([3]), None)])
     assert all(np.array_equal(found[name][0], each[0]) for name, each in sums.snapshot().items())
 
 

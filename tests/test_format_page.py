@@ -402,7 +402,7 @@ def test_a_checkpoint_by_the_page(model: Path, prose_file: Path, tmp_path: Path)
         else:
             assert kind == types[key], key
     assert keys["general.type"][1] == "imatrix-checkpoint"
-    assert keys["imatrix.checkpoint.version"][1] == 1
+    assert keys["imatrix.checkpoint.version"][1] == 2
     assert keys["imatrix.checkpoint.done"][1] == 4
     assert keys["imatrix.checkpoint.tokens"][1] == 4 * N_CTX
     assert keys["imatrix.checkpoint.setting.n_ctx"] == ("i64", N_CTX)
