@@ -28,9 +28,7 @@ void plain_row(const float * __restrict x, size_t n, float * __restrict acc,
                float * __restrict signed_acc) {
     for (size_t j = 0; j < n; ++j) {
         acc[j] += x[j] * x[j];
-    }
-    if constexpr (Signed) {
-        for (size_t j = 0; j < n; ++j) {
+        if constexpr (Signed) {
             signed_acc[j] += x[j];
         }
     }

@@ -124,11 +124,14 @@ def dense(x: Activation, w2: int = 1, w3: int = 1) -> Expected:
 def routed(x: Activation, ids: Ids, n_expert: int) -> Expected:
     """Expert e sees a row for each time a token uses it."""
     sums, signed, magnitude = np.zeros((3, n_expert, x.ne[0]))
+    squares, plain, absolute = powers(x)
     counts = np.zeros(n_expert, dtype=np.int64)
     for token, experts in enumerate(ids.values):
         for used, expert in enumerate(experts):
-            for into, values in zip((sums, signed, magnitude), powers(x), strict=True):
-                into[expert] += values[0][token, used % x.ne[1]]
+            row = (0, token, used % x.ne[1])
+            sums[expert] += squares[row]
+            signed[expert] += plain[row]
+            magnitude[expert] += absolute[row]
             counts[expert] += 1
     return Expected(sums, counts, signed, magnitude)
 

@@ -30,6 +30,12 @@ from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSou
 from imatrix.text_sources import Chat, Mixture, Source
 
 if TYPE_CHECKING:
+    from imatrix.activation_stats import (
+        ActivationStatistics,
+        LayerActivations,
+        MatrixActivations,
+        activation_statistics,
+    )
     from imatrix.adaptation import Adapted, Placed, adapt
     from imatrix.cluster import Cluster, ClusterUse
     from imatrix.collector import Collector, Plan
@@ -69,6 +75,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "ActivationStatistics",
     "Adapted",
     "Backends",
     "Chat",
@@ -96,9 +103,11 @@ __all__ = [
     "GraftReport",
     "ImatrixError",
     "ImportanceMatrix",
+    "LayerActivations",
     "LayerStatistics",
     "LeftOut",
     "LockedError",
+    "MatrixActivations",
     "MatrixComparison",
     "Mixture",
     "ModelError",
@@ -123,6 +132,7 @@ __all__ = [
     "WeightComparison",
     "WeightStatistics",
     "__version__",
+    "activation_statistics",
     "adapt",
     "add_rpc_server",
     "backends",
@@ -187,6 +197,10 @@ _LAZY = {
     "convert": "conversion",
     "merge": "conversion",
     "report_page": "html_report",
+    "ActivationStatistics": "activation_stats",
+    "LayerActivations": "activation_stats",
+    "MatrixActivations": "activation_stats",
+    "activation_statistics": "activation_stats",
     "ExpertStatistics": "weight_stats",
     "LayerStatistics": "weight_stats",
     "PartStatistics": "weight_stats",
