@@ -92,20 +92,11 @@ class TestWriting:
             "imatrix.collector.mtp": True,
             "imatrix.collector.n_ctx": 512,
             "imatrix.collector.dataset_digest": "0f" * 32,
-            # what <weight>.stats holds, see test_activation_stats.py
-            "imatrix.stats_schema": [
-                *("sum_sq", "mean", "elements", "std_deviation", "skewness", "kurtosis"),
-                *("gain", "h_norm", "l2_dist", "cossim", "pearson", "covariance"),
-            ],
         }
         for key in ("chunk_count", "chunk_size", "collector.n_ctx"):
             assert reader.fields[f"imatrix.{key}"].types == [gguf.GGUFValueType.UINT32]
         # ggml's order: the row length first. Sorted by name, as llama-imatrix does.
-        assert [
-            (t.name, t.shape.tolist(), t.data.tolist())
-            for t in reader.tensors
-            if not t.name.endswith(".stats")
-        ] == [
+        assert [(t.name, t.shape.tolist(), t.data.tolist()) for t in reader.tensors] == [
             ("blk.10.ffn_up_exps.weight.in_sum2", [2, 3], [[1, 2], [3, 4], [0, 0]]),
             ("blk.10.ffn_up_exps.weight.counts", [1, 3], [[7], [8], [0]]),
             ("blk.2.wv_b.weight.in_sum2", [3, 2], [[1, 2, 3], [4, 5, 6]]),
@@ -113,8 +104,6 @@ class TestWriting:
             ("output.weight.in_sum2", [3, 1], [[0.5, 1.5, 2.5]]),
             ("output.weight.counts", [1, 1], [[6]]),
         ]
-        figures = {t.name: t.shape.tolist() for t in reader.tensors if t.name.endswith(".stats")}
-        assert figures == {f"{name}.stats": [12] for name in FULL}
         assert {t.tensor_type for t in reader.tensors} == {gguf.GGMLQuantizationType.F32}
 
     def test_without_metadata_the_three_keys_are_there(self, tmp_path: Path) -> None:
@@ -145,7 +134,7 @@ class TestWriting:
             )
         assert list(tmp_path.iterdir()) == []
         imatrix_gguf.write(ImportanceMatrix({"x" * 55: Entry([[1.0]], [1])}), path)
-        assert list(stored(path)) == ["x" * 55 + end for end in (".in_sum2", ".counts", ".stats")]
+        assert list(stored(path)) == ["x" * 55 + ".in_sum2", "x" * 55 + ".counts"]
 
 
 class TestScaling:

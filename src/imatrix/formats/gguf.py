@@ -17,8 +17,8 @@ and, since llama.cpp 0.6.0:
     <weight>.in_sum        F32 [n_in, n_mat]    sums of the activations; absent where not collected
     <weight>.stats         F32 [12]             statistics of the weight
 
-The statistics follow from the sums: they are computed for each file that is written
-(imatrix.activation_stats.schema_figures), and passed over when one is read.
+The statistics follow from the sums: they are computed for each file with signed sums that is
+written (imatrix.activation_stats.schema_figures), and passed over when one is read.
 
 The loader asks for keys and tensors by name, so it passes over the ones we add:
 
@@ -151,7 +151,8 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
     names = sorted(matrix)
     scaled = {name: scaled_counts(name, matrix[name]) for name in names}
     _check_names(names)
-    stats = schema_figures(matrix)
+    # without signed sums a file is what it was before there were any
+    stats = schema_figures(matrix) if _has_signed(matrix) else {}
     with atomic.replacing(path) as temporary:
         writer = Writer(temporary, "imatrix")
         try:
@@ -164,7 +165,9 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
                 writer.add_tensor_info(name + _COUNTS, (n_counts, 1), single, n_counts * 4)
                 if entry.signed_sums is not None:
                     writer.add_tensor_info(name + _SIGNED, entry.sums.shape, single, n_bytes)
-                writer.add_tensor_info(name + _STATS, (len(SCHEMA),), single, len(SCHEMA) * 4)
+                if name in stats:
+                    shape = (len(SCHEMA),)
+                    writer.add_tensor_info(name + _STATS, shape, single, len(SCHEMA) * 4)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -174,7 +177,8 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
                 writer.write_tensor_data(scaled[name].astype(np.float32)[:, np.newaxis])
                 if as_stored.signed_sums is not None:
                     writer.write_tensor_data(as_stored.signed_sums)
-                writer.write_tensor_data(stats[name])
+                if name in stats:
+                    writer.write_tensor_data(stats[name])
         finally:
             writer.close()
 
@@ -465,7 +469,8 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
     writer.add_uint32(_CHUNK_SIZE, _u32(_CHUNK_SIZE, matrix.chunk_size))
     if n_nextn := _n_last(matrix):
         writer.add_uint32(_N_NEXTN, n_nextn)
-    writer.add_key_value(_SCHEMA, list(SCHEMA), GGUFValueType.ARRAY, GGUFValueType.STRING)
+    if _has_signed(matrix):
+        writer.add_key_value(_SCHEMA, list(SCHEMA), GGUFValueType.ARRAY, GGUFValueType.STRING)
     if (made := matrix.provenance) is None:
         return
     for key, text in (
@@ -486,6 +491,10 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
         writer.add_key_value(_SEED, made.seed, GGUFValueType.INT64)
     _add_sources(writer, made.sources)
     add_left_out(writer, made.left_out)
+
+
+def _has_signed(matrix: ImportanceMatrix) -> bool:
+    return any(entry.signed_sums is not None for entry in matrix.values())
 
 
 def _n_last(matrix: ImportanceMatrix) -> int:
