@@ -264,9 +264,7 @@ class _Forward:
     def matmul(self, name: str, x: F64) -> F64:
         """x @ weight.T for a plain weight, noting what went in."""
         seen = x[self.first_row :]
-        self.note(
-            name, np.sum(seen * seen, axis=0)[None], len(seen), np.sum(seen, axis=0)[None]
-        )
+        self.note(name, np.sum(seen * seen, axis=0)[None], len(seen), np.sum(seen, axis=0)[None])
         return np.asarray(self.rounded(name, x) @ np.atleast_2d(self.weights[name]).T)
 
     def matmul_heads(self, name: str, x: F64) -> F64:

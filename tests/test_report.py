@@ -77,7 +77,10 @@ def experts() -> ImportanceMatrix:
             sums = rng.uniform(1, 2, (4, 64)) * seen[:, None]
             entries[f"blk.{block}.ffn_{kind}_exps.weight"] = Entry(sums, seen)
         entries[f"blk.{block}.attn_q.weight"] = Entry(rng.uniform(1, 2, (1, 32)), [9000])
-    entries["blk.1.nextn.eh_proj.weight"] = Entry([[1.0] * 63 + [937.0]], [10])
+    # of 10 rows: the last channel's mean square is 93.7, its mean -9
+    entries["blk.1.nextn.eh_proj.weight"] = Entry(
+        [[1.0] * 63 + [937.0]], [10], signed_sums=[[0.0] * 63 + [-90.0]]
+    )
     return ImportanceMatrix(
         entries,
         datasets=("a.txt", "b.txt"),
@@ -308,8 +311,11 @@ def test_the_figures_are_those_of_the_matrix(
         "peak": f"{937 / (1000 / 64):.4g}",
         "channel": "63",
         "its share": "93.7 %",
+        "constant": "86.4 %",  # 9² / 93.7
         "heaviest 1 %": "93.7 %",
     }
+    others = table(tree, "Weights with the heaviest channels")[1:]
+    assert {row["constant"] for row in others} == {"\N{EN DASH}"}  # no signed sums
     weights = {row["weight"]: row for row in table(tree, WEIGHTS)}
     assert set(weights) == set(experts)
     for name, row in weights.items():

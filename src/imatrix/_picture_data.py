@@ -482,10 +482,19 @@ class Profile:
     Attributes:
         values: [n_in] float64.
         rows: activation rows that went into it.
+        means: [n_in] float64, of the activations themselves; None without signed sums.
     """
 
     values: NDArray[np.float64]
     rows: int
+    means: NDArray[np.float64] | None = None
+
+    def constant(self, channel: int) -> float | None:
+        """Share of a channel's mean squared activation that its mean alone makes, in [0, 1]: 1 where
+        it always has one value, 0 where it swings about 0. None without signed sums."""
+        if self.means is None or self.values[channel] <= 0:
+            return None
+        return min(1.0, float(self.means[channel] / self.values[channel] * self.means[channel]))
 
     @property
     def shares(self) -> NDArray[np.float64]:
@@ -509,8 +518,12 @@ def profile(entry: Entry, expert: int | None = None) -> Profile | None:
     """The profile of one matrix, or of all pooled: their sums over their rows, so that an expert
     weighs as much as the rows it saw. None where there are no rows."""
     counts = np.broadcast_to(entry.counts, entry.n_mat)
-    sums = entry.sums
+    sums, signed = entry.sums, entry.signed_sums
     if expert is not None:
         counts, sums = counts[expert : expert + 1], sums[expert : expert + 1]
+        signed = None if signed is None else signed[expert : expert + 1]
     rows = int(counts.sum())
-    return Profile(sums.sum(axis=0) / rows, rows) if rows else None
+    if not rows:
+        return None
+    means = None if signed is None else signed.sum(axis=0) / rows
+    return Profile(sums.sum(axis=0) / rows, rows, means)

@@ -197,6 +197,8 @@ class Heavy:
     Attributes:
         channel: the heaviest one, all matrices pooled.
         share: that channel's share of the sum over all channels, in [0, 1].
+        constant: share of its mean squared activation that its mean alone makes, in [0, 1]; None
+            without signed sums.
         top: share that the heaviest 1 % of channels have, the mean over the matrices.
         peak: the heaviest channel of a matrix / the mean of that matrix, the largest there is.
     """
@@ -207,6 +209,7 @@ class Heavy:
     share: float
     top: float
     peak: float
+    constant: float | None
 
 
 @dataclass(frozen=True)
@@ -693,6 +696,7 @@ class _Page:
                     share=float(pooled.shares[order[0]]),
                     top=STATISTICS["top"].of(entry),
                     peak=STATISTICS["peak"].of(entry),
+                    constant=pooled.constant(order[0]),
                 )
             )
         return sorted(found, key=lambda each: -each.peak)
