@@ -41,7 +41,7 @@ def means(first_slot: str) -> Means:
     for chunk in corpus.chunks(demo.CALIBRATION, model, N_CTX, max_chunks=N_CHUNKS):
         session.step(chunk, np.array([len(chunk)], dtype=np.int32))
     found = {}
-    for name, (sums, counts) in session.snapshot().items():
+    for name, (sums, counts, _) in session.snapshot().items():
         if name.startswith(f"blk.{model.n_trunk}."):
             with np.errstate(invalid="ignore"):
                 found[name] = sums / counts[:, None]

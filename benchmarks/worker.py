@@ -73,7 +73,7 @@ def main(work: dict[str, Any]) -> None:
         after = session.counters
         # what was timed is right
         snapshot = session.snapshot()
-        _, counts = snapshot["blk.0.ffn_up.weight"]
+        _, counts, _ = snapshot["blk.0.ffn_up.weight"]
         assert counts.tolist() == [rows], (counts, rows)
         assert any(".nextn.eh_proj." in name for name in snapshot) == work["mtp"]
         answer = {

@@ -42,9 +42,9 @@ def collected(
 
 def assert_same_bits(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert got.keys() == want.keys()
-    for name, (sums, counts) in want.items():
-        np.testing.assert_array_equal(got[name][0], sums, err_msg=name)
-        np.testing.assert_array_equal(got[name][1], counts, err_msg=name)
+    for name, data in want.items():
+        for one, other in zip(got[name], data, strict=True):  # sums, counts, signed sums
+            np.testing.assert_array_equal(one, other, err_msg=name)
 
 
 @pytest.mark.parametrize("n_seq", [1, 3])

@@ -297,7 +297,7 @@ def _render_new(
         out.print(f"  experts: {experts}", markup=False, soft_wrap=True)
     for heading, names in (
         ("without rows: ", [name for name in found.without_rows if name in matrix]),
-        (_UNSIGNED, [name for name in found.without_signed_sums if name in matrix]),
+        (_UNSIGNED, [each.name for each in found.weights if not each.signed]),
     ):
         if names:
             all_of_them = heading == _UNSIGNED and len(names) == len(found.weights) > 3
