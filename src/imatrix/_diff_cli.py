@@ -29,7 +29,8 @@ SAME, DIFFERENT = 0, 1
 _ROWS = 12  # of a table, unless all are asked for
 
 _LEGEND = (
-    "distance: relative L2, from A; rank: Spearman's; of a weight with experts the worst one's"
+    "distance: relative L2, from A; rank: Spearman's; means: their distance; of a weight with "
+    "experts the worst one's"
 )
 
 
