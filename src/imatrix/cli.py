@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -45,6 +44,7 @@ from imatrix import (
 )
 from imatrix._arguments import (
     Commands,
+    Parser,
     add_parse_special,
     add_skipped_chunks,
     add_tensor_type,
@@ -66,6 +66,7 @@ from imatrix._terminal import (
     duration,
     size,
     tensors_told,
+    write_json,
 )
 from imatrix.corpus import Texts
 from imatrix.formats import Format, FormatError, detected
@@ -150,7 +151,7 @@ def _run(
         ImportError,
     ) as error:
         if terminal.verbose:
-            traceback.print_exc()
+            terminal.traceback(traceback.format_exc())
         terminal.error(_told(error))
         return _status(error)
 
@@ -587,8 +588,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = ImportanceMatrix.load(args.file)
     form = detected(args.file)
     if args.json:
-        json.dump(_show.as_data(matrix, args.file, form), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        write_json(_show.as_data(matrix, args.file, form))
     else:
         _show.render(terminal.out, matrix, args.file, form, every_weight=args.all)
     sys.stdout.flush()  # here, where a closed pipe is expected
@@ -681,25 +681,24 @@ def _demo(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _version(terminal: Terminal) -> int:
     out = terminal.out
-    out.print(f"imatrix {imatrix.__version__}", markup=False)
+    out.print(f"imatrix {imatrix.__version__}")
     try:
         found = imatrix.backends()
     except ImportError as error:
         terminal.error(str(error))
         return FAILED
-    out.print(f"engine      {found.engine}", markup=False)
-    out.print(f"backends    {', '.join(found.built)}", markup=False)
+    out.print(f"engine      {found.engine}")
+    out.print(f"backends    {', '.join(found.built)}")
     for device in found.devices:
         memory = f", {size(device.memory_free)} free" if device.memory_total else ""
         out.print(
             f"device      {device.name}: {device.description} ({device.backend}{memory})",
-            markup=False,
             soft_wrap=True,
         )
     best, *others = found.row_kernels
     also = f" (also: {', '.join(others)})" if others else ""
-    out.print(f"row kernel  {best}{also}", markup=False)
-    out.print(f"features    {found.features}", markup=False, soft_wrap=True)
+    out.print(f"row kernel  {best}{also}")
+    out.print(f"features    {found.features}", soft_wrap=True)
     return OK
 
 
@@ -707,7 +706,7 @@ def _version(terminal: Terminal) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="imatrix",
         description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
         allow_abbrev=False,

@@ -12,11 +12,10 @@ from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 import imatrix
 from imatrix import _show
-from imatrix._terminal import CollectProgress, StepProgress, Terminal, size, tensors_told
+from imatrix._terminal import CollectProgress, StepProgress, Terminal, Text, size, tensors_told
 from imatrix.matrix import Entry, ImportanceMatrix
 
 __all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run"]
@@ -62,7 +61,8 @@ def run(terminal: Terminal, folder: Path | None = None, *, keep: bool = False) -
     with _place(folder, keep) as place:
         done = _steps(terminal, place)
         if folder is not None or keep:
-            terminal.out.print(Text(f"\nThe files are in {place}"), soft_wrap=True)
+            terminal.out.print()
+            terminal.out.print(f"The files are in {place}", soft_wrap=True)
     return done
 
 
@@ -119,7 +119,8 @@ def _steps(terminal: Terminal, place: Path) -> bool:
 
 
 def _heading(terminal: Terminal, number: int, text: str) -> None:
-    terminal.out.print(Text(f"\n{number}. {text}", "bold"))
+    terminal.out.print()
+    terminal.out.print(Text(f"{number}. {text}", "bold"))
 
 
 def _line(terminal: Terminal, text: str) -> None:
