@@ -97,7 +97,13 @@ class _Stopped(Exception):
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        # a defect of ours; its message may have text from a file all the same
+        Terminal().traceback(traceback.format_exc())
+        status = FAILED
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
 from imatrix._native_thread import NativeThread, ended_at_exit
+from imatrix._names import cut
 from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
 from imatrix.architectures import check_whole, loads_alone
@@ -200,8 +201,8 @@ def quantize(
             running = native.submit(
                 _quantize_pybind.quantize,
                 watch,
-                str(model.path),
-                str(temporary),
+                os.fsencode(model.path),
+                os.fsencode(temporary),
                 ftype=FTYPES[asked.ftype],
                 n_threads=threads,
                 allow_requantize=allow_requantize,
@@ -228,7 +229,7 @@ def quantize(
         if progress is not None:
             progress(*watch.progress)
         try:
-            bytes_, values = _quantize_pybind.tensor_totals(str(temporary))
+            bytes_, values = _quantize_pybind.tensor_totals(os.fsencode(temporary))
         except RuntimeError:
             raise EngineError(
                 f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
@@ -298,18 +299,13 @@ def _metadata(
     """The keys that llama-quantize writes; no file name where the matrix came from memory."""
     keys: list[tuple[str, int | str]] = []
     if source is not None:
-        keys.append(("quantize.imatrix.file", _cut(os.fspath(source))))
+        keys.append(("quantize.imatrix.file", cut(os.fspath(source), _MAX_TEXT)))
     if matrix.datasets:
-        keys.append(("quantize.imatrix.dataset", _cut(matrix.datasets[0])))
+        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], _MAX_TEXT)))
     keys.append(("quantize.imatrix.entries_count", len(matrix)))
     if matrix.chunk_count:
         keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))
     return keys
-
-
-def _cut(text: str) -> str:
-    """As much of the text as fits, whole characters."""
-    return text.encode()[:_MAX_TEXT].decode(errors="ignore")
 
 
 def _refuse_early(

@@ -718,7 +718,10 @@ def _parquet(path: Path) -> Any:
     except ImportError as error:
         raise _missing(os.fspath(path), "pyarrow", "parquet") from error
     try:
-        return parquet.ParquetFile(path)
+        name = os.fspath(path)
+        # it takes a name for UTF-8, and bytes for what they are
+        raw = name != name.encode("utf-8", "replace").decode("utf-8")
+        return parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path)) if raw else path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
 

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from imatrix._names import decoded, encoded
 from imatrix.errors import ModelError
 
 __all__ = [
@@ -151,10 +152,7 @@ class _Cursor:
     def text(self, what: str) -> str:
         size = self.u64(what)
         start = self.skip(size, what)
-        try:
-            return self.data[start : start + size].decode("utf-8")
-        except UnicodeDecodeError:
-            raise DamagedError(f"damaged: {what} is not UTF-8") from None
+        return decoded(self.data[start : start + size])
 
     def value(self, key: str) -> Value:
         start = self.at
@@ -389,7 +387,7 @@ def write(
 
 
 def _text(value: str) -> bytes:
-    data = value.encode("utf-8")
+    data = encoded(value)
     return struct.pack("<Q", len(data)) + data
 
 
