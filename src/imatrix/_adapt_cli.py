@@ -50,7 +50,7 @@ def add_parser(commands: Commands) -> None:
 
 def _adapt(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.output is not None:
-        check_output(args.output, [args.file, args.to])
+        check_output(args.output)
     found = adapt(args.file, args.to, chunk_size=args.ctx_size)
     if args.json:
         write_json(_as_data(found))

@@ -53,11 +53,10 @@ from imatrix._arguments import (
     at_least,
     chunks,
     files,
-    tensor_type_files,
     tensor_types,
 )
 from imatrix._lock import locked
-from imatrix._output import check_output
+from imatrix._output import check_command, check_copies, check_output, head_output
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -136,6 +135,7 @@ def _run(
     terminal: Terminal,
 ) -> int:
     try:
+        check_command(args)
         return command(args, terminal)
     except _Terminated:
         terminal.error("terminated")
@@ -199,7 +199,8 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
     _cluster_cli.check(args)
-    check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
+    check_command(args)  # again, now that a model of the Hub has a path
+    check_output(args.output)
     try:
         lock = locked(args.output)
     except imatrix.LockedError as error:
@@ -218,6 +219,8 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
             return OK
         # under the lock: the output may be one of them
         earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
+        if args.save_frequency:
+            check_copies(args, _chunks_before(earlier, args.ctx_size))
         return _collect_locked(args, text, earlier, terminal)
 
 
@@ -427,11 +430,7 @@ class _Saver:
         self._earlier = earlier[0].merge(*earlier[1:]) if earlier else None
         self._terminal = terminal
         # llama-imatrix goes on counting where the earlier files stopped
-        self._chunks = 0
-        if self._earlier is not None:
-            size_ = self._earlier.chunk_size or args.ctx_size
-            self._chunks = round(self._earlier.chunk_count * size_ / args.ctx_size)
-        self._before = self._chunks
+        self._chunks = self._before = _chunks_before(earlier, args.ctx_size)
         # Written early, it would be added a second time by the run that goes on from here.
         self._only_at_the_end = any(_same_file(path, args.output) for path in args.in_file)
 
@@ -485,8 +484,7 @@ class _Saver:
     @property
     def head_path(self) -> str:
         """Where the matrix of a head that is a model of its own kind goes."""
-        path = Path(self._path)
-        return str(path.with_name(f"{path.stem}-mtp{path.suffix}"))
+        return head_output(self._path)
 
     def rescue(self, *, interrupted: bool) -> None:
         """After an error: write what was collected before it, if anything was."""
@@ -529,6 +527,14 @@ class _Saver:
             chunk_size=both.chunk_size,
             provenance=both.provenance,
         )
+
+
+def _chunks_before(earlier: list[ImportanceMatrix], n_ctx: int) -> int:
+    """Chunks of the earlier files, counted in those of this run."""
+    if not earlier:
+        return 0
+    merged = earlier[0].merge(*earlier[1:])
+    return round(merged.chunk_count * (merged.chunk_size or n_ctx) / n_ctx)
 
 
 def _same_file(a: str, b: str) -> bool:
@@ -602,7 +608,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.dst, [args.imatrix, *tensor_type_files(args)])
+    check_output(args.dst)
     rules = tensor_types(args)
     args.src, _ = _hub_cli.fetched(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
@@ -647,7 +653,7 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.output, [args.trunk, args.mtp_model])
+    check_output(args.output)
     args.trunk, _ = _hub_cli.fetched(args.trunk, args, terminal)
     args.mtp_model, _ = _hub_cli.fetched(args.mtp_model, args, terminal, first=False)
     with StepProgress(terminal, "grafting", bytes_told) as bar:
@@ -664,7 +670,7 @@ def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _drop(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.output, [args.model])
+    check_output(args.output)
     args.model, _ = _hub_cli.fetched(args.model, args, terminal)
     with StepProgress(terminal, "writing", bytes_told) as bar:
         report = imatrix.drop_mtp(args.model, args.output, progress=bar)

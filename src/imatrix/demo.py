@@ -18,7 +18,7 @@ from imatrix import _show
 from imatrix._terminal import CollectProgress, StepProgress, Terminal, Text, size, tensors_told
 from imatrix.matrix import Entry, ImportanceMatrix
 
-__all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run"]
+__all__ = ["CALIBRATION", "FILES", "HELD_OUT", "MODEL", "run"]
 
 _DATA = Path(__file__).parent / "data"
 MODEL = _DATA / "tiny-glm4moe-mtp.gguf"
@@ -26,6 +26,14 @@ CALIBRATION = _DATA / "calibration.txt"
 HELD_OUT = _DATA / "held-out.txt"
 
 _TYPE = "IQ2_XXS"
+
+_WITH_HEAD, _TRUNK_ONLY = "with-head.gguf", "trunk-only.gguf"
+FILES = (
+    *(_WITH_HEAD, _TRUNK_ONLY),
+    *(f"head-{_TYPE}-{data}.gguf" for data in ("flat", "collected", "none")),
+)
+"""What it writes into its folder."""
+
 _N_CTX = 512
 _VERDICTS = {
     "better": Text("collected is better", "green"),
@@ -92,7 +100,7 @@ def _steps(terminal: Terminal, place: Path) -> bool:
 
     _heading(terminal, 2, "Collect both over the calibration text: --mtp")
     matrix = _collect(terminal)
-    with_head, trunk_only = place / "with-head.gguf", place / "trunk-only.gguf"
+    with_head, trunk_only = place / _WITH_HEAD, place / _TRUNK_ONLY
     matrix.save(with_head)
     matrix.trunk.save(trunk_only)
     out.print()

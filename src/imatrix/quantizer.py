@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from imatrix import _quantize_pybind, _session, atomic
 from imatrix._native_thread import NativeThread, ended_at_exit
 from imatrix._names import cut
+from imatrix._output import check_files, model_inputs
 from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
 from imatrix.architectures import check_whole, loads_alone
@@ -139,7 +140,7 @@ def quantize(
             thread. An exception that it raises ends the work.
 
     Raises:
-        ValueError: an unknown type, a bad number, `dst` is `src`, a matrix that names no weight of
+        ValueError: an unknown type, a bad number, `dst` is one of the files that are read, a matrix that names no weight of
             this model, or a type that the engine cannot give a weight without data.
         ModelError (a ValueError): `src` is not a model.
         FormatError (a ValueError): `imatrix` is not an importance matrix.
@@ -161,7 +162,8 @@ def quantize(
     model = ModelFile.read(src)
     check_whole(model)
     rehearse_quantize(model)
-    _check_not_itself(model.path, Path(dst))
+    read = [imatrix] if isinstance(imatrix, (str, os.PathLike)) else []
+    check_files([dst], [*model_inputs(model.path), *read])
     matrix = imatrix
     if isinstance(matrix, (str, os.PathLike)):
         matrix = ImportanceMatrix.load(matrix)
@@ -254,14 +256,6 @@ def _warn(found: Coverage) -> None:
         # general one behind those that it has left nothing to
         if use.shadowed:
             _log.warning(use.warning)
-
-
-def _check_not_itself(src: Path, dst: Path) -> None:
-    if dst.exists() and dst.samefile(src):
-        raise ValueError(
-            f"the result cannot replace the model that it is made from: {str(dst)!r} is "
-            f"{str(src)!r}. Name another file."
-        )
 
 
 def _check_unasked(found: Coverage) -> None:
