@@ -231,7 +231,7 @@ def test_parts_are_read_and_one_file_is_written(forged: Forged, tmp_path: Path) 
 
     with pytest.raises(ModelError, match="give the first part"):
         extract_mtp(parts[1], tmp_path / "x.gguf")
-    with pytest.raises(ValueError, match="is an input"):
+    with pytest.raises(ValueError, match="would replace the input"):
         extract_mtp(first, parts[1])
     third = parts[2].rename(tmp_path / "aside")
     parts[2].write_bytes(parts[1].read_bytes())

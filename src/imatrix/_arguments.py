@@ -35,7 +35,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose messages may repeat what was given."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        super().exit(status, message and printable(message, "\n"))
+        # one line, whatever was given
+        super().exit(status, message and printable(message.removesuffix("\n")) + "\n")
 
 
 Commands = Any

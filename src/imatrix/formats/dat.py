@@ -181,7 +181,9 @@ class _Reader:
         length = self.int32(f"the length of the name of entry {number}")
         if length < 0:
             raise ValueError(f"the name of entry {number} has {length} bytes")
-        name = _text(self._take(length, f"the name of entry {number}"))
+        # ggml's names are ASCII, and GGUF readers take no others
+        raw = self._take(length, f"the name of entry {number}")
+        name = raw.partition(b"\0")[0].decode("utf-8", "replace")
         n_call = self.int32(f"the calls of {name!r}")
         n_val = self.int32(f"the number of values of {name!r}")
         if n_val < 1:
