@@ -203,6 +203,21 @@ def test_no_name_made_from_an_output_is_an_input(
         assert [path.name for path in folder.iterdir()] == [made.name]
 
 
+def test_the_name_that_extract_chooses(scene: Path, tmp_path: Path, run: Run) -> None:
+    """mtp-<name>.gguf beside the model, or in a folder, though it is a link to the model."""
+    for folder, argv in ((tmp_path / "a", ()), (tmp_path / "b", ("-o", tmp_path / "b"))):
+        folder.mkdir()
+        model = tmp_path / "a" / "model.gguf"
+        if not model.exists():
+            model.write_bytes((scene / "model.gguf").read_bytes())
+        made = folder / "mtp-model.gguf"
+        made.hardlink_to(model)
+        done = run("extract-mtp", model, *argv)
+        assert done.status == 2
+        assert f"the output {made} would replace the input {model}" in done.err
+        assert model.read_bytes() == (scene / "model.gguf").read_bytes()
+
+
 def test_a_copy_that_is_counted_already_is_no_output(scene: Path, tmp_path: Path, run: Run) -> None:
     """--save-frequency goes on counting where the earlier files stopped: OUT.at_1 of one chunk is
     never written again."""

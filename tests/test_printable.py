@@ -96,7 +96,7 @@ TRIED = [
     Tried(("diff", "matrix", "old"), 0),
     Tried(("diff", "matrix", "matrix", "--all"), 0),
     Tried(("diff", "matrix", "text"), 2),
-    Tried(("merge", "matrix", "old", "-o", "new"), 2),
+    Tried(("merge", "matrix", "old", "-o", "new"), 0),
     Tried(("merge", "matrix", "matrix", "-o", "new"), 0),
     Tried(("merge", "matrix", "-o", "matrix"), 2),
     Tried(("convert", "matrix", "new", "--output-format", "dat"), 0),
@@ -134,7 +134,7 @@ TRIED = [
     Tried(("collect", "-m", "model", "-f", "text", "-o", "new", "-c", "32", "--chunks", "2"), 0),
     Tried(("collect", "-m", "model", "-f", "text", "-o", "new", "-v", "-c", "32", "--chunks", "1"), 0),
     Tried(("collect", "-m", "text", "-f", "text", "-o", "new"), 2),
-    Tried(("collect", "-m", "odd", "-f", "text", "-o", "new"), 1),
+    Tried(("collect", "-m", "odd", "-f", "text", "-o", "new"), 2),
     Tried(("collect", "-m", "model", "-f", "chat.jsonl", "-o", "new", "--chunks", "1"), 2),
     Tried(("collect", "-m", "model", "-f", "keys.jsonl", "-o", "new"), 2),
     Tried(("collect", "-m", "model", "-f", "broken.jsonl", "-o", "new"), 2),
@@ -200,7 +200,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ImportanceMatrix(plain).save(folder / f"other{EVIL}.gguf")
     # of the old format a file is known by the name that it begins with
     old = ImportanceMatrix(
-        {**plain, "blk.0." + EVIL[:20]: matrix["blk.0." + EVIL[:20]]}, datasets=[EVIL]
+        {**plain, "blk.1." + EVIL[:20]: matrix["blk.0." + EVIL[:20]]}, datasets=[EVIL]
     )
     old.save(folder / f"old{EVIL}.dat", format="dat")
     (folder / f"text{EVIL}.txt").write_text(f"{EVIL} and more of it. " * 20, encoding="utf-8")

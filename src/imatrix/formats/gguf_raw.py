@@ -46,7 +46,9 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # one layout; the engine refuses version 1 (ggml/src/gguf.cpp)
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT in gguf.h, where general.alignment is absent
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-_MAX_NAME = 65535  # of a key, in the format's description (docs/gguf.md in ggml); a tensor's is less
+_MAX_NAME = (
+    65535  # of a key, in the format's description (docs/gguf.md in ggml); a tensor's is less
+)
 _BUFFER = 4 << 20
 
 STRING, _ARRAY = 8, 9
