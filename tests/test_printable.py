@@ -322,12 +322,21 @@ def test_logs_warnings_bars_and_tracebacks(
         with terminal.listening():
             logging.getLogger("imatrix.engine").info("%s", MARKUP)
             logging.getLogger("imatrix").warning("%s", MARKUP)
-            logging.getLogger("another.library").warning("%s", MARKUP)
+            library = logging.getLogger("another.library")
+            library.addHandler(handler := logging.StreamHandler(stream := io.StringIO()))
+            library.warning("%s", MARKUP)
+            try:
+                raise ValueError(MARKUP)
+            except ValueError:
+                library.exception("%s", MARKUP)
             warnings.warn(MARKUP, UserWarning, stacklevel=1)
     finally:
         root.handlers = handlers
+        library.removeHandler(handler)
+    assert stream.getvalue().count(SHOWN) == 2
+    assert not acting(stream.getvalue())
     said = captured.readouterr().err
-    assert said.count(SHOWN) == 4
+    assert said.count(SHOWN) == 3
     assert not acting(_RICH.sub("", said))
     for bar in (
         CollectProgress(terminal, MARKUP, every=1),

@@ -17,6 +17,7 @@ from conftest import EngineTool, Run
 import imatrix
 from imatrix import Collector, Mixture, Source
 from imatrix._names import cut, decoded, encoded
+from imatrix._terminal import DataOut
 from imatrix.formats import checkpoint
 from imatrix.matrix import Entry, ImportanceMatrix, Provenance, TextSource
 
@@ -247,3 +248,11 @@ def test_names_in_both_formats(tmp_path: Path) -> None:
     assert ImportanceMatrix.load(tmp_path / "m.gguf").datasets == (NAME,)
     assert strings(tmp_path / "m.gguf", "imatrix.datasets") == [RAW]
     assert Mixture([Source(NAME)]).names == (NAME,)
+
+
+def test_csv_has_the_bytes(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    out = DataOut()
+    out.write("plain,Zürich\n")
+    out.write(f"{NAME},1\n")
+    sys.stdout.flush()
+    assert capfdbinary.readouterr().out == "plain,Zürich\n".encode() + RAW + b",1\n"

@@ -111,8 +111,9 @@ class Terminal:
         package.addHandler(own)
         log.setLevel(logging.INFO if self.verbose else logging.WARNING)
         log.propagate = False
-        # what nobody handles: of our own logger, or of a library's
-        last_resort, logging.lastResort = logging.lastResort, _LastResort(self)
+        # whatever handler a library has for what it logs
+        factory = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(_printable_records(factory))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", UserWarning)
@@ -123,7 +124,7 @@ class Terminal:
             log.removeHandler(handler)
             log.setLevel(level)
             log.propagate = propagate
-            logging.lastResort = last_resort
+            logging.setLogRecordFactory(factory)
 
     def _show_warning(
         self, message: Warning | str, category: type[Warning], *_where: object, **_more: object
@@ -174,13 +175,22 @@ class _OwnLog(logging.Handler):
         self._terminal.warn(record.getMessage())
 
 
-class _LastResort(logging.Handler):
-    def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING)
-        self._terminal = terminal
+def _printable_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
+    """A maker of log records of which nothing acts on the terminal."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._terminal.note(self.format(record))
+
+    def made(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        try:
+            record.msg, record.args = printable(record.getMessage(), "\t"), None
+        except Exception:
+            return record  # its handler says that the message and its arguments do not fit
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = printable(trace, "\n\t")
+        return record
+
+    return made
 
 
 class CollectProgress:
