@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.segment import Segment
 from rich.style import Style
 
+from imatrix._names import encoded
 from imatrix._printable import printable
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ __all__ = [
     "tensors_told",
     "write_json",
 ]
+
+# bytes of a name that is not UTF-8
+_RAW = re.compile("[\udc80-\udcff]")
 
 # Wide enough for a table in a file or a pipe, where there is no width to fit.
 _WIDE = 120
@@ -296,13 +301,11 @@ class DataOut:
         """As a file's."""
         if sys.stdout.isatty():
             sys.stdout.write(printable(text, "\n"))
-            return
-        try:
-            sys.stdout.write(text)
-        except UnicodeEncodeError:
+        elif _RAW.search(text) and hasattr(sys.stdout, "buffer"):
             sys.stdout.flush()
-            coding = sys.stdout.encoding or "utf-8"
-            sys.stdout.buffer.write(text.encode(coding, "surrogateescape"))
+            sys.stdout.buffer.write(encoded(text))
+        else:
+            sys.stdout.write(text)
 
 
 def tensors_told(done: int, total: int) -> str:
