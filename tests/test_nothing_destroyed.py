@@ -63,6 +63,11 @@ CASES = {
     "quantize": Case(
         ("quantize", _PARTS[0], OUT, "Q4_K", "--imatrix", "a.gguf"), (*_PARTS, "a.gguf")
     ),
+    "drop-mtp": Case(("drop-mtp", _PARTS[0], "-o", OUT), _PARTS),
+    "quantize, rules of a file": Case(
+        ("quantize", "model.gguf", OUT, "Q4_K", "--tensor-type-file", "rules.txt"),
+        ("model.gguf", "rules.txt"),
+    ),
     "adapt": Case(("adapt", "a.gguf", "--to", _PARTS[0], "-o", OUT), ("a.gguf", *_PARTS)),
     "convert": Case(("convert", "a.gguf", OUT), ("a.gguf",)),
     "merge": Case(("merge", "a.gguf", "b.dat", "-o", OUT), ("a.gguf", "b.dat")),
@@ -110,6 +115,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("A third.\n")
     (folder / "chat.jinja").write_text("{{ messages }}")
     (folder / "tools.json").write_text("[]")
+    (folder / "rules.txt").write_text("attn_q=q8_0\n")
     for name in (*_PARTS, *_HEAD, *_OTHERS):
         assert (folder / name).is_file(), name
     return folder

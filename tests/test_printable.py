@@ -120,6 +120,8 @@ TRIED = [
     Tried(("extract-mtp", "model", "-o", "new"), 0),
     Tried(("extract-mtp", "text"), 2),
     Tried(("extract-mtp", "odd"), 2),
+    Tried(("drop-mtp", "model", "-o", "new"), 0),
+    Tried(("drop-mtp", "text", "-o", "new"), 2),
     Tried(("graft-mtp", "model", "model", "-o", "new"), 2),
     Tried(("graft-mtp", "model", "odd", "-o", "new"), 2),
     Tried(("report", "matrix", "-m", "model", "-o", "new.html", "--no-pictures"), 0),

@@ -284,6 +284,11 @@ def _of_demo(args: argparse.Namespace) -> Iterator[Output]:
         yield from (Output(str(args.dir / name), str(args.dir)) for name in demo.FILES)
 
 
+def _rule_files(args: argparse.Namespace) -> Iterator[Input]:
+    # rules of --tensor-type, and paths of files of them
+    yield from (Input(os.fspath(each)) for each in args.tensor_type if isinstance(each, Path))
+
+
 def _demo_reads(_: argparse.Namespace) -> Iterator[Input]:
     from imatrix import demo
 
@@ -297,7 +302,7 @@ COMMANDS: Mapping[str, Command] = {
         files=("in_file", "chat_template_file", "chat_tools"),
         outputs=_of_collect,
     ),
-    "check": Command(models=("model",), files=("imatrix",)),
+    "check": Command(models=("model",), files=("imatrix",), reads=_rule_files),
     "show": Command(files=("file",)),
     "stats": Command(files=("file",)),
     "plot": Command(files=("file", "other"), outputs=_as_given("output")),
@@ -306,7 +311,9 @@ COMMANDS: Mapping[str, Command] = {
     "merge": Command(files=("files",), outputs=_as_given("output")),
     "diff": Command(files=("a", "b")),
     "adapt": Command(models=("to",), files=("file",), outputs=_as_given("output")),
-    "quantize": Command(models=("src",), files=("imatrix",), outputs=_as_given("dst")),
+    "quantize": Command(
+        models=("src",), files=("imatrix",), outputs=_as_given("dst"), reads=_rule_files
+    ),
     "evaluate": Command(
         models=(
             *("model", "mtp_model", "reference", "reference_mtp_model"),
@@ -316,6 +323,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "extract-mtp": Command(models=("model",), outputs=_of_extract),
     "graft-mtp": Command(models=("trunk", "mtp_model"), outputs=_as_given("output")),
+    "drop-mtp": Command(models=("model",), outputs=_as_given("output")),
     "demo": Command(outputs=_of_demo, reads=_demo_reads),
     "completion": Command(),
 }

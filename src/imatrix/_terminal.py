@@ -183,7 +183,6 @@ class _OwnLog(logging.Handler):
 def _printable_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
     """A maker of log records of which nothing acts on the terminal."""
 
-
     def made(*args: Any, **more: Any) -> logging.LogRecord:
         record = make(*args, **more)
         try:
