@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
-from imatrix._native_thread import NativeThread, ended_at_exit
 from imatrix._names import cut
+from imatrix._native_thread import NativeThread, ended_at_exit
 from imatrix._output import check_files, model_inputs
 from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
