@@ -320,6 +320,7 @@ COMMANDS: Mapping[str, Command] = {
             *("against", "against_mtp_model"),
         ),
         texts=("file",),
+        files=("chat_template_file", "chat_tools"),
     ),
     "extract-mtp": Command(models=("model",), outputs=_of_extract),
     "graft-mtp": Command(models=("trunk", "mtp_model"), outputs=_as_given("output")),
