@@ -107,13 +107,13 @@ TRIED = [
     Tried(("adapt", "matrix", "--to", "text"), 2),
     Tried(("check", "model", "matrix", "--type", "Q4_K"), 0),
     Tried(("check", "model", "matrix", "--type", "IQ2_XXS", "--all", "--plan"), 1),
-    Tried(("check", "odd", "--type", "Q4_K"), 1),
+    Tried(("check", "odd", "--type", "Q4_K"), 2),
     Tried(("check", "model", "matrix", "--type", EVIL), 2),
     Tried(("check", "text", "--type", "Q4_K"), 2),
     Tried(("check", "model", "--type", "Q4_K", "--tensor-type", f"{EVIL}=q8_0"), 0),
     Tried(("quantize", "model", "new", "Q4_K", "--imatrix", "matrix"), 0),
     Tried(("quantize", "model", "new", "IQ2_XXS", "--imatrix", "other"), 1),
-    Tried(("quantize", "odd", "new", "Q4_K"), 1),
+    Tried(("quantize", "odd", "new", "Q4_K"), 2),
     Tried(("quantize", "text", "new", "Q4_K"), 2),
     Tried(("quantize", "model", "new", EVIL), 2),
     Tried(("quantize", "model", "new", "Q4_K", "--tensor-type", f"({EVIL}=q8_0"), 2, seen=False),
@@ -356,7 +356,7 @@ def test_logs_warnings_bars_and_tracebacks(
 
 
 def test_the_traceback_of_an_error(scene: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 1
+    assert cli.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 2
     said = capfd.readouterr().err
     assert "Traceback" in said
     assert SHOWN in said
