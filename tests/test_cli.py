@@ -996,7 +996,7 @@ def test_quantize_refused(model: Path, head_matrix: Path, run: Run, tmp_path: Pa
         ("expected NAME=TYPE, as attn_q=q8_0, got 'attn_q'", model, target, "Q4_0",
          "--tensor-type", "attn_q"),
         ("unknown tensor type 'q9'", model, target, "Q4_0", "--tensor-type", "attn_q=q9"),
-        ("the result cannot replace the model", model, model, "Q4_0"),
+        (f"the output {model} would replace the input {model}", model, model, "Q4_0"),
         (f"the output {trunk} would replace the input", model, trunk, "Q4_0", "--imatrix", trunk),
         ("no such model file", tmp_path / "missing", target, "Q4_0"),
         ("create it first", model, tmp_path / "nowhere" / "q.gguf", "Q4_0"),

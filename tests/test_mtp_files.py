@@ -231,7 +231,7 @@ def test_parts_are_read_and_one_file_is_written(forged: Forged, tmp_path: Path) 
 
     with pytest.raises(ModelError, match="give the first part"):
         extract_mtp(parts[1], tmp_path / "x.gguf")
-    with pytest.raises(ValueError, match="is an input"):
+    with pytest.raises(ValueError, match="would replace the input"):
         extract_mtp(first, parts[1])
     third = parts[2].rename(tmp_path / "aside")
     parts[2].write_bytes(parts[1].read_bytes())
@@ -528,15 +528,15 @@ class TestRefusals:
         (tmp_path / "link.gguf").symlink_to(model)
         (tmp_path / "hard.gguf").hardlink_to(model)
         for same in ("model.gguf", "link.gguf", "hard.gguf"):
-            with pytest.raises(ValueError, match="it is an input"):
+            with pytest.raises(ValueError, match="would replace the input"):
                 extract_mtp(model, tmp_path / same)
-            with pytest.raises(ValueError, match="it is an input"):
+            with pytest.raises(ValueError, match="would replace the input"):
                 extract_mtp(model, out, trunk_out=tmp_path / same)
-        with pytest.raises(ValueError, match="it is the other output"):
+        with pytest.raises(ValueError, match="are one file"):
             extract_mtp(model, out, trunk_out=out)
         head, trunk, _ = split_and_joined(model, tmp_path)
         for same in (head, trunk):
-            with pytest.raises(ValueError, match="it is an input"):
+            with pytest.raises(ValueError, match="would replace the input"):
                 graft_mtp(trunk, head, same)
         assert model.read_bytes() == forged("glm4moe", n_nextn=1).path.read_bytes()
 

@@ -359,7 +359,7 @@ def test_never_over_the_model_itself(model: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.gguf"
     link.symlink_to(copy)
     for target in (copy, link):
-        message = f"the result cannot replace the model that it is made from: {str(target)!r} is"
+        message = f"the output {target} would replace the input {copy}"
         refused(ValueError, message, copy, target, "Q4_0")
 
 

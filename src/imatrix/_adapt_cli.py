@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
-from rich.console import Console
-from rich.text import Text
-
 from imatrix import _show
 from imatrix._arguments import Commands, add_verbose
 from imatrix._files_cli import add_chunk_size, add_format, tell_losses
 from imatrix._output import check_output
-from imatrix._terminal import Terminal
+from imatrix._terminal import Console, Terminal, Text, write_json
 from imatrix.adaptation import Adapted, Placed, adapt
 from imatrix.conversion import format_of
 from imatrix.formats import Format
@@ -54,11 +50,10 @@ def add_parser(commands: Commands) -> None:
 
 def _adapt(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.output is not None:
-        check_output(args.output, [args.file, args.to])
+        check_output(args.output)
     found = adapt(args.file, args.to, chunk_size=args.ctx_size)
     if args.json:
-        json.dump(_as_data(found), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        write_json(_as_data(found))
     else:
         _render(terminal.out, found, every=args.all)
     sys.stdout.flush()  # here, where a closed pipe is expected

@@ -7,10 +7,13 @@ import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+from imatrix._printable import printable
 
 __all__ = [
     "Commands",
+    "Parser",
     "add_gpu_layers",
     "add_parse_special",
     "add_skipped_chunks",
@@ -26,6 +29,15 @@ __all__ = [
     "threads",
     "whole",
 ]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose messages may repeat what was given."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        # one line, whatever was given
+        super().exit(status, message and printable(message.removesuffix("\n")) + "\n")
+
 
 Commands = Any
 """What `ArgumentParser.add_subparsers` returns; its class is private to argparse."""

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from imatrix import _hub_cli
 from imatrix._arguments import Commands, add_tensor_type, add_verbose, tensor_types
-from imatrix._terminal import Terminal, size
+from imatrix._terminal import Console, Terminal, Text, size, write_json
 from imatrix.collector import Collector, Plan
 from imatrix.errors import ModelError
 from imatrix.matrix import ImportanceMatrix
@@ -79,8 +76,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     for text in found.warnings:
         terminal.warn(text)
     if args.json:
-        json.dump(as_data(found, args.imatrix), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        write_json(as_data(found, args.imatrix))
     else:
         render(terminal.out, found, args.imatrix, plan=plan, limit=None if args.all else _ROWS)
     sys.stdout.flush()  # here, where a closed pipe is expected
@@ -147,9 +143,9 @@ def render(
         if unused_types:
             console.print(Text(f"  ({unused_types})", "dim"), soft_wrap=True)
     elif without:
+        console.print()
         console.print(
-            f"\nwithout a matrix all of it is quantized without data: {_counted(without)}",
-            markup=False,
+            f"without a matrix all of it is quantized without data: {_counted(without)}",
             soft_wrap=True,
         )
     _partial(console, found, limit)
@@ -166,8 +162,8 @@ def render(
         if number == 1:
             console.print()
         console.print(Text(f"{number}. ", "bold") + Text(words), soft_wrap=True)
-        for line in paste.splitlines():
-            console.print(f"   {line}", markup=False, soft_wrap=True)
+        for line in paste.split("\n") if paste else ():
+            console.print(f"   {line}", soft_wrap=True)
 
 
 def _verdict(console: Console, found: Coverage) -> None:
@@ -269,8 +265,9 @@ def _reach(console: Console, found: Coverage, limit: int | None) -> None:
     """What a run could collect of what would be quantized."""
     wanted = [t for t in found.tensors if t.status != "kept"]
     never = [t for t in wanted if t.collectable is False]
+    console.print()
     console.print(
-        f"\na run would collect {len([t for t in wanted if t.collectable])} of the "
+        f"a run would collect {len([t for t in wanted if t.collectable])} of the "
         f"{len(wanted)} tensors that are quantized",
         soft_wrap=True,
     )

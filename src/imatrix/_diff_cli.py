@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from imatrix import _show
 from imatrix._arguments import Commands, add_verbose
 from imatrix._files_cli import add_chunk_size
-from imatrix._terminal import Terminal
+from imatrix._terminal import Console, DataOut, Terminal, Text, write_json
 from imatrix.matrix import ImportanceMatrix
 from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
 
@@ -92,8 +89,7 @@ def _diff(args: argparse.Namespace, terminal: Terminal) -> int:
                 name: {"a": list(a), "b": list(b)} for name, (a, b) in found.mismatched.items()
             },
         }
-        json.dump(data, sys.stdout, indent=2, allow_nan=False)
-        sys.stdout.write("\n")
+        write_json(data, allow_nan=False)
     elif args.csv:
         _write_csv(found)
     else:
@@ -159,7 +155,7 @@ def _write_csv(found: MatrixComparison) -> None:
         for name in names:
             rows.append({"name": name, "part": "head" if name in head else "trunk", "note": note})
     columns = [*_COLUMNS, "note"]
-    writer = csv.DictWriter(sys.stdout, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(DataOut(), columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from imatrix._arguments import (
     at_least,
     chunks,
 )
-from imatrix._terminal import CollectProgress, Terminal
+from imatrix._terminal import CollectProgress, Terminal, write_json
 
 __all__ = ["add_parser", "run"]
 
@@ -156,8 +155,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 {**other.as_data(), "difference": difference.as_data()}
                 for other, difference in zip(others, differences, strict=True)
             ]
-        json.dump(data, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        write_json(data)
         sys.stdout.flush()
     else:
         for one in (found, *others):
@@ -194,11 +192,10 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
     out.print(
         f"{found.model}: {len(found.chunk)} positions of {found.n_chunks} chunk(s) of "
         f"{found.n_ctx} tokens",
-        markup=False,
         soft_wrap=True,
     )
     if found.reference is not None:
-        out.print(f"reference: {found.reference}", markup=False, soft_wrap=True)
+        out.print(f"reference: {found.reference}", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "value", "± error", "95 % interval", "positions"):
         table.add_column(name, justify="left" if name == "" else "right")
@@ -231,7 +228,7 @@ def _render_difference(
     terminal: Terminal,
 ) -> None:
     out = terminal.out
-    out.print(f"{_named(found)} minus {_named(other)}", markup=False, soft_wrap=True)
+    out.print(f"{_named(found)} minus {_named(other)}", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "difference", "95 % interval"):
         table.add_column(name, justify="left" if name == "" else "right")

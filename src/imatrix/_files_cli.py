@@ -71,7 +71,7 @@ def add_chunk_size(command: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.dst, [args.src])
+    check_output(args.dst)
     form: Format = args.output_format or format_of(args.dst)
     matrix = convert(args.src, args.dst, format=form, chunk_size=args.ctx_size)
     terminal.note(f"wrote {args.dst}: {form}, {_show.weights_told(matrix)}")
@@ -80,7 +80,7 @@ def _convert(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _merge(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.output, args.files)
+    check_output(args.output)
     form: Format = args.output_format or format_of(args.output)
     parts = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.files]
     matrix = merge(*parts)

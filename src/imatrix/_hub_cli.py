@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import imatrix
+from imatrix import _arguments
 from imatrix._terminal import Terminal
 
 __all__ = ["Parser", "add_arguments", "add_to_positional", "fetched", "is_hub", "resolve"]
@@ -25,7 +26,7 @@ _QUANT = (
 )
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(_arguments.Parser):
     """Of a command; with -hf for its first positional argument where add_to_positional() says so."""
 
     model_comes_first = False

@@ -217,5 +217,5 @@ class _ListDevices(argparse.Action):
             )
             if device.backend == "CPU":
                 told += " (not for -dev)"
-            out.print(told, markup=False, soft_wrap=True)
+            out.print(told, soft_wrap=True)
         parser.exit()

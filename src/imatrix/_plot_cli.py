@@ -118,7 +118,7 @@ def _plot(args: argparse.Namespace, terminal: Terminal) -> int:
         raise ValueError(
             f"cannot write {args.output}: a picture's name ends in {' or '.join(pictures.FORMATS)}"
         )
-    check_output(args.output, [args.file, args.other])
+    check_output(args.output)
     matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
     look: dict[str, Any] = {"style": args.style, "width": args.width}
     name = Path(args.file).name

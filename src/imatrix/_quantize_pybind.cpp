@@ -25,8 +25,62 @@ namespace py = pybind11;
 
 namespace {
 
+// A path or a name: any bytes. pybind11 takes and gives UTF-8 alone.
+struct Name {
+    std::string bytes;
+};
+
 using Data  = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using Value = std::variant<int64_t, std::string>;
+using Value = std::variant<int64_t, Name>;
+
+py::str text_of(const std::string & bytes) {
+    PyObject * text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()),
+                                           "surrogateescape");
+    if (text == nullptr) {
+        throw py::error_already_set();
+    }
+    return py::reinterpret_steal<py::str>(text);
+}
+
+// std::runtime_error would have to be UTF-8. With the GIL only.
+[[noreturn]] void fail(const std::string & message) {
+    PyErr_SetObject(PyExc_RuntimeError, text_of(message).ptr());
+    throw py::error_already_set();
+}
+
+} // namespace
+
+namespace pybind11::detail {
+
+// str as Python names files (surrogateescape, imatrix._names), or bytes.
+template <> struct type_caster<Name> {
+    PYBIND11_TYPE_CASTER(Name, const_name("str"));
+
+    bool load(handle source, bool /* convert */) {
+        object bytes = reinterpret_borrow<object>(source);
+        if (PyUnicode_Check(source.ptr()) != 0) {
+            bytes = reinterpret_steal<object>(
+                PyUnicode_AsEncodedString(source.ptr(), "utf-8", "surrogateescape"));
+            if (!bytes) {
+                throw error_already_set();
+            }
+        }
+        if (PyBytes_Check(bytes.ptr()) == 0) {
+            return false;
+        }
+        value.bytes.assign(PyBytes_AS_STRING(bytes.ptr()),
+                           static_cast<size_t>(PyBytes_GET_SIZE(bytes.ptr())));
+        return true;
+    }
+
+    static handle cast(const Name & name, return_value_policy /* policy */, handle /* parent */) {
+        return text_of(name.bytes).release();
+    }
+};
+
+} // namespace pybind11::detail
+
+namespace {
 
 // A view into one running quantization: how far it is, why it failed, and a way to end it.
 // The engine offers none of these, but it logs each of them from the thread that called it.
@@ -189,13 +243,13 @@ py::dict tensor_types() {
 
 // Which of the names a pattern is found in, as the quantizer searches (llama_tensor_get_type in
 // src/llama-quant.cpp).
-std::vector<bool> matching(const std::string & pattern, const std::vector<std::string> & names) {
+std::vector<bool> matching(const Name & pattern, const std::vector<Name> & names) {
     try {
-        const std::regex  compiled(pattern);
+        const std::regex  compiled(pattern.bytes);
         std::vector<bool> out;
         out.reserve(names.size());
-        for (const std::string & name : names) {
-            out.push_back(std::regex_search(name, compiled));
+        for (const Name & name : names) {
+            out.push_back(std::regex_search(name.bytes, compiled));
         }
         return out;
     } catch (const std::regex_error & error) {
@@ -204,14 +258,14 @@ std::vector<bool> matching(const std::string & pattern, const std::vector<std::s
 }
 
 // (bytes of tensor data, values) of a GGUF file.
-std::pair<int64_t, int64_t> tensor_totals(const std::string & path) {
+std::pair<int64_t, int64_t> tensor_totals(const Name & path) {
     struct Free {
         void operator()(gguf_context * ctx) const { gguf_free(ctx); }
     };
     const std::unique_ptr<gguf_context, Free> file(
-        gguf_init_from_file(path.c_str(), {true, nullptr}));
+        gguf_init_from_file(path.bytes.c_str(), {true, nullptr}));
     if (file == nullptr) {
-        throw std::runtime_error(path + ": not a GGUF file");
+        fail(path.bytes + ": not a GGUF file");
     }
     int64_t bytes  = 0;
     int64_t values = 0;
@@ -224,10 +278,10 @@ std::pair<int64_t, int64_t> tensor_totals(const std::string & path) {
     return {bytes, values};
 }
 
-void quantize(Watch & watch, const std::string & src, const std::string & dst, int ftype,
-              int n_threads, bool allow_requantize, bool pure, bool quantize_output,
-              const std::vector<std::pair<std::string, Data>> &  matrix,
-              const std::vector<std::pair<std::string, int>> &   tensor_types,
+void quantize(Watch & watch, const Name & src, const Name & dst, int ftype, int n_threads,
+              bool allow_requantize, bool pure, bool quantize_output,
+              const std::vector<std::pair<Name, Data>> &         matrix,
+              const std::vector<std::pair<Name, int>> &          tensor_types,
               const std::vector<std::pair<std::string, Value>> & metadata,
               const std::string &                                unsaid) {
     watch.unsaid                       = unsaid;
@@ -241,7 +295,7 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
     // NULL-terminated, as llama-quantize hands them over
     std::vector<llama_model_imatrix_data> data;
     for (const auto & [name, values] : matrix) {
-        data.push_back({name.c_str(), values.data(), static_cast<size_t>(values.size())});
+        data.push_back({name.bytes.c_str(), values.data(), static_cast<size_t>(values.size())});
     }
     if (!data.empty()) {
         data.push_back({nullptr, nullptr, 0});
@@ -249,7 +303,7 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
     }
     std::vector<llama_model_tensor_override> overrides;
     for (const auto & [pattern, type] : tensor_types) {
-        overrides.push_back({pattern.c_str(), static_cast<ggml_type>(type)});
+        overrides.push_back({pattern.bytes.c_str(), static_cast<ggml_type>(type)});
     }
     if (!overrides.empty()) {
         overrides.push_back({nullptr, GGML_TYPE_COUNT});
@@ -264,7 +318,7 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
             override.val_i64 = *number;
         } else {
             override.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
-            std::get<std::string>(value).copy(override.val_str, sizeof override.val_str - 1);
+            std::get<Name>(value).bytes.copy(override.val_str, sizeof override.val_str - 1);
         }
         keys.push_back(override);
     }
@@ -277,10 +331,10 @@ void quantize(Watch & watch, const std::string & src, const std::string & dst, i
         const py::gil_scoped_release release;
         listen_to_log();
         const Watching watching(watch);
-        failed = llama_model_quantize(src.c_str(), dst.c_str(), &params);
+        failed = llama_model_quantize(src.bytes.c_str(), dst.bytes.c_str(), &params);
     }
     if (failed != 0) {
-        throw std::runtime_error(watch.errors);
+        fail(watch.errors);
     }
     watch.done = watch.total.load();
 }
@@ -300,9 +354,9 @@ py::dict type_blocks() {
 
 // (name, type, type it would get) of every tensor, in the order of the quantizer, which reads
 // no weight for it. Types that lack data are given all the same: a dry run does not stop there.
-std::vector<std::tuple<std::string, std::string, std::string>> dry_run(
-    const std::string & src, int ftype, bool pure, bool quantize_output, bool has_matrix,
-    const std::vector<std::pair<std::string, int>> & tensor_types) {
+std::vector<std::tuple<Name, std::string, std::string>> dry_run(
+    const Name & src, int ftype, bool pure, bool quantize_output, bool has_matrix,
+    const std::vector<std::pair<Name, int>> & tensor_types) {
     llama_model_quantize_params params = llama_model_quantize_default_params();
     params.ftype                       = static_cast<llama_ftype>(ftype);
     params.nthread                     = 1;
@@ -318,7 +372,7 @@ std::vector<std::tuple<std::string, std::string, std::string>> dry_run(
     }
     std::vector<llama_model_tensor_override> overrides;
     for (const auto & [pattern, type] : tensor_types) {
-        overrides.push_back({pattern.c_str(), static_cast<ggml_type>(type)});
+        overrides.push_back({pattern.bytes.c_str(), static_cast<ggml_type>(type)});
     }
     if (!overrides.empty()) {
         overrides.push_back({nullptr, GGML_TYPE_COUNT});
@@ -328,20 +382,24 @@ std::vector<std::tuple<std::string, std::string, std::string>> dry_run(
     // the log has one reader, and a Collector made meanwhile in another thread may take it over
     for (int attempt = 0; attempt < 3 && !run.complete(); ++attempt) {
         run = {};
-        const py::gil_scoped_release release;
-        listen_to_log();
-        const DryRunning running(run);
-        if (llama_model_quantize(src.c_str(), "", &params) != 0) {
-            throw std::runtime_error(run.errors);
+        uint32_t failed;
+        {
+            const py::gil_scoped_release release;
+            listen_to_log();
+            const DryRunning running(run);
+            failed = llama_model_quantize(src.bytes.c_str(), "", &params);
+        }
+        if (failed != 0) {
+            fail(run.errors);
         }
     }
     if (!run.complete()) {
         throw std::runtime_error("failed to quantize: no word of " + std::to_string(run.total) +
                                  " tensors in the engine's log");
     }
-    std::vector<std::tuple<std::string, std::string, std::string>> out;
+    std::vector<std::tuple<Name, std::string, std::string>> out;
     for (const auto & tensor : run.tensors) {
-        out.emplace_back(tensor.name, tensor.source, tensor.target);
+        out.emplace_back(Name{tensor.name}, tensor.source, tensor.target);
     }
     return out;
 }

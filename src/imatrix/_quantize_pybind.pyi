@@ -12,10 +12,10 @@ class Watch:
 def ftypes() -> dict[str, int]: ...
 def tensor_types() -> dict[str, tuple[int, bool]]: ...
 def matching(pattern: str, names: Sequence[str]) -> list[bool]: ...
-def tensor_totals(path: str) -> tuple[int, int]: ...
+def tensor_totals(path: str | bytes) -> tuple[int, int]: ...
 def type_blocks() -> dict[str, tuple[int, int]]: ...
 def dry_run(
-    src: str,
+    src: str | bytes,
     *,
     ftype: int,
     pure: bool,
@@ -25,8 +25,8 @@ def dry_run(
 ) -> list[tuple[str, str, str]]: ...
 def quantize(
     watch: Watch,
-    src: str,
-    dst: str,
+    src: str | bytes,
+    dst: str | bytes,
     *,
     ftype: int,
     n_threads: int,

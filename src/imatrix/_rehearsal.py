@@ -239,14 +239,14 @@ def child_process(
         capture_output=True,
         text=True,
         encoding="utf-8",
-        errors="replace",
+        errors="surrogateescape",  # a path may be any bytes
         timeout=timeout,
         # ggml_abort would start a debugger for a backtrace where there is one
         env={
             **os.environ,
             **({} if cards else _NO_CARDS),
             "GGML_NO_BACKTRACE": "1",
-            "PYTHONIOENCODING": "utf-8",
+            "PYTHONIOENCODING": "utf-8:surrogateescape",
         },
     )
     return child.returncode, child.stdout, child.stderr
@@ -340,7 +340,7 @@ def _quantize(path: str) -> None:
     from imatrix.quantizer import FTYPES
 
     _quantize_pybind.dry_run(
-        path,
+        os.fsencode(path),
         ftype=FTYPES["Q4_K_M"],
         pure=False,
         quantize_output=True,

@@ -51,7 +51,7 @@ def add_parser(commands: Commands) -> None:
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     from imatrix.html_report import report_page  # here: Jinja takes a while to import
 
-    check_output(args.output, [args.file, args.model, args.against])
+    check_output(args.output)
     page = report_page(
         args.file,
         model=args.model,

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 
+from imatrix._names import encoded
 from imatrix.errors import EngineError, ModelError, NonFiniteError, RowsMissingError
 
 from libc.stdint cimport int8_t, int32_t, int64_t
@@ -59,11 +60,16 @@ cdef str _text(const string & value):
     return value.decode("utf-8", "replace")
 
 
+cdef str _name(const string & value):
+    # any bytes are a name, and have to come back as they were: see imatrix._names
+    return value.decode("utf-8", "surrogateescape")
+
+
 cdef object _check(const Status & status, str prefix=""):
     """Raises the exception that a status stands for; None where it is ok."""
     if status.code == Code.ok:
         return None
-    message = prefix + _text(status.message)
+    message = prefix + _name(status.message)
     if status.code == Code.out_of_memory:
         raise MemoryError(message)
     if status.code == Code.bad_model:
@@ -73,7 +79,7 @@ cdef object _check(const Status & status, str prefix=""):
     if status.code == Code.cancelled:
         raise InterruptedError(message)
     if status.code == Code.non_finite:
-        raise NonFiniteError(message, weight=_text(status.weight), channel=status.channel,
+        raise NonFiniteError(message, weight=_name(status.weight), channel=status.channel,
                              expert=None if status.mat < 0 else status.mat)
     if status.code == Code.rows_missing:
         raise RowsMissingError(message)
@@ -83,13 +89,13 @@ cdef object _check(const Status & status, str prefix=""):
 def model_file(path):
     """The header of a GGUF model file as a dict; raises ModelError where it is not one."""
     cdef ModelFile found
-    cdef string native = path.encode("utf-8")
+    cdef string native = os.fsencode(path)
     cdef Status status
     with nogil:
         status = _core.read_model_file(native, found)
     _check(status, path + ": ")
     return {
-        "architecture": _text(found.architecture),
+        "architecture": _name(found.architecture),
         "tokenizer": _text(found.tokenizer),
         "block_count": found.block_count,
         "n_nextn": found.n_nextn,
@@ -98,10 +104,10 @@ def model_file(path):
         "split_tensors": found.split_tensors,
         "aligned": bool(found.aligned),
         "data_offset": found.data_offset,
-        "tensors": {_text(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
+        "tensors": {_name(t.name): tuple(t.ne[d] for d in range(max(1, t.n_dims)))
                     for t in found.tensors},
-        "tables": [(_text(t.name), t.offset, t.count) for t in found.tables],
-        "integers": {_text(i.first): i.second for i in found.integers},
+        "tables": [(_name(t.name), t.offset, t.count) for t in found.tables],
+        "integers": {_name(i.first): i.second for i in found.integers},
     }
 
 
@@ -141,10 +147,10 @@ def find_name(str pattern, names):
     are placed by name (ECMAScript); None for none. ValueError if it is no regular expression."""
     cdef vector[string] native
     cdef int64_t found = -1
-    cdef string expression = pattern.encode("utf-8")
+    cdef string expression = encoded(pattern)
     names = list(names)
     for name in names:
-        native.push_back(name.encode("utf-8"))
+        native.push_back(encoded(name))
     _check(_core.find_name(expression, native, found))
     return None if found < 0 else names[found]
 
@@ -293,7 +299,7 @@ cdef class Model:
         _claim_process()
         self._made_in = imatrix_getpid()
         set_log_level()
-        params.path = path.encode("utf-8")
+        params.path = os.fsencode(path)
         params.mtp = mtp
         params.n_gpu_layers = n_gpu_layers
         params.use_mmap = use_mmap
@@ -309,7 +315,7 @@ cdef class Model:
                 params.placement.devices.push_back(name.encode("utf-8"))
             for pattern, buffer in placement["overrides"]:
                 params.placement.overrides.push_back(
-                    pair[string, string](pattern.encode("utf-8"), buffer.encode("utf-8")))
+                    pair[string, string](encoded(pattern), encoded(buffer)))
         self._model.reset(new CModel())
         with nogil:
             status = self._model.get().load(params)
@@ -527,7 +533,7 @@ cdef class Session:
             if not counts.any():
                 continue  # seen only in chunks that did not count
             sums = _sums_of(slot)
-            out[_text(self._session.get().sums().weights()[w].name)] = (
+            out[_name(self._session.get().sums().weights()[w].name)] = (
                 sums, counts, _signed_of(slot))
         return out
 
@@ -540,7 +546,7 @@ cdef class Session:
             if self._session.get().sums().weights()[w].slot == <size_t>-1:
                 continue
             slot = &self._session.get().sums().slots()[self._session.get().sums().weights()[w].slot]
-            out[_text(self._session.get().sums().weights()[w].name)] = _counts_of(slot)
+            out[_name(self._session.get().sums().weights()[w].name)] = _counts_of(slot)
         return out
 
     def groups(self):
@@ -553,7 +559,7 @@ cdef class Session:
             index = self._session.get().sums().weights()[w].slot
             if index != <size_t>-1:
                 names.setdefault(index, []).append(
-                    _text(self._session.get().sums().weights()[w].name))
+                    _name(self._session.get().sums().weights()[w].name))
         out = []
         for index, shared in names.items():
             slot = &self._session.get().sums().slots()[<size_t>index]
@@ -581,7 +587,7 @@ cdef class Session:
         shape.n_in = sums.shape[1]
         shape.n_counts = counts.shape[0]
         for name in names:
-            native.push_back(name.encode("utf-8"))
+            native.push_back(encoded(name))
         with nogil:
             status = self._session.get().restore(native, shape, &sums[0, 0], &counts[0],
                                                  native_signed)
@@ -600,8 +606,8 @@ cdef class Session:
         trunk = self._session.get().trunk_plan()
         head = self._session.get().head_plan()
         return {
-            "trunk": (bool(trunk.needs_outputs), {_text(w.name): w.rows for w in trunk.weights}),
-            "head": (bool(head.needs_outputs), {_text(w.name): w.rows for w in head.weights}),
+            "trunk": (bool(trunk.needs_outputs), {_name(w.name): w.rows for w in trunk.weights}),
+            "head": (bool(head.needs_outputs), {_name(w.name): w.rows for w in head.weights}),
         }
 
     @property

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from imatrix._terminal import Console, Text
 from imatrix.formats import Format
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, TextSource
 

@@ -15,14 +15,7 @@ from imatrix.chat_template import DATE
 from imatrix.corpus import Texts
 from imatrix.text_sources import FIELDS
 
-__all__ = [
-    "add_arguments",
-    "add_min_expert_rows",
-    "run_arguments",
-    "tell",
-    "text_files",
-    "texts",
-]
+__all__ = ["add_arguments", "add_min_expert_rows", "run_arguments", "tell", "texts"]
 
 
 def add_arguments(
@@ -145,11 +138,6 @@ def texts(args: argparse.Namespace, *, again: bool = False) -> Texts | None:
 
 def _held(source: imatrix.Source) -> imatrix.Source:
     return imatrix.Source(list(source.documents()), weight=source.weight, name=source.name)
-
-
-def text_files(args: argparse.Namespace) -> list[str]:
-    """The files among the sources, which the output must not replace."""
-    return [] if args.file is None else [imatrix.Source.parse(each).at for each in args.file]
 
 
 def run_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from imatrix import _show
 from imatrix._arguments import Commands, add_verbose, at_least
 from imatrix._files_cli import add_chunk_size
-from imatrix._terminal import Terminal
+from imatrix._terminal import Console, DataOut, Terminal, Text, write_json
 from imatrix.activation_stats import (
     ActivationStatistics,
     LayerActivations,
@@ -254,8 +251,7 @@ def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
         if args.csv:
             _write_csv(kind, data[name])
         else:
-            json.dump(_plain(data), sys.stdout, indent=2, allow_nan=False)
-            sys.stdout.write("\n")
+            write_json(_plain(data), allow_nan=False)
     else:
         out = terminal.out
         title = f": {_show.weights_told(matrix)}; {_collected(matrix)}"
@@ -333,7 +329,7 @@ def _render(
     if not found.parts:
         out.print(Text(part, "bold") + Text(f": {len(matrix)} weights, none saw a row"))
     if told := _show.experts_told(_show.experts(matrix)):
-        out.print(f"  experts: {told}", markup=False, soft_wrap=True)
+        out.print(f"  experts: {told}", soft_wrap=True)
     if found.without_rows:
         told = ", ".join(found.without_rows)
         out.print(Text("  without rows: ", "yellow") + Text(told), soft_wrap=True)
@@ -424,7 +420,7 @@ def _plain(value: Any) -> Any:
 
 def _write_csv(kind: type, rows: Sequence[Any]) -> None:
     """A heading and a line a row; None is empty, and a float is written so that it comes back."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer = csv.writer(DataOut(), lineterminator="\n")
     writer.writerow(_KINDS[kind])
     for row in rows:
         writer.writerow([getattr(row, key) for key in _KINDS[kind]])

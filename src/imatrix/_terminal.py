@@ -2,22 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+import rich.console
+import rich.text
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
+from rich.segment import Segment
+from rich.style import Style
+
+from imatrix._names import encoded
+from imatrix._printable import printable
 
 if TYPE_CHECKING:
     import imatrix
 
+__all__ = [
+    "CollectProgress",
+    "Console",
+    "DataOut",
+    "StepProgress",
+    "Terminal",
+    "Text",
+    "bytes_told",
+    "describe",
+    "duration",
+    "size",
+    "tensors_told",
+    "write_json",
+]
+
+# bytes of a name that is not UTF-8
+_RAW = re.compile("[\udc80-\udcff]")
+
 # Wide enough for a table in a file or a pipe, where there is no width to fit.
 _WIDE = 120
+
+
+class Text(rich.text.Text):
+    """One line of text, of which nothing acts on the terminal: see printable()."""
+
+    def __init__(self, text: str = "", style: str | Style = "") -> None:
+        super().__init__(printable(text), style)
+
+
+class Console(rich.console.Console):
+    """Rich's, for text that comes from files: it has no markup and no emoji codes, a string is one
+    line, and what would act on the terminal is spelled out, wherever it stands."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Rich's."""
+        super().print(*(Text(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """As Rich's. The strings inside a table, a bar, and whatever else there is come by here,
+        when their lines are broken already."""
+        for segment in super().render(renderable, options):
+            if not segment.control and (text := printable(segment.text, "\n\t")) != segment.text:
+                segment = Segment(text, segment.style)
+            yield segment
 
 
 class Terminal:
@@ -28,21 +84,26 @@ class Terminal:
     """
 
     def __init__(self, *, verbose: bool = False) -> None:
-        self.out = Console(highlight=False)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = Console()
+        self.err = Console(stderr=True)
         self.verbose = verbose
         if not self.out.is_terminal:
             self.out.width = max(self.out.width, _WIDE)
 
     def note(self, text: str) -> None:
         """A message on stderr, one line however long."""
-        self.err.print(text, markup=False, soft_wrap=True)
+        self.err.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.err.print(Text("warning: ", "yellow") + Text(text), soft_wrap=True)
 
     def error(self, text: str) -> None:
         self.err.print(Text("error: ", "bold red") + Text(text), soft_wrap=True)
+
+    def traceback(self, text: str) -> None:
+        """Several lines on stderr."""
+        for line in text.splitlines():
+            self.note(line)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -55,6 +116,9 @@ class Terminal:
         package.addHandler(own)
         log.setLevel(logging.INFO if self.verbose else logging.WARNING)
         log.propagate = False
+        # whatever handler a library has for what it logs
+        factory = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(_printable_records(factory))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", UserWarning)
@@ -65,6 +129,7 @@ class Terminal:
             log.removeHandler(handler)
             log.setLevel(level)
             log.propagate = propagate
+            logging.setLogRecordFactory(factory)
 
     def _show_warning(
         self, message: Warning | str, category: type[Warning], *_where: object, **_more: object
@@ -115,6 +180,23 @@ class _OwnLog(logging.Handler):
         self._terminal.warn(record.getMessage())
 
 
+def _printable_records(make: Callable[..., logging.LogRecord]) -> Callable[..., logging.LogRecord]:
+    """A maker of log records of which nothing acts on the terminal."""
+
+    def made(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        try:
+            record.msg, record.args = printable(record.getMessage(), "\t"), None
+        except Exception:
+            return record  # its handler says that the message and its arguments do not fit
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            record.exc_text = printable(trace, "\n\t")
+        return record
+
+    return made
+
+
 class CollectProgress:
     """Progress of a run: a bar on a terminal, a line now and then elsewhere.
 
@@ -124,7 +206,7 @@ class CollectProgress:
 
     def __init__(self, terminal: Terminal, label: str, *, every: int) -> None:
         self._terminal = terminal
-        self._label = label
+        self._label = printable(label)
         self._every = every
         self._shown: int | None = None  # chunks in the last line
         self._last: imatrix.Progress | None = None
@@ -184,7 +266,7 @@ class StepProgress:
 
     def __init__(self, terminal: Terminal, label: str, told: Callable[[int, int], str]) -> None:
         self._bar = _bar(terminal) if terminal.err.is_terminal else None
-        self._label = label
+        self._label = printable(label)
         self._told = told
         self._task: TaskID | None = None
 
@@ -204,6 +286,27 @@ class StepProgress:
             self._bar.update(self._task, total=total, completed=done, info=self._told(done, total))
 
 
+def write_json(data: object, *, allow_nan: bool = True) -> None:
+    """Data as JSON on stdout. JSON spells out what is not ASCII, but not DEL, which is."""
+    text = json.dumps(data, indent=2, allow_nan=allow_nan).replace("\x7f", "\\u007f")
+    sys.stdout.write(text + "\n")
+
+
+class DataOut:
+    """stdout for data that are to be exact, as CSV: the bytes of a name that is not UTF-8 come out
+    as they were. At a terminal, which would act on some characters, those are spelled out."""
+
+    def write(self, text: str) -> None:
+        """As a file's."""
+        if sys.stdout.isatty():
+            sys.stdout.write(printable(text, "\n"))
+        elif _RAW.search(text) and hasattr(sys.stdout, "buffer"):
+            sys.stdout.flush()
+            sys.stdout.buffer.write(encoded(text))
+        else:
+            sys.stdout.write(text)
+
+
 def tensors_told(done: int, total: int) -> str:
     """Progress of a quantization: "tensor 3/35"."""
     return f"tensor {done}/{total}"
@@ -216,9 +319,9 @@ def bytes_told(done: int, total: int) -> str:
 
 def _bar(terminal: Terminal) -> Progress:
     columns: list[Any] = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[info]}"),
+        TextColumn("{task.fields[info]}", markup=False),
     ]
     return Progress(*columns, console=terminal.err)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["clear", "replacing"]
+__all__ = ["clear", "leftovers_of", "replacing"]
 
 # Of a file's name in a temporary one. Cut, so that with its ending it stays below the usual 255
 # bytes, 4 bytes a character at worst.
@@ -71,11 +71,18 @@ def clear(path: str | os.PathLike[str]) -> None:
     target = Path(os.path.realpath(path))
     if len(target.name) > _NAME:
         return
-    pattern = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{16}\.tmp")
+    pattern = leftovers_of(target)
     with contextlib.suppress(OSError):  # a courtesy
         for left in target.parent.iterdir():
-            if pattern.fullmatch(left.name):
+            if pattern.fullmatch(os.fspath(left)):
                 left.unlink(missing_ok=True)
+
+
+def leftovers_of(path: str | os.PathLike[str]) -> re.Pattern[str]:
+    """What the paths of temporary files for ``path`` look like, links resolved."""
+    target = Path(os.path.realpath(path))
+    start = os.fspath(target.with_name(f".{target.name}.")) if target.name else ""
+    return re.compile(re.escape(start) + r"[0-9a-f]{16}\.tmp")
 
 
 def _mode_of(target: Path) -> int | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -45,6 +44,7 @@ from imatrix import (
 )
 from imatrix._arguments import (
     Commands,
+    Parser,
     add_parse_special,
     add_skipped_chunks,
     add_tensor_type,
@@ -53,11 +53,10 @@ from imatrix._arguments import (
     at_least,
     chunks,
     files,
-    tensor_type_files,
     tensor_types,
 )
 from imatrix._lock import locked
-from imatrix._output import check_output
+from imatrix._output import check_command, check_copies, check_output, head_output
 from imatrix._terminal import (
     CollectProgress,
     StepProgress,
@@ -66,6 +65,7 @@ from imatrix._terminal import (
     duration,
     size,
     tensors_told,
+    write_json,
 )
 from imatrix.corpus import Texts
 from imatrix.formats import Format, FormatError, detected
@@ -96,7 +96,13 @@ class _Stopped(Exception):
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        # a defect of ours; its message may have text from a file all the same
+        Terminal().traceback(traceback.format_exc())
+        status = FAILED
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +135,7 @@ def _run(
     terminal: Terminal,
 ) -> int:
     try:
+        check_command(args)
         return command(args, terminal)
     except _Terminated:
         terminal.error("terminated")
@@ -150,7 +157,7 @@ def _run(
         ImportError,
     ) as error:
         if terminal.verbose:
-            traceback.print_exc()
+            terminal.traceback(traceback.format_exc())
         terminal.error(_told(error))
         return _status(error)
 
@@ -192,7 +199,8 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
     if text is not None and args.model is None:
         raise _Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
     _cluster_cli.check(args)
-    check_output(args.output, [args.model, args.mtp_model, *_sources_cli.text_files(args)])
+    check_command(args)  # again, now that a model of the Hub has a path
+    check_output(args.output)
     try:
         lock = locked(args.output)
     except imatrix.LockedError as error:
@@ -211,6 +219,8 @@ def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
             return OK
         # under the lock: the output may be one of them
         earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
+        if args.save_frequency:
+            check_copies(args, _chunks_before(earlier, args.ctx_size))
         return _collect_locked(args, text, earlier, terminal)
 
 
@@ -424,11 +434,7 @@ class _Saver:
         self._earlier = earlier[0].merge(*earlier[1:]) if earlier else None
         self._terminal = terminal
         # llama-imatrix goes on counting where the earlier files stopped
-        self._chunks = 0
-        if self._earlier is not None:
-            size_ = self._earlier.chunk_size or args.ctx_size
-            self._chunks = round(self._earlier.chunk_count * size_ / args.ctx_size)
-        self._before = self._chunks
+        self._chunks = self._before = _chunks_before(earlier, args.ctx_size)
         # Written early, it would be added a second time by the run that goes on from here.
         self._only_at_the_end = any(_same_file(path, args.output) for path in args.in_file)
 
@@ -482,8 +488,7 @@ class _Saver:
     @property
     def head_path(self) -> str:
         """Where the matrix of a head that is a model of its own kind goes."""
-        path = Path(self._path)
-        return str(path.with_name(f"{path.stem}-mtp{path.suffix}"))
+        return head_output(self._path)
 
     def rescue(self, *, interrupted: bool) -> None:
         """After an error: write what was collected before it, if anything was."""
@@ -527,6 +532,14 @@ class _Saver:
             provenance=both.provenance,
             head_blocks=both.head_blocks,
         )
+
+
+def _chunks_before(earlier: list[ImportanceMatrix], n_ctx: int) -> int:
+    """Chunks of the earlier files, counted in those of this run."""
+    if not earlier:
+        return 0
+    merged = earlier[0].merge(*earlier[1:])
+    return round(merged.chunk_count * (merged.chunk_size or n_ctx) / n_ctx)
 
 
 def _same_file(a: str, b: str) -> bool:
@@ -592,8 +605,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = ImportanceMatrix.load(args.file)
     form = detected(args.file)
     if args.json:
-        json.dump(_show.as_data(matrix, args.file, form), sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        write_json(_show.as_data(matrix, args.file, form))
     else:
         _show.render(terminal.out, matrix, args.file, form, every_weight=args.all)
     sys.stdout.flush()  # here, where a closed pipe is expected
@@ -601,7 +613,7 @@ def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.dst, [args.imatrix, *tensor_type_files(args)])
+    check_output(args.dst)
     rules = tensor_types(args)
     args.src, _ = _hub_cli.fetched(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", tensors_told) as bar:
@@ -646,7 +658,7 @@ def _extract(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.output, [args.trunk, args.mtp_model])
+    check_output(args.output)
     args.trunk, _ = _hub_cli.fetched(args.trunk, args, terminal)
     args.mtp_model, _ = _hub_cli.fetched(args.mtp_model, args, terminal, first=False)
     with StepProgress(terminal, "grafting", bytes_told) as bar:
@@ -663,7 +675,7 @@ def _graft(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _drop(args: argparse.Namespace, terminal: Terminal) -> int:
-    check_output(args.output, [args.model])
+    check_output(args.output)
     args.model, _ = _hub_cli.fetched(args.model, args, terminal)
     with StepProgress(terminal, "writing", bytes_told) as bar:
         report = imatrix.drop_mtp(args.model, args.output, progress=bar)
@@ -686,25 +698,24 @@ def _demo(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _version(terminal: Terminal) -> int:
     out = terminal.out
-    out.print(f"imatrix {imatrix.__version__}", markup=False)
+    out.print(f"imatrix {imatrix.__version__}")
     try:
         found = imatrix.backends()
     except ImportError as error:
         terminal.error(str(error))
         return FAILED
-    out.print(f"engine      {found.engine}", markup=False)
-    out.print(f"backends    {', '.join(found.built)}", markup=False)
+    out.print(f"engine      {found.engine}")
+    out.print(f"backends    {', '.join(found.built)}")
     for device in found.devices:
         memory = f", {size(device.memory_free)} free" if device.memory_total else ""
         out.print(
             f"device      {device.name}: {device.description} ({device.backend}{memory})",
-            markup=False,
             soft_wrap=True,
         )
     best, *others = found.row_kernels
     also = f" (also: {', '.join(others)})" if others else ""
-    out.print(f"row kernel  {best}{also}", markup=False)
-    out.print(f"features    {found.features}", markup=False, soft_wrap=True)
+    out.print(f"row kernel  {best}{also}")
+    out.print(f"features    {found.features}", soft_wrap=True)
     return OK
 
 
@@ -712,7 +723,7 @@ def _version(terminal: Terminal) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="imatrix",
         description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
         allow_abbrev=False,

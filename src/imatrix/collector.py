@@ -35,6 +35,7 @@ from imatrix._layers import Layers
 from imatrix._lock import locked
 from imatrix._models import Models, NativeModel, NativeSession, session_settings
 from imatrix._native_thread import NativeThread, end_at_exit, ended_at_exit
+from imatrix._output import Output, check_files, text_inputs
 from imatrix._placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix._run import FOREIGN_HEAD, Run, engine_name, left_out_told
 from imatrix._threads import physical_cores
@@ -593,9 +594,10 @@ class Collector:
             one that failed.
 
         Raises:
-            ValueError: no tokens, a bad number, mtp with n_seq other than 1, a source that cannot
-                be understood, or min_expert_rows for a model without experts; of a model that is
-                not `causal`: mtp, perplexity, or an n_batch or n_ubatch below n_ctx.
+            ValueError: no tokens, a bad number, mtp with n_seq other than 1, a checkpoint that is
+                one of the files that are read, a source that cannot be understood, or
+                min_expert_rows for a model without experts; of a model that is not `causal`: mtp,
+                perplexity, or an n_batch or n_ubatch below n_ctx.
             TemplateError (a ValueError): a chat cannot be rendered.
             ImportError: a library that reads a source is not installed.
             ModelError: the head that the metadata claim is not in the file, or text was given to
@@ -648,8 +650,17 @@ class Collector:
             block=None,
             part=None,
         )
+        if checkpoint is not None:
+            self._check_checkpoint(os.fspath(checkpoint), texts)
         with self._running(), _locked(checkpoint):
             return self._run_alone(texts, asked)
+
+    def _check_checkpoint(self, checkpoint: str, texts: corpus.Texts) -> None:
+        """That neither it nor its lock file is something that the run reads."""
+        files = (self._models.trunk_file, self._models.head_file)
+        parts = dict.fromkeys(path for each in files for path, _ in each.parts)
+        lock = Output(f"{os.path.realpath(checkpoint)}.lock", checkpoint)
+        check_files([checkpoint, lock], [*map(os.fspath, parts), *text_inputs(texts)])
 
     def _run_alone(self, texts: corpus.Texts, asked: _Asked) -> ImportanceMatrix:
         """run(), as the only one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from imatrix._output import check_files
 from imatrix.formats import Format
 from imatrix.matrix import ImportanceMatrix
 
@@ -30,10 +31,11 @@ def convert(
         What was read: .dat keeps less, see imatrix.formats.dat.
 
     Raises:
-        ValueError: the format is unknown, or cannot hold the matrix.
+        ValueError: the format is unknown, or cannot hold the matrix; or dst is src.
         FormatError (a ValueError): src is not an importance matrix.
         OSError: a file cannot be read or written.
     """
+    check_files([dst], [src])
     matrix = ImportanceMatrix.load(src, chunk_size=chunk_size)
     matrix.save(dst, format=format_of(dst) if format is None else format)
     return matrix

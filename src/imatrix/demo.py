@@ -12,14 +12,13 @@ from rich import box
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 import imatrix
 from imatrix import _show
-from imatrix._terminal import CollectProgress, StepProgress, Terminal, size, tensors_told
+from imatrix._terminal import CollectProgress, StepProgress, Terminal, Text, size, tensors_told
 from imatrix.matrix import Entry, ImportanceMatrix
 
-__all__ = ["CALIBRATION", "HELD_OUT", "MODEL", "run"]
+__all__ = ["CALIBRATION", "FILES", "HELD_OUT", "MODEL", "run"]
 
 _DATA = Path(__file__).parent / "data"
 MODEL = _DATA / "tiny-glm4moe-mtp.gguf"
@@ -27,6 +26,14 @@ CALIBRATION = _DATA / "calibration.txt"
 HELD_OUT = _DATA / "held-out.txt"
 
 _TYPE = "IQ2_XXS"
+
+_WITH_HEAD, _TRUNK_ONLY = "with-head.gguf", "trunk-only.gguf"
+FILES = (
+    *(_WITH_HEAD, _TRUNK_ONLY),
+    *(f"head-{_TYPE}-{data}.gguf" for data in ("flat", "collected", "none")),
+)
+"""What it writes into its folder."""
+
 _N_CTX = 512
 _VERDICTS = {
     "better": Text("collected is better", "green"),
@@ -62,7 +69,8 @@ def run(terminal: Terminal, folder: Path | None = None, *, keep: bool = False) -
     with _place(folder, keep) as place:
         done = _steps(terminal, place)
         if folder is not None or keep:
-            terminal.out.print(Text(f"\nThe files are in {place}"), soft_wrap=True)
+            terminal.out.print()
+            terminal.out.print(f"The files are in {place}", soft_wrap=True)
     return done
 
 
@@ -92,7 +100,7 @@ def _steps(terminal: Terminal, place: Path) -> bool:
 
     _heading(terminal, 2, "Collect both over the calibration text: --mtp")
     matrix = _collect(terminal)
-    with_head, trunk_only = place / "with-head.gguf", place / "trunk-only.gguf"
+    with_head, trunk_only = place / _WITH_HEAD, place / _TRUNK_ONLY
     matrix.save(with_head)
     matrix.trunk.save(trunk_only)
     out.print()
@@ -119,7 +127,8 @@ def _steps(terminal: Terminal, place: Path) -> bool:
 
 
 def _heading(terminal: Terminal, number: int, text: str) -> None:
-    terminal.out.print(Text(f"\n{number}. {text}", "bold"))
+    terminal.out.print()
+    terminal.out.print(Text(f"{number}. {text}", "bold"))
 
 
 def _line(terminal: Terminal, text: str) -> None:

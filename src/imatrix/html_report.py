@@ -25,6 +25,7 @@ from markupsafe import Markup, escape
 
 from imatrix import _show
 from imatrix._picture_data import STATISTICS, expert_rows, profile
+from imatrix._printable import printable
 from imatrix._terminal import size
 from imatrix._version import __version__
 from imatrix.formats import Format, detected
@@ -816,8 +817,7 @@ def plain(value: object) -> object:
 
 
 def _spelled(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return printable(match[0])
 
 
 def _one_line(value: str) -> str:

@@ -32,6 +32,7 @@ from typing import Any
 from gguf import GGMLQuantizationType
 
 from imatrix import atomic
+from imatrix._output import check_files
 from imatrix._rehearsal import rehearse_load
 from imatrix.architectures import check_vocabulary, loads_alone
 from imatrix.errors import ModelError
@@ -542,14 +543,10 @@ def _check_differing(trunk: _Model, head: _Model, differing: Iterable[str]) -> N
 
 
 def _check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
-    for i, output in enumerate(outputs):
+    for output in outputs:
         if output.is_dir():
             raise IsADirectoryError(errno.EISDIR, "name a file in this folder", str(output))
-        for other in [*inputs, *outputs[:i]]:
-            same = os.path.realpath(output) == os.path.realpath(other)
-            if same or (output.exists() and other.exists() and output.samefile(other)):
-                role = "an input" if other in inputs else "the other output"
-                raise ValueError(f"cannot write {str(output)!r}: it is {role}; name another file")
+    check_files(outputs, inputs)
 
 
 # --- metadata and order of the halves ------------------------------------------------------------

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import _quantize_pybind, _session, atomic
+from imatrix._names import cut
 from imatrix._native_thread import NativeThread, ended_at_exit
+from imatrix._output import check_files, model_inputs
 from imatrix._rehearsal import rehearse_load, rehearse_quantize
 from imatrix._threads import physical_cores
 from imatrix.architectures import check_whole, loads_alone
@@ -138,7 +140,7 @@ def quantize(
             thread. An exception that it raises ends the work.
 
     Raises:
-        ValueError: an unknown type, a bad number, `dst` is `src`, a matrix that names no weight of
+        ValueError: an unknown type, a bad number, `dst` is one of the files that are read, a matrix that names no weight of
             this model, or a type that the engine cannot give a weight without data.
         ModelError (a ValueError): `src` is not a model.
         FormatError (a ValueError): `imatrix` is not an importance matrix.
@@ -160,7 +162,8 @@ def quantize(
     model = ModelFile.read(src)
     check_whole(model)
     rehearse_quantize(model)
-    _check_not_itself(model.path, Path(dst))
+    read = [imatrix] if isinstance(imatrix, (str, os.PathLike)) else []
+    check_files([dst], [*model_inputs(model.path), *read])
     matrix = imatrix
     if isinstance(matrix, (str, os.PathLike)):
         matrix = ImportanceMatrix.load(matrix)
@@ -200,8 +203,8 @@ def quantize(
             running = native.submit(
                 _quantize_pybind.quantize,
                 watch,
-                str(model.path),
-                str(temporary),
+                os.fsencode(model.path),
+                os.fsencode(temporary),
                 ftype=FTYPES[asked.ftype],
                 n_threads=threads,
                 allow_requantize=allow_requantize,
@@ -228,7 +231,7 @@ def quantize(
         if progress is not None:
             progress(*watch.progress)
         try:
-            bytes_, values = _quantize_pybind.tensor_totals(str(temporary))
+            bytes_, values = _quantize_pybind.tensor_totals(os.fsencode(temporary))
         except RuntimeError:
             raise EngineError(
                 f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
@@ -253,14 +256,6 @@ def _warn(found: Coverage) -> None:
         # general one behind those that it has left nothing to
         if use.shadowed:
             _log.warning(use.warning)
-
-
-def _check_not_itself(src: Path, dst: Path) -> None:
-    if dst.exists() and dst.samefile(src):
-        raise ValueError(
-            f"the result cannot replace the model that it is made from: {str(dst)!r} is "
-            f"{str(src)!r}. Name another file."
-        )
 
 
 def _check_unasked(found: Coverage) -> None:
@@ -298,18 +293,13 @@ def _metadata(
     """The keys that llama-quantize writes; no file name where the matrix came from memory."""
     keys: list[tuple[str, int | str]] = []
     if source is not None:
-        keys.append(("quantize.imatrix.file", _cut(os.fspath(source))))
+        keys.append(("quantize.imatrix.file", cut(os.fspath(source), _MAX_TEXT)))
     if matrix.datasets:
-        keys.append(("quantize.imatrix.dataset", _cut(matrix.datasets[0])))
+        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], _MAX_TEXT)))
     keys.append(("quantize.imatrix.entries_count", len(matrix)))
     if matrix.chunk_count:
         keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))
     return keys
-
-
-def _cut(text: str) -> str:
-    """As much of the text as fits, whole characters."""
-    return text.encode()[:_MAX_TEXT].decode(errors="ignore")
 
 
 def _refuse_early(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imatrix.errors import ModelError
 
-__all__ = ["check_part", "check_tensor_count", "other_parts", "without_part"]
+__all__ = ["check_part", "check_tensor_count", "other_parts", "present_parts", "without_part"]
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
 
@@ -43,6 +43,19 @@ def other_parts(first: Path, count: int) -> Iterator[Path]:
         if not part.is_file():
             raise ModelError(f"{part} is missing: {first.name} is the first of {count} parts")
         yield part
+
+
+def present_parts(path: Path) -> list[Path]:
+    """All parts that lie beside a part, by their names, itself included; none of other files."""
+    match = _PART.search(path.name)
+    if match is None:
+        return []
+    stem = path.name[: match.start()]
+    like = re.compile(re.escape(stem) + rf"-\d{{5}}-of-{match[2]}\.gguf", re.ASCII)
+    try:
+        return sorted(each for each in path.parent.iterdir() if like.fullmatch(each.name))
+    except OSError:
+        return []
 
 
 def check_part(part: Path, number: int, count: int, said_number: int, said_count: int) -> None:

@@ -218,6 +218,34 @@ class Source:
             elif path.suffix == ".zst":
                 _zstandard(path)
 
+    def files(self) -> list[Path | None]:
+        """The files that are read, None for standard input; none of an iterable, and none of a
+        data set that is not a folder here.
+
+        Raises:
+            OSError: a folder cannot be listed.
+            ValueError: it has no file to read.
+        """
+        if self._items is not None:
+            return []
+        if self._kind == "hf":
+            folder = Path(_dataset_of(self._at)[0])
+            # which of them the library takes is its own affair
+            return [Path(at, name) for at, _, names in os.walk(folder) for name in names]
+        return [path for path, _ in self._files(None)]
+
+    def would_read(self, path: Path) -> bool:
+        """Whether a file would be read once it is there: one in the folder that this is."""
+        if self._items is not None or self._kind == "hf" or not Path(self._at).is_dir():
+            return False
+        folder = Path(os.path.realpath(self._at))
+        real = Path(os.path.realpath(path.parent), path.name)
+        if not real.is_relative_to(folder):
+            return False
+        if any(part.startswith(".") for part in real.relative_to(folder).parts):
+            return False
+        return self._kind is not None or _unpacked(real).suffix.lower() in _KINDS
+
     def documents(self, shuffled_by: random.Random | None = None) -> Iterator[Item]:
         """The documents, lazily and in order, without those whose text is null; a folder's files
         in an order drawn from `shuffled_by`, if that is given.
@@ -718,7 +746,10 @@ def _parquet(path: Path) -> Any:
     except ImportError as error:
         raise _missing(os.fspath(path), "pyarrow", "parquet") from error
     try:
-        return parquet.ParquetFile(path)
+        name = os.fspath(path)
+        # it takes a name for UTF-8, and bytes for what they are
+        raw = name != name.encode("utf-8", "replace").decode("utf-8")
+        return parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path)) if raw else path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
 

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix import atomic
+from imatrix._names import decoded, encoded
 from imatrix.formats import FormatError
 from imatrix.matrix import Entry, ImportanceMatrix
 
@@ -62,14 +63,14 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
     """
     chunk_size = matrix.chunk_size or CHUNK_SIZE
     # by bytes, as std::sort orders std::string
-    names = sorted((name for name in matrix if matrix[name].counts.any()), key=str.encode)
+    names = sorted((name for name in matrix if matrix[name].counts.any()), key=encoded)
     if not names:
         raise ValueError(
             f"nothing to write to {os.fspath(path)!r}: no entry of the matrix has data, and "
             "llama.cpp does not read a file without any"
         )
     most = max(int(matrix[name].counts.max()) for name in names)
-    last = matrix.datasets[-1].encode() if matrix.datasets else b""
+    last = encoded(matrix.datasets[-1]) if matrix.datasets else b""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(_int32("the number of entries", len(names)))
         for name in names:
@@ -79,10 +80,10 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
 
 
 def _write_entry(file: BinaryIO, name: str, entry: Entry, chunk_size: int) -> None:
-    encoded = name.encode()
+    raw = encoded(name)
     # rounded up, since a call count of 0 means something else
     n_call = -(-int(entry.counts.max()) // chunk_size)
-    file.write(_int32(f"the length of {name!r}", len(encoded)) + encoded)
+    file.write(_int32(f"the length of {name!r}", len(raw)) + raw)
     file.write(_int32(f"{name!r}: its calls", n_call))
     file.write(_int32(f"{name!r}: its number of values", entry.sums.size))
     values = _means(entry) * np.float32(n_call)
@@ -180,7 +181,9 @@ class _Reader:
         length = self.int32(f"the length of the name of entry {number}")
         if length < 0:
             raise ValueError(f"the name of entry {number} has {length} bytes")
-        name = _text(self._take(length, f"the name of entry {number}"))
+        # ggml's names are ASCII, and GGUF readers take no others
+        raw = self._take(length, f"the name of entry {number}")
+        name = raw.partition(b"\0")[0].decode("utf-8", "replace")
         n_call = self.int32(f"the calls of {name!r}")
         n_val = self.int32(f"the number of values of {name!r}")
         if n_val < 1:
@@ -217,4 +220,4 @@ class _Reader:
 
 def _text(raw: bytes) -> str:
     """Up to a zero, as C++ takes it; paths are in whatever encoding their system had."""
-    return raw.partition(b"\0")[0].decode("utf-8", "replace")
+    return decoded(raw.partition(b"\0")[0])

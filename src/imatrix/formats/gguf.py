@@ -72,6 +72,7 @@ from gguf import (
 from numpy.typing import NDArray
 
 from imatrix import atomic
+from imatrix._names import decoded, encoded
 from imatrix.activation_stats import SCHEMA, schema_figures
 from imatrix.formats import FormatError
 from imatrix.formats.single import scaled_counts, stored
@@ -217,7 +218,7 @@ def opened(
         with np.errstate(over="raise"):
             reader = kind(path)
         return reader, {
-            key: field.contents() for key, field in reader.fields.items() if wanted(key)
+            key: _contents(field) for key, field in reader.fields.items() if wanted(key)
         }
     except _WrongKindError as error:
         raise FormatError(path, str(error)) from None
@@ -252,7 +253,17 @@ class Writer(GGUFWriter):
         if vtype == GGUFValueType.ARRAY and sub_type is not None and len(val) == 0:
             head = self._pack("I", vtype) if add_vtype else b""
             return head + self._pack("I", sub_type) + self._pack("Q", 0)
+        if vtype == GGUFValueType.STRING and isinstance(val, str):
+            val = encoded(val)
         return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+def _contents(field: ReaderField) -> Any:
+    """As the field's own, which takes strings for UTF-8; llama-imatrix writes a path as it is."""
+    if GGUFValueType.STRING not in field.types:
+        return field.contents()
+    texts = [decoded(field.parts[at].tobytes()) for at in field.data]
+    return texts if field.types[0] == GGUFValueType.ARRAY else texts[0]
 
 
 class _Written(np.ndarray[Any, Any]):
@@ -289,7 +300,7 @@ class Reader(GGUFReader):
     def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
         # The kind stands at the front. Told here, a model given by mistake is refused at once,
         # before its vocabulary is read a word at a time.
-        if field.name == _TYPE and (kind := field.contents()) != self.kind:
+        if field.name == _TYPE and (kind := _contents(field)) != self.kind:
             raise _WrongKindError(
                 f"expected a GGUF file with general.type {self.kind!r}, this one has {kind!r}; "
                 f"{self.advice}"
@@ -512,8 +523,8 @@ def _u32(key: str, value: int) -> int:
 def _check_names(names: list[str]) -> None:
     limit = _MAX_TENSOR_NAME - len(_SUMS)
     for name in names:
-        if len(name.encode()) > limit:
+        if (size := len(encoded(name))) > limit:
             raise ValueError(
-                f"{name!r}: the name is {len(name.encode())} bytes long; llama.cpp reads at most "
+                f"{name!r}: the name is {size} bytes long; llama.cpp reads at most "
                 f"{limit}, as the file adds {_SUMS!r} to it"
             )

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from imatrix._names import decoded, encoded
 from imatrix.errors import ModelError
 
 __all__ = [
@@ -45,6 +46,9 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # one layout; the engine refuses version 1 (ggml/src/gguf.cpp)
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT in gguf.h, where general.alignment is absent
 _MAX_DIMS = 4  # GGML_MAX_DIMS
+_MAX_NAME = (
+    65535  # of a key, in the format's description (docs/gguf.md in ggml); a tensor's is less
+)
 _BUFFER = 4 << 20
 
 STRING, _ARRAY = 8, 9
@@ -151,10 +155,9 @@ class _Cursor:
     def text(self, what: str) -> str:
         size = self.u64(what)
         start = self.skip(size, what)
-        try:
-            return self.data[start : start + size].decode("utf-8")
-        except UnicodeDecodeError:
-            raise DamagedError(f"damaged: {what} is not UTF-8") from None
+        if size > _MAX_NAME:
+            raise DamagedError(f"damaged: {what} is {size} bytes long")
+        return decoded(self.data[start : start + size])
 
     def value(self, key: str) -> Value:
         start = self.at
@@ -389,7 +392,7 @@ def write(
 
 
 def _text(value: str) -> bytes:
-    data = value.encode("utf-8")
+    data = encoded(value)
     return struct.pack("<Q", len(data)) + data
 
 

@@ -1,0 +1,43 @@
+"""Text from a file as a terminal may have it: what would act on the terminal is spelled out."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["printable"]
+
+# What Unicode calls controls, C1 among them (Cc), formatting such as a turned direction or no width
+# at all (Cf), halves of surrogate pairs (Cs), and line and paragraph ends (Zl, Zp). Letters of every
+# script, blanks and marks stay.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e007f]"
+)
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with what is not to be printed spelled out as Python would spell it.
+
+    "\x1b" for an escape, "\u202e" for a right-to-left override, "\n" for a newline. A byte of a
+    name that is not UTF-8, which Python holds as half of a surrogate pair (surrogateescape), is
+    spelled as the byte: "caf\xe9.txt".
+
+    Args:
+        keep: characters that stay.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else _spelled(found), text)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    character = found[0]
+    if character in _SHORT:
+        return _SHORT[character]
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
