@@ -541,7 +541,9 @@ class TestRefusals:
 
     @pytest.mark.parametrize("arch", MTP_ARCHS)
     def test_head_that_the_metadata_only_claim(self, arch: str, tmp_path: Path) -> None:
-        parts = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", norm(arch))
+        parts = ["nextn.eh_proj", "nextn.enorm", "nextn.hnorm", norm(arch)]
+        if arch == "deepseek4":
+            parts.remove("nextn.eh_proj")  # without it there is no head (test_disagreeing_heads.py)
         names = [f"blk.1.{part}.weight" for part in parts]
         paths = [bare(tmp_path / f"{name}.gguf", arch, without=[name]) for name in names]
         for name, message in zip(names, refusals(paths), strict=True):

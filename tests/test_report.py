@@ -267,7 +267,7 @@ def test_names_from_strangers_stay_text(pages: dict[str, str], hostile: Importan
         ("plain, naïve 文字 עברית 👩‍🚀", "plain, naïve 文字 עברית 👩‍🚀"),
         ("a\u202eb\u2066c", r"a\u202eb\u2066c"),
         ("\x00\x1b\x7f\x85", r"\x00\x1b\x7f\x85"),
-        ("\ud800\ufffe\U0010ffff", r"\ud800\ufffe\u10ffff"),
+        ("\ud800\ufffe\U0010ffff", r"\ud800\ufffe\U0010ffff"),
         ("two\nlines\t", "two\nlines\t"),
     ],
 )

@@ -86,8 +86,8 @@ class Models:
             self.head_file = ModelFile.read(mtp_model)
             if self.head_file.n_nextn == 0:
                 raise ModelError(
-                    f"{self.head_file.path}: {lacks_head(self.head_file)} Give the head's own file "
-                    "as mtp_model, such as imatrix extract-mtp makes."
+                    f"{self.head_file.path}: {lacks_head(self.head_file)}; give the head's own "
+                    "file as mtp_model, such as imatrix extract-mtp makes"
                 )
             check_whole(self.head_file)
             if self.head_file.architecture == "gemma4-assistant":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["printable"]
+__all__ = ["printable", "spelled"]
 
 # What Unicode calls controls, C1 among them (Cc), formatting such as a turned direction or no width
 # at all (Cf), halves of surrogate pairs (Cs), and line and paragraph ends (Zl, Zp). Letters of every
@@ -28,11 +28,11 @@ def printable(text: str, keep: str = "") -> str:
     Args:
         keep: characters that stay.
     """
-    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else _spelled(found), text)
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else spelled(found[0]), text)
 
 
-def _spelled(found: re.Match[str]) -> str:
-    character = found[0]
+def spelled(character: str) -> str:
+    """One character as Python would spell it, see printable."""
     if character in _SHORT:
         return _SHORT[character]
     code = ord(character)

@@ -131,7 +131,7 @@ def check_whole(file: ModelFile) -> None:
             # deepseek4: all blocks are then the trunk's. The others do not ask whether there is a
             # head (no nextn_flags in src/models/<architecture>.cpp).
             raise ModelError(
-                f"{file.path}: {lacks_head(file)} The engine does not load such a file of "
+                f"{file.path}: {lacks_head(file)}. The engine does not load such a file of "
                 f"{file.architecture}. Put the head in with imatrix graft-mtp, or drop the claim: "
                 f"{drop}"
             )
@@ -143,25 +143,33 @@ def check_whole(file: ModelFile) -> None:
             f"tensor: they are the trunk's. Drop the claim, which keeps the blocks: {drop}"
         )
     raise ModelError(
-        f"{file.path}: {lacks_head(file)} What there is of the head ({left[0]}, ...) is of no use: "
+        f"{file.path}: {lacks_head(file)}. What there is of the head ({left[0]}, ...) is of no use: "
         f"convert the model again, or take it out: {drop}. imatrix graft-mtp can then put a whole "
         "one in."
     )
 
 
 def lacks_head(file: ModelFile) -> str:
-    """Says that there is no MTP head in a file, and of one that is claimed how one comes in."""
+    """Says that there is no MTP head in a file, and which tensor of a claimed one is missing."""
     if file.claimed_nextn == 0:
-        return "No MTP head in it (nextn_predict_layers is absent or 0)."
+        return "no MTP head in it (nextn_predict_layers is absent or 0)"
     return (
-        f"The metadata claim {file.claimed_nextn} MTP head block(s), but the tensor "
-        f"blk.{file.block_count - file.claimed_nextn}.nextn.eh_proj.weight is missing."
+        f"the metadata claim {file.claimed_nextn} MTP head block(s), but the tensor "
+        f"blk.{file.block_count - file.claimed_nextn}.nextn.eh_proj.weight is missing"
     )
 
 
+_APART = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight", re.ASCII)
+
+
 def loads_alone(file: ModelFile) -> bool:
-    """Whether the engine is meant to load a file by itself: not a head that it has no graph for,
-    in a file of its own."""
+    """Whether the engine is meant to load a file by itself.
+
+    Not a head that it has no graph for, in a file of its own. Nor an old conversion with a tensor
+    an expert, which this engine has given up and ik_llama.cpp still loads.
+    """
+    if any(_APART.fullmatch(name) for name in file.tensors):
+        return False
     return file.architecture not in _NO_HEAD_GRAPH or any(block_of(t) == 0 for t in file.tensors)
 
 

@@ -273,7 +273,7 @@ class Collector:
         self._mtp = mtp
         self._device_sums = device_sums
         if mtp is not None:
-            head = mtp and self.n_nextn > 0
+            head = self._has_head(mtp)
             self._models.load(head, self._settings(head, False, False))
         self._closed = False
 
@@ -864,13 +864,13 @@ class Collector:
             )
         if mtp and self._mtp is False:
             raise ValueError("mtp=True, but this Collector was made with mtp=False")
-        if mtp and self.n_nextn == 0:
+        if mtp and self._models.head_file.claimed_nextn == 0:
             warnings.warn(
-                f"{self._models.trunk_file.path.name} ({self.architecture}): "
-                f"{lacks_head(self._models.trunk_file)} Collecting the trunk only",
+                f"{self._models.trunk_file.path.name} ({self.architecture}) has no MTP head "
+                "(nextn_predict_layers is absent or 0): collecting the trunk only",
                 stacklevel=4,
             )
-        with_head = mtp and self.n_nextn > 0
+        with_head = self._has_head(mtp)
         self._models.check(with_head)
         self._models.rehearse(
             self._settings(with_head, process_output, perplexity is not False, signed_sums)
@@ -896,6 +896,17 @@ class Collector:
         """What n_batch="auto" comes to, for `total` chunks (None: nobody knows)."""
         most = MAX_SEQ if total is None else min(MAX_SEQ, max(1, total))
         return self._models.choose_batch(settings, 1 if settings["mtp"] else most)
+
+    def _has_head(self, mtp: bool) -> bool:
+        """Whether there is a head to run, if one is wanted; refuses one that is only claimed."""
+        file = self._models.head_file
+        if mtp and file.claimed_nextn and not file.n_nextn:
+            raise ModelError(
+                f"{file.path}: {lacks_head(file)}. Put the head in with imatrix graft-mtp; or "
+                f"collect the trunk alone (mtp=False), and drop the claim: imatrix drop-mtp "
+                f"{file.path} -o OUT.gguf"
+            )
+        return mtp and file.n_nextn > 0
 
     def _identity(self, with_head: bool) -> dict[str, Setting]:
         """What decides the numbers, apart from the arguments of run()."""

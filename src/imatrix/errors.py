@@ -82,9 +82,10 @@ class NonFiniteError(ImatrixError, ArithmeticError):
 class TemplateError(ImatrixError, ValueError):
     """A chat template that cannot be rendered: it has an error, raised one, or took too much.
 
-    line: the template's line, from 1; None if unknown.
-    for_all: whether no chat can be rendered, as there is no such template or it has a syntax
-        error; False if it may be the chat.
+    Attributes:
+        line: the template's line, from 1; None if unknown.
+        for_all: whether no chat can be rendered, as there is no such template or it has a syntax
+            error; False if it may be the chat.
     """
 
     def __init__(self, message: str, *, line: int | None = None, for_all: bool = False) -> None:

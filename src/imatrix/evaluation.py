@@ -623,7 +623,7 @@ def evaluate(
 
         ours = opened(model, mtp_model)
         if mtp is True and ours.head_file.n_nextn == 0:
-            raise ModelError(f"{os.fspath(model)}: mtp=True, but {lacks_head(ours.head_file)}")
+            raise ModelError(f"{os.fspath(model)}: {lacks_head(ours.head_file)} (mtp=True)")
         with_head = ours.head_file.n_nextn > 0 if mtp is None else mtp
         theirs = None
         if reference is not None:

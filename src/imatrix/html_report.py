@@ -25,7 +25,7 @@ from markupsafe import Markup, escape
 
 from imatrix import _show
 from imatrix._picture_data import STATISTICS, expert_rows, profile
-from imatrix._printable import printable
+from imatrix._printable import spelled
 from imatrix._terminal import size
 from imatrix._version import __version__
 from imatrix.formats import Format, detected
@@ -812,12 +812,8 @@ def plain(value: object) -> object:
     letters included, and what is no text, stays as it is.
     """
     if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNPRINTABLE.sub(_spelled, value)
+        return _UNPRINTABLE.sub(lambda found: spelled(found[0]), value)
     return value
-
-
-def _spelled(match: re.Match[str]) -> str:
-    return printable(match[0])
 
 
 def _one_line(value: str) -> str:

@@ -295,9 +295,9 @@ def _check_loads(temporary: Path, path: Path, source: Path) -> None:
     Raises:
         ModelError: the engine's own reason.
     """
-    written = ModelFile.read(temporary)
     if any(t.kind not in _TYPES for t in Part.read(temporary).tensors):
         return  # types of a fork's quantizer, which its engine loads and this one does not
+    written = ModelFile.read(temporary)
     if loads_alone(written) and (why := rehearse_load(temporary, mtp=written.n_nextn > 0)):
         raise ModelError(
             f"{source}: nothing was written to {path}, because the engine would not load it: {why}"
@@ -422,13 +422,12 @@ def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) 
             raise differ(f"the vocabulary (rows of {embeddings})", n_vocab, n_vocab_head)
     if not grafting:
         # the engine loads a head's own file as a model of its own
-        for table in (embeddings, "output_norm.weight"):
-            if table not in head.tensors:
-                raise ModelError(
-                    f"{head.path}: it has the head's blocks, but the tensor {table} is missing, and "
-                    "the engine loads a head from a file of its own only with it. Put the head "
-                    f"into its model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
-                )
+        if embeddings not in head.tensors:
+            raise ModelError(
+                f"{head.path}: it has the head's blocks, but the tensor {embeddings} is missing, and "
+                "the engine loads a head from a file of its own only with it. Put the head into its "
+                f"model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
+            )
         own = f"blk.{head.n_trunk}.nextn.shared_head_head.weight"
         output = "output.weight"
         if output in trunk.tensors and not (output in head.tensors or own in head.tensors):
