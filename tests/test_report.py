@@ -252,7 +252,7 @@ def test_names_from_strangers_stay_text(pages: dict[str, str], hostile: Importan
     assert told(every(tree, "h1")[0]) == HOSTILE + r"\u202e"
     assert facts(tree)["Collected by"] == HOSTILE
     assert r"blk.2.ffn_\u202egnp.exe" in text
-    assert r"\x1b[31mred\x00\uffff\x0d\n" in text
+    assert r"\x1b[31mred\x00\uffff\r\n" in text
     # nothing turns the direction of what follows, and what letters do ends with their name
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f]", page)
     around = {child: parent for parent in tree.iter() for child in parent}
