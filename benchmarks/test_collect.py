@@ -15,8 +15,8 @@ The whole grid:
     IMATRIX_BENCH_MODELS=dense,wide-vocabulary,small-vocabulary,experts \
         IMATRIX_BENCH_CHUNKS=512,2048 make bench
 
-(results/ has wide-vocabulary in chunks of 512 only, and two passes more of the qwen35 ones in these,
-added by IMATRIX_BENCH_RESUME=1 IMATRIX_BENCH_PASSES=5.)
+(results/collect.md has dense and experts in chunks of 512; the whole grid was last measured with the
+engine before, collect-0.5.0.md.)
 
 A decode is one chunk and a graph at most 512 tokens, for all of them. What a program does once
 (loading, tokenizing, its first graph) is left out: a session of ours stays from pass to pass, in a
