@@ -7,6 +7,7 @@ is known to end that way is refused here first, with the condition in words.
 from __future__ import annotations
 
 import re
+import shlex
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def check_whole(file: ModelFile) -> None:
     Raises:
         ModelError: what is too much or missing, and what to do.
     """
-    drop = f"imatrix drop-mtp {file.path} -o OUT.gguf"
+    drop = f"imatrix drop-mtp {shlex.quote(str(file.path))} -o OUT.gguf"
     if foreign := [name for name in file.tensors if _ENCODER.match(name)]:
         some = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise ModelError(

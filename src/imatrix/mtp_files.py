@@ -285,7 +285,9 @@ def drop_mtp(
         model_bytes=n_bytes,
         source_bytes=source.file_bytes,
         n_trunk=n_trunk,
-        dropped=tuple(t.name for t in source.infos.values() if t not in kept),
+        dropped=tuple(
+            t.name for t in source.infos.values() if t.block is not None and t.block >= n_trunk
+        ),
     )
 
 
