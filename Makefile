@@ -57,12 +57,12 @@ engine-check: tools
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard ext/*.h ext/*.cpp src/imatrix/*.cpp tests/native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/*.cpp tests/native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp)
 
 types: dev
 	$(BIN)/mypy

@@ -33,10 +33,11 @@ import numpy as np
 import psutil
 from store import machine
 
-import imatrix.cluster as cluster_module
+import imatrix.cluster.cluster as cluster_module
 from imatrix import Cluster, Collector
-from imatrix._blocks import Block, BlockSums, Work
-from imatrix.corpus import Chunk
+from imatrix.cluster.work import Block, Work
+from imatrix.engine.sums import BlockSums
+from imatrix.text.chunks import Chunk
 
 RESULTS = Path(__file__).parent / "results"
 N_CTX = 512
@@ -75,7 +76,7 @@ def processor() -> tuple[float, float]:
     engines = rest = 0.0
     for each in (me, *me.children(recursive=True)):
         times = each.cpu_times()
-        if "imatrix._worker" in " ".join(each.cmdline()):
+        if "imatrix.engine.process_child" in " ".join(each.cmdline()):
             engines += times.user + times.system
         else:
             rest += times.user + times.system

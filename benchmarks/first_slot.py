@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix import _session, corpus, demo
+from imatrix import demo
+from imatrix.native import engine
+from imatrix.text import chunks
 
 RESULTS = Path(__file__).parent / "results"
 N_CTX, N_CHUNKS = 256, 10
@@ -30,15 +32,15 @@ Means = dict[str, NDArray[np.float64]]
 
 def means(first_slot: str) -> Means:
     """Each head weight's mean squared activations: [n_mat, n_in], NaN if there were no rows."""
-    model = _session.Model(
+    model = engine.Model(
         str(demo.MODEL), mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )
-    session = _session.Session(model, model)
+    session = engine.Session(model, model)
     session.open(
         n_ctx=N_CTX, n_batch=N_CTX, n_ubatch=N_CTX, n_seq=1, n_threads=2, mtp=True,
         process_output=False, perplexity=False, first_slot=first_slot,
     )  # fmt: skip
-    for chunk in corpus.chunks(demo.CALIBRATION, model, N_CTX, max_chunks=N_CHUNKS):
+    for chunk in chunks.chunks(demo.CALIBRATION, model, N_CTX, max_chunks=N_CHUNKS):
         session.step(chunk, np.array([len(chunk)], dtype=np.int32))
     found = {}
     for name, (sums, counts, _) in session.snapshot().items():

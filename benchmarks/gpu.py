@@ -32,7 +32,7 @@ from sessions import Sessions
 from store import machine
 
 from imatrix import backends
-from imatrix._threads import physical_cores
+from imatrix.engine.cores import physical_cores
 
 HERE = Path(__file__).parent
 TEXT = models.ROOT / "src/imatrix/data/calibration.txt"

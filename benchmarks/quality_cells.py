@@ -19,8 +19,9 @@ import gguf
 import numpy as np
 
 import imatrix
-from imatrix import atomic
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.entries import Entry
+from imatrix.files import atomic
+from imatrix.matrix.importance import ImportanceMatrix
 
 TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K",

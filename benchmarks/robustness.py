@@ -15,7 +15,7 @@ counted twice.
 After every death each file that is there must be whole: OUT a matrix of some of the chunks,
 OUT.checkpoint a checkpoint. And in the end OUT must be, to the bit, the file of a run that nobody
 killed, and alone. A process that is killed does not take with it what the system holds in memory
-for it: power cuts are not tried here (see imatrix.atomic for what is done about them).
+for it: power cuts are not tried here (see imatrix.files.atomic for what is done about them).
 
 Runs are forks of this process, which imports everything once and never starts the engine itself.
 """
@@ -46,7 +46,8 @@ import faults  # noqa: E402
 from random_model import make_random_model  # noqa: E402
 
 import imatrix  # noqa: E402
-from imatrix import _models, cli  # noqa: E402
+from imatrix.cli import main as cli  # noqa: E402
+from imatrix.engine import models  # noqa: E402
 from imatrix.formats import checkpoint as checkpoint_file  # noqa: E402
 
 LONG, SHORT = 12, 2  # chunks of a run, for random moments and for each call
@@ -112,7 +113,7 @@ class Ground:
             log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 2)
             # a process of its own a run, and no part of what is tried here
-            _models.rehearse_in_child = lambda *_: None
+            models.rehearse_in_child = lambda *_: None
             prepare()
             argv = f"collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --chunks {self.n_chunks}".split()
             argv += ["-m", str(self.model), "-f", str(self.text), "-o", str(self.out)]

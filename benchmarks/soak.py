@@ -29,7 +29,11 @@ import oracle  # noqa: E402
 from forge import ModelSpec, make_model  # noqa: E402
 
 import imatrix  # noqa: E402
-from imatrix import Collector, ImportanceMatrix, _session  # noqa: E402
+from imatrix import (  # noqa: E402
+    Collector,
+    ImportanceMatrix,
+)
+from imatrix.native import engine  # noqa: E402
 
 N_CTX = 64
 ROUND = 8  # chunks
@@ -72,7 +76,7 @@ class Look:
             int(status["VmRSS"].split()[0]),
             len(list(Path(f"/proc/{process}/fd").iterdir())),
             int(status["Threads"]),
-            sum(_session.live_objects().values()),
+            sum(engine.live_objects().values()),
         )
 
 

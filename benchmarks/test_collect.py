@@ -40,7 +40,7 @@ from sessions import Sessions
 from store import Cell, Store
 
 from imatrix import ImportanceMatrix
-from imatrix._threads import physical_cores
+from imatrix.engine.cores import physical_cores
 
 TEXT = models.ROOT / "src/imatrix/data/calibration.txt"
 NAMES = os.environ.get("IMATRIX_BENCH_MODELS", "dense").split(",")

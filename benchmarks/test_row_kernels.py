@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from store import RESULTS, machine
 
-from imatrix import _session
-from imatrix._session import RowAdder
-from imatrix._threads import physical_cores
+from imatrix.engine.cores import physical_cores
+from imatrix.native import engine
+from imatrix.native.engine import RowAdder
 
 N_ROWS, N_IN, N_BLOCKS = 512, 4096, 32
 THREADS = physical_cores()
-KERNELS = _session.row_kernel_names()
+KERNELS = engine.row_kernel_names()
 
 
 class Work:
@@ -57,7 +57,7 @@ class Work:
     def run(self, kernel: str) -> None:
         acc = np.zeros(N_IN, dtype=np.float32)
         for block in self.blocks:
-            _session.add_squares(kernel, block, acc)
+            engine.add_squares(kernel, block, acc)
 
 
 WORK = Work()

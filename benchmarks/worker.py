@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from imatrix import _session
+from imatrix.native import engine
 
 
 def peak() -> int:
@@ -28,14 +28,14 @@ def peak() -> int:
 
 def main(work: dict[str, Any]) -> None:
     n_ctx, n_chunks = work["n_ctx"], work["n_chunks"]
-    model = _session.Model(
+    model = engine.Model(
         work["model"],
         mtp=work["mtp"],
         n_gpu_layers=work.get("n_gpu_layers", -1),
         use_mmap=True,
         check_tensors=False,
     )
-    session = _session.Session(model, model if work["mtp"] else None)
+    session = engine.Session(model, model if work["mtp"] else None)
     session.open(
         n_ctx=n_ctx,
         n_batch=n_ctx,

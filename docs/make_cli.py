@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from imatrix.cli import _parser
+from imatrix.cli.main import _parser
 
 PAGE = Path(__file__).with_name("cli.md")
 

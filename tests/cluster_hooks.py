@@ -12,7 +12,8 @@ from typing import Any
 
 from distributed import WorkerPlugin
 
-from imatrix import _blocks
+from imatrix.cluster import worker as _blocks
+from imatrix.cluster.work import Block
 
 _step = _blocks._step
 
@@ -27,7 +28,7 @@ def _first(marker: str) -> bool:
 
 
 def _before_step(act: Callable[[list[Any], int], None]) -> None:
-    def step(session: Any, group: list[Any], at: int, block: _blocks.Block) -> None:
+    def step(session: Any, group: list[Any], at: int, block: Block) -> None:
         act(group, at)
         _step(session, group, at, block)
 

@@ -15,7 +15,7 @@ from conftest import EngineTool, Forged, Run, run_tool
 from forge import Arch
 
 from imatrix import Collector, Entry, ImportanceMatrix
-from imatrix.activation_stats import SCHEMA, activation_statistics, schema_figures
+from imatrix.matrix.activations import SCHEMA, activation_statistics, schema_figures
 
 N_CTX = 64
 Cells = dict[str, tuple[str, ...]]

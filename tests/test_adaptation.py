@@ -17,9 +17,10 @@ from forge import tiny_tokenizer
 from forge_any import AnyModel, make_any
 
 import imatrix
-from imatrix import Collector, Entry, ImportanceMatrix, cli
-from imatrix.adaptation import _takes_data
-from imatrix.model_file import ModelFile
+from imatrix import Collector, Entry, ImportanceMatrix
+from imatrix.cli import main as cli
+from imatrix.model.header import ModelFile
+from imatrix.quantization.adaptation import _takes_data
 
 N_CTX = 64
 

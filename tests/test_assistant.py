@@ -12,7 +12,7 @@ from conftest import run_tool
 from forge_any import make_any
 
 from imatrix import Collector, ImportanceMatrix, ModelError
-from imatrix.cli import main
+from imatrix.cli.main import main
 
 pytestmark = [
     pytest.mark.engine(

@@ -13,9 +13,13 @@ import pytest
 from conftest import Forged
 from forge import ModelSpec
 
-from imatrix import Collector, ImportanceMatrix, _batch, _session, cli
-from imatrix._batch import Batch, Room, choose
-from imatrix._memory import available_memory
+from imatrix import Collector, ImportanceMatrix
+from imatrix.cli import main
+from imatrix.engine import batch as _batch
+from imatrix.engine.batch import Room, choose
+from imatrix.engine.memory import available_memory
+from imatrix.engine.settings import Batch
+from imatrix.native import engine
 
 pytestmark = [
     pytest.mark.engine("src/llama-batch.cpp", "how tokens of several chunks share a batch"),
@@ -30,12 +34,12 @@ N_CTX = 128
 
 def need(
     weights: int, chunk: int, token: int, fixed: int = 0, device: int = 0, on_device: int = 0
-) -> Callable[[Batch], list[_session.MemoryUse]]:
+) -> Callable[[Batch], list[engine.MemoryUse]]:
     """A model: bytes of mapped weights, for a chunk's keys and values, for a token of a graph."""
 
-    def uses(batch: Batch) -> list[_session.MemoryUse]:
+    def uses(batch: Batch) -> list[engine.MemoryUse]:
         context, compute = batch.n_seq * chunk, batch.n_ubatch * token
-        on_gpu: _session.MemoryUse = {
+        on_gpu: engine.MemoryUse = {
             "device": "GPU0", "host": False, "plain": False,
             "model": on_device, "context": 0, "compute": device * batch.n_ubatch,
         }  # fmt: skip
@@ -119,12 +123,12 @@ def test_contexts_that_cannot_be_made() -> None:
 # --- what a batch takes --------------------------------------------------------------------------
 
 
-def planned(spec: ModelSpec, batch: Batch, **options: Any) -> list[_session.MemoryUse]:
-    model = _session.Model(
+def planned(spec: ModelSpec, batch: Batch, **options: Any) -> list[engine.MemoryUse]:
+    model = engine.Model(
         str(spec.path), mtp=False, n_gpu_layers=0, use_mmap=False, check_tensors=False,
         no_alloc=True,
     )  # fmt: skip
-    session = _session.Session(model)
+    session = engine.Session(model)
     given = {"n_ctx": N_CTX, "n_threads": 1, "mtp": False, "process_output": False}
     session.open(
         **{**given, "perplexity": False, **options},
@@ -326,13 +330,13 @@ def test_on_the_command_line(
     free(monkeypatch, spec.path.stat().st_size)
     start = ["collect", "-m", str(spec.path), "-f", str(prose_file), "-c", str(N_CTX), "-t", "1"]
     start += ["--chunks", "6", "--no-ppl"]
-    assert cli.main([*start, "-b", "auto", "-o", str(tmp_path / "auto.gguf")]) == 0
+    assert main.main([*start, "-b", "auto", "-o", str(tmp_path / "auto.gguf")]) == 0
     assert "-b auto: " in (told := capsys.readouterr().err)
     assert " chunks side by side, " in told
-    assert cli.main([*start, "-b", str(N_CTX), "-o", str(tmp_path / "one.gguf")]) == 0
+    assert main.main([*start, "-b", str(N_CTX), "-o", str(tmp_path / "one.gguf")]) == 0
     assert_close(
         ImportanceMatrix.load(tmp_path / "auto.gguf"), ImportanceMatrix.load(tmp_path / "one.gguf")
     )
     capsys.readouterr()
-    assert cli.main([*start, "-b", "auto", "-ub", "64", "-o", str(tmp_path / "x.gguf")]) == 2
+    assert main.main([*start, "-b", "auto", "-ub", "64", "-o", str(tmp_path / "x.gguf")]) == 2
     assert "leave -ub out" in capsys.readouterr().err

@@ -16,8 +16,9 @@ from forge import ModelSpec
 from test_head_oracle import assert_agrees, reference
 from test_resume import Enough, saved, stop_at
 
-from imatrix import Chat, ChatOptions, Collector, ImportanceMatrix, Mixture, Source, TextSource, cli
-from imatrix.collector import Progress
+from imatrix import Chat, ChatOptions, Collector, ImportanceMatrix, Mixture, Source, TextSource
+from imatrix.cli import main
+from imatrix.text.progress import Progress
 
 N_CTX = 32
 
@@ -284,7 +285,7 @@ def test_the_command(
 ) -> None:
     def run(*argv: object) -> tuple[int, str]:
         capfd.readouterr()
-        status = cli.main(
+        status = main.main(
             ["collect", "-m", str(model), "-c", "64", "-b", "64", "-t", "1", "--no-ppl"]
             + [str(each) for each in argv]
         )
@@ -318,7 +319,7 @@ def test_the_command(
     expected.save(tmp_path / "expected.gguf")
     assert out.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
     assert "experts 24/24 at 20 rows, thinnest " in err
-    assert cli.main(["show", str(out)]) == 0
+    assert main.main(["show", str(out)]) == 0
     shown = capfd.readouterr().out
     assert expected.provenance is not None
     tokens = expected.provenance.tokens

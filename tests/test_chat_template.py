@@ -15,7 +15,7 @@ import pytest
 from forge import ModelSpec, make_model
 
 from imatrix import Chat, ChatOptions, ChatTemplate, Collector, TemplateError
-from imatrix.chat_template import DATE
+from imatrix.text.template import DATE
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -314,7 +314,7 @@ def test_special_tokens_are_parsed_and_the_template_is_chosen(chatty: ModelSpec)
 
     def ran(chats: list[Chat], options: ChatOptions | None = None) -> list[int]:
         with Collector(chatty.path, n_ctx=512, n_threads=1, rehearse=False) as made:
-            from imatrix.corpus import Chunks
+            from imatrix.text.chunks import Chunks
 
             render = made._models.renderer(options or ChatOptions())
             found = [

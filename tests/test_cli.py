@@ -21,8 +21,10 @@ from gguf import GGUFReader
 from random_model import make_random_model
 
 import imatrix
-from imatrix import _run, cli
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.cli import main
+from imatrix.collect import run as _run
+from imatrix.entries import Entry
+from imatrix.matrix.importance import ImportanceMatrix
 
 
 def spawn(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -495,13 +497,13 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
     # a save that takes its time
     script = """
         import sys, time
-        from imatrix import cli, ImportanceMatrix
+        from imatrix import main, ImportanceMatrix
         from imatrix.formats import checkpoint
         def slow(*_):
             print("saving", file=sys.stderr, flush=True)
             time.sleep(60)
         checkpoint.write = slow
-        sys.exit(cli.main(sys.argv[1:]))
+        sys.exit(main.main(sys.argv[1:]))
     """
     command = [
         sys.executable, "-c", textwrap.dedent(script), "collect", "-m", str(model), "-f",
@@ -593,7 +595,7 @@ def test_an_output_that_was_written_is_not_added_to_again(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
 def test_one_run_an_output(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
-    from imatrix._lock import locked
+    from imatrix.files.lock import locked
 
     out = tmp_path / "out.gguf"
     link = tmp_path / "link.gguf"
@@ -603,7 +605,7 @@ def test_one_run_an_output(model: Path, text: Path, run: Run, tmp_path: Path) ->
         [
             sys.executable,
             "-c",
-            "import sys; from imatrix._lock import locked\n"
+            "import sys; from imatrix.files.lock import locked\n"
             "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
             str(out),
         ],
@@ -697,9 +699,9 @@ def test_weights_can_be_checked_while_loading(
 def test_a_full_disk_at_the_end(model: Path, text: Path, tmp_path: Path) -> None:
     script = """
         import resource, sys
-        from imatrix import cli
+        from imatrix import main
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        sys.exit(cli.main(sys.argv[1:]))
+        sys.exit(main.main(sys.argv[1:]))
     """
     out = tmp_path / "out.gguf"
     arguments = ["collect", "-m", model, "-f", text, "-o", out, "--chunks", 2, *one_at_a_time()]
@@ -825,7 +827,7 @@ def test_flags_that_llama_imatrix_takes(model: Path, text: Path, run: Run, tmp_p
 def test_verbose_errors_come_with_a_traceback(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = cli.main(["collect", "-m", str(tmp_path / "none"), "-p", "a b", "-o",
+    status = main.main(["collect", "-m", str(tmp_path / "none"), "-p", "a b", "-o",
                        str(tmp_path / "o"), "-v"])  # fmt: skip
     err = capfd.readouterr().err
     assert status == 2
@@ -1010,7 +1012,7 @@ def test_quantize_refused(model: Path, head_matrix: Path, run: Run, tmp_path: Pa
 def test_quantize_interrupted(
     model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from imatrix._terminal import StepProgress
+    from imatrix.cli.terminal import StepProgress
 
     def interrupt(self: StepProgress, done: int, total: int) -> None:
         raise KeyboardInterrupt

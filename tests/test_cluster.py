@@ -34,13 +34,14 @@ from imatrix import (
     ImportanceMatrix,
     NonFiniteError,
     TemplateError,
-    _blocks,
 )
-from imatrix import cluster as module
-from imatrix.cli import main
+from imatrix.cli.main import main
+from imatrix.cluster import cluster as module
+from imatrix.cluster.work import Block
+from imatrix.engine.sums import BlockSums
 from imatrix.formats import FormatError
 from imatrix.formats import checkpoint as file
-from imatrix.run_report import Progress
+from imatrix.text.progress import Progress
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
@@ -455,9 +456,9 @@ def test_a_batch_that_goes_by_memory_is_refused(headed: ModelSpec, cluster: Clus
 
 def test_workers_that_are_not_alike(workers: Any) -> None:
     with Cluster(workers) as some:
-        some._check(_blocks.Block(machines=("AVX2 = 1",)))
+        some._check(Block(machines=("AVX2 = 1",)))
         with pytest.warns(UserWarning, match="not alike: .* AVX2 = 1; another with AVX512 = 1"):
-            some._check(_blocks.Block(machines=("AVX512 = 1",)))
+            some._check(Block(machines=("AVX512 = 1",)))
 
 
 def test_a_cluster_without_workers_is_waited_for(
@@ -584,7 +585,7 @@ def test_blocks_that_share_otherwise() -> None:
         [group("q", "k"), group("v"), group("o", "up")],
         [group("q", "k", "v"), group("o")],
     ]
-    sums = _blocks.BlockSums()
+    sums = BlockSums()
     for block in blocks:
         sums.add(block)
     found = sums.snapshot()

@@ -25,8 +25,9 @@ from forge import Arch, ModelSpec, make_model
 from forge_any import make_any
 
 import imatrix
-from imatrix import Collector, ImportanceMatrix, ModelError, NonFiniteError, _session
-from imatrix.collector import Progress
+from imatrix import Collector, ImportanceMatrix, ModelError, NonFiniteError
+from imatrix.native import engine
+from imatrix.text.progress import Progress
 
 N_CTX = 32
 SEED = 2
@@ -47,10 +48,10 @@ def headed(forged: Forged) -> ModelSpec:
 def _nothing_is_left_over() -> Iterator[None]:
     """Every test gives back the native sessions it made, whatever it did to them."""
     gc.collect()
-    before = _session.live_objects()
+    before = engine.live_objects()
     yield
     gc.collect()
-    assert _session.live_objects() == before
+    assert engine.live_objects() == before
 
 
 def collector(spec: ModelSpec | Path, **options) -> Collector:
@@ -281,10 +282,10 @@ def test_the_head_wants_one_sequence(headed: ModelSpec) -> None:
 
 def test_the_native_session_refuses_it_too(headed: ModelSpec) -> None:
     """keep_rows() in ext/session.cpp would give a chunk's first slots another chunk's rows."""
-    model = _session.Model(
+    model = engine.Model(
         str(headed.path), mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )
-    session = _session.Session(model, model)
+    session = engine.Session(model, model)
     settings = {
         "n_ctx": 64, "n_batch": 128, "n_ubatch": 128, "n_threads": 1, "mtp": True,
         "process_output": False, "perplexity": False,
@@ -370,13 +371,13 @@ def test_no_tokenizer(forged: Forged) -> None:
 
 
 def test_closed(plain: ModelSpec) -> None:
-    before = _session.live_objects()
+    before = engine.live_objects()
     made = collector(plain)
     made.run(token_chunks(plain, 1))
-    assert _session.live_objects()["sessions"] == before["sessions"] + 1
+    assert engine.live_objects()["sessions"] == before["sessions"] + 1
     made.close()
     made.close()
-    assert _session.live_objects() == before
+    assert engine.live_objects() == before
     with pytest.raises(ValueError, match="closed"):
         made.run(token_chunks(plain, 1))
     with pytest.raises(ValueError, match="closed"):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import EngineTool, run_tool
 
-from imatrix import cli
-from imatrix._completion_cli import SHELLS
+from imatrix.cli import main
+from imatrix.cli.commands.completion import SHELLS
 
 
 def made(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
     capfd.readouterr()
-    assert cli.main(["completion", shell]) == 0
+    assert main.main(["completion", shell]) == 0
     return capfd.readouterr().out
 
 
@@ -73,7 +73,7 @@ def test_bash_completes(
         return set(done.stdout.splitlines())
 
     (commands,) = (
-        action.choices for action in cli._parser()._actions
+        action.choices for action in main._parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )  # fmt: skip
     assert complete("") >= set(commands)
@@ -100,7 +100,7 @@ def test_bash_completes(
 
 def test_every_file_argument_is_found() -> None:
     """What takes plain text is a file, or is known to be something else."""
-    from imatrix._completion_cli import _NO_FILES
+    from imatrix.cli.commands.completion import _NO_FILES
 
     def dests(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:
@@ -110,12 +110,12 @@ def test_every_file_argument_is_found() -> None:
             else:
                 yield action.dest
 
-    assert set(dests(cli._parser())) >= _NO_FILES  # no name there is out of date
+    assert set(dests(main._parser())) >= _NO_FILES  # no name there is out of date
 
 
 def test_without_the_library(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert cli.main(["completion", "bash"]) == 1
+    assert main.main(["completion", "bash"]) == 1
     assert "pip install 'imatrix[completion]'" in capfd.readouterr().err

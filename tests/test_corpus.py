@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix.corpus import chunks
+from imatrix.text.chunks import chunks
 
 BOS = 1
 

@@ -12,8 +12,9 @@ from conftest import EngineTool, run_tool
 from gguf import GGUFReader
 
 import imatrix
-from imatrix import cli, demo
-from imatrix.matrix import ImportanceMatrix
+from imatrix import demo
+from imatrix.cli import main
+from imatrix.matrix.importance import ImportanceMatrix
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 FILES = [
@@ -47,7 +48,7 @@ def test_the_story_the_files_and_the_readme(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], engine_tool: EngineTool
 ) -> None:
     folder = tmp_path / "new" / "folder"
-    assert cli.main(["demo", "--dir", str(folder)]) == 0
+    assert main.main(["demo", "--dir", str(folder)]) == 0
     out, err = capfd.readouterr()
     assert "collecting: chunk 4/4" in err
     assert "warning" not in err
@@ -122,7 +123,7 @@ def test_the_temporary_folder(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert cli.main(["demo", *(["--keep"] if keep else [])]) == 0
+    assert main.main(["demo", *(["--keep"] if keep else [])]) == 0
     out = capfd.readouterr().out
     left = list(tmp_path.iterdir())
     if keep:
@@ -137,7 +138,7 @@ def test_it_fails_when_the_engine_takes_the_trunk_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(imatrix, "quantize", lambda *_args, **_kw: None)
-    assert cli.main(["demo", "--dir", str(tmp_path)]) == 1
+    assert main.main(["demo", "--dir", str(tmp_path)]) == 1
     told = "error: the engine took a matrix without the head, which it should refuse\n"
     assert told in capfd.readouterr().err
 
@@ -149,11 +150,11 @@ def test_it_fails_when_the_engine_refuses_the_head_too(
         raise imatrix.EngineError("no")
 
     monkeypatch.setattr(imatrix, "quantize", refuse)
-    assert cli.main(["demo", "--dir", str(tmp_path)]) == 1
+    assert main.main(["demo", "--dir", str(tmp_path)]) == 1
     assert capfd.readouterr().err.endswith("error: no\n")
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.main(["demo", "--dir", str(tmp_path / "file")]) != 0
+    assert main.main(["demo", "--dir", str(tmp_path / "file")]) != 0
     assert f"error: {tmp_path / 'file'}: " in capfd.readouterr().err

@@ -16,8 +16,9 @@ from forge_any import AnyModel, make_any
 from numpy.typing import NDArray
 
 import imatrix
-from imatrix import Collector, ModelError, ModelFile, _session, coverage, drop_mtp, graft_mtp
-from imatrix.cli import main
+from imatrix import Collector, ModelError, ModelFile, coverage, drop_mtp, graft_mtp
+from imatrix.cli.main import main
+from imatrix.native import engine as native
 
 # Where the engine asks blk.<n_trunk>.nextn.eh_proj whether there is a head.
 PROBED = ["qwen35", "qwen35moe", "qwen3next", "nemotron_h_moe", "glm4moe", "deepseek2", "step35"]
@@ -25,7 +26,7 @@ PROBED = ["qwen35", "qwen35moe", "qwen3next", "nemotron_h_moe", "glm4moe", "deep
 
 def engine(path: Path, *, mtp: bool = False) -> tuple[int, int]:
     """Blocks of the trunk and of the head, as the engine counts them once it has loaded a file."""
-    model = _session.Model(
+    model = native.Model(
         str(path), mtp=mtp, n_gpu_layers=0, use_mmap=True, check_tensors=False, no_alloc=False
     )
     return model.n_trunk, model.n_nextn

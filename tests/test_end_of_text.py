@@ -28,7 +28,8 @@ from imatrix import (
     Progress,
     Source,
 )
-from imatrix.corpus import Chunks, Packing, Texts
+from imatrix.text.chunks import Chunks
+from imatrix.text.tokens import Packing, Texts
 
 EOS = 2
 N_CTX = 8

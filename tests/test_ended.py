@@ -13,7 +13,8 @@ import pytest
 from conftest import NO_GPU, Forged, RpcServer
 from forge import ModelSpec
 
-from imatrix import _session, backends
+from imatrix import backends
+from imatrix.native import engine
 
 N_CTX = 96
 needs_rpc = pytest.mark.skipif(
@@ -25,10 +26,10 @@ def collected(
     spec: ModelSpec, *, n_seq: int = 1, n_ubatch: int = 64, **options: Any
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What three chunks give, and the counters."""
-    model = _session.Model(
+    model = engine.Model(
         str(spec.path), mtp=False, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )
-    session = _session.Session(model, None)
+    session = engine.Session(model, None)
     given = {"process_output": False, "perplexity": False, "mtp": False, **options}
     session.open(
         n_ctx=N_CTX, n_batch=N_CTX * n_seq, n_ubatch=n_ubatch, n_seq=n_seq, n_threads=1, **given
@@ -83,17 +84,17 @@ ON_DEVICES = """
 import json, sys
 import numpy as np
 import imatrix
-from imatrix import _session
+from imatrix.native import engine
 path, endpoints, layers, n_ctx, n_ubatch = json.loads(sys.argv[1])
 for endpoint in endpoints:
     imatrix.add_rpc_server(endpoint)
 assert len(imatrix.backends().devices) == 1 + len(endpoints)
 runs = []
 for leave_out in (False, True):
-    model = _session.Model(
+    model = engine.Model(
         path, mtp=False, n_gpu_layers=layers, use_mmap=True, check_tensors=False
     )
-    session = _session.Session(model, None)
+    session = engine.Session(model, None)
     session.open(n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ubatch, n_seq=1, n_threads=1, mtp=False,
                  process_output=False, perplexity=False, leave_out_logits=leave_out)
     tokens = np.random.default_rng(1).integers(0, model.n_vocab, (3, n_ctx), dtype=np.int32)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import imatrix
 from imatrix import Evaluation, Predictions
-from imatrix.cli import main
+from imatrix.cli.main import main
 
 F64 = NDArray[np.float64]
 Chunks = list[list[int]]

@@ -56,7 +56,7 @@ in_daemon(work)
 time.sleep(0.5)  # it has been asked by now, as a rule
 """,
     "a template that is first used at exit": """
-import imatrix.chat_template  # so that our own handler runs after the one below
+import imatrix.text.chats  # so that our own handler runs after the one below
 made = imatrix.ChatTemplate(TEMPLATE)
 atexit.register(made.render, CHAT)
 """,

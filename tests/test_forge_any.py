@@ -122,7 +122,7 @@ def test_gemma4_assistant_loads(tmp_path: Path) -> None:
     """It needs its gemma4's context to run: here only the loader's word that the file is whole."""
     model = make_any(tmp_path / "model.gguf", "gemma4-assistant", n_nextn=2)
     load = (
-        "import sys; from imatrix import _session;"
+        "import sys; from imatrix.native import engine as _session;"
         "m = _session.Model(sys.argv[1], mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=True);"
         "assert m.n_nextn == 2"
     )

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imatrix import atomic
+from imatrix.entries import Entry, Provenance
+from imatrix.files import atomic
 from imatrix.formats import FormatError
 from imatrix.formats import gguf as imatrix_gguf
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance
+from imatrix.matrix.importance import ImportanceMatrix
 
 F32_MAX = float(np.finfo(np.float32).max)
 

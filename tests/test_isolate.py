@@ -22,9 +22,10 @@ from forge_any import make_any
 from test_collector import N_CTX, SEED, poisoned, token_chunks
 from test_resume import Enough, stop_at
 
-from imatrix import Collector, EngineDiedError, ModelError, NonFiniteError, _session
-from imatrix.collector import Progress
+from imatrix import Collector, EngineDiedError, ModelError, NonFiniteError
 from imatrix.formats import checkpoint as file
+from imatrix.native import engine as native
+from imatrix.text.progress import Progress
 
 N_CHUNKS = 5
 
@@ -70,7 +71,7 @@ def test_the_same_to_the_bit(headed: ModelSpec, prose: str, tmp_path: Path) -> N
         assert there.tokenize(prose).tolist() == here.tokenize(prose).tolist()
         assert there.n_vocab == here.n_vocab
         assert there.plan(mtp=True) == here.plan(mtp=True)
-        before = _session.live_objects()
+        before = native.live_objects()
         reports: tuple[list[Progress], list[Progress]] = ([], [])
         whole = here.run(prose, progress=reports[0].append, **options)
         assert there.run(prose, progress=reports[1].append, **options) == whole
@@ -91,7 +92,7 @@ def test_the_same_to_the_bit(headed: ModelSpec, prose: str, tmp_path: Path) -> N
             there.run(iter(stream), mtp=True, checkpoint=path, progress=stop_at(3))
         assert here.run(iter(stream), mtp=True, checkpoint=path) == whole
         # nothing of it was here
-        assert _session.live_objects()["models"] == before["models"]
+        assert native.live_objects()["models"] == before["models"]
         process = engine_of(there)
     assert not Path(f"/proc/{process}").exists()
 
@@ -310,10 +311,10 @@ def test_frames() -> None:
     """Whatever an answer holds, it is data: arrays of three kinds, and JSON."""
     import io
 
-    from imatrix import _frames
+    from imatrix.engine import frames
 
     stream = io.BytesIO(b'\x25\x00\x00\x00{"number": 1, "arrays": [["O", [2]]]}')
     with pytest.raises(ValueError, match="an array of O"):
-        _frames.receive(stream)
+        frames.receive(stream)
     with pytest.raises(EOFError):
-        _frames.receive(io.BytesIO(b"\x24\x00\x00\x00{"))
+        frames.receive(io.BytesIO(b"\x24\x00\x00\x00{"))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from imatrix import _session
+from imatrix.native import engine
 
-KERNELS = _session.row_kernel_names()
+KERNELS = engine.row_kernel_names()
 F32 = NDArray[np.float32]
 TINY = float(np.finfo(np.float32).tiny)  # the smallest normal number
 LARGEST = float(np.finfo(np.float32).max)
@@ -27,8 +27,8 @@ def both_added(kernel: str, rows: F32, start: float = 0.0) -> tuple[F32, F32]:
     alone, *held = np.full((3, n + 32), 7.0, dtype=np.float32)
     for sums in (alone, *held):
         sums[16 : 16 + n] = start
-    _session.add_squares(kernel, rows, alone[16 : 16 + n])
-    _session.add_squares(kernel, rows, *(sums[16 : 16 + n] for sums in held))
+    engine.add_squares(kernel, rows, alone[16 : 16 + n])
+    engine.add_squares(kernel, rows, *(sums[16 : 16 + n] for sums in held))
     for sums in (alone, *held):
         assert (sums[:16] == 7.0).all()
         assert (sums[16 + n :] == 7.0).all()

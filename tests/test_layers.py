@@ -17,12 +17,14 @@ from conftest import Forged, RpcServer
 from forge import ModelSpec
 
 import imatrix
-from imatrix import Collector, ImportanceMatrix, _session
-from imatrix._arguments import gpu_layers
-from imatrix._layers import ALL, MARGIN, Layers, choose, sums_size
-from imatrix._placement import on_cpu
-from imatrix._placement_cli import layers_told
-from imatrix.model_file import ModelFile
+from imatrix import Collector, ImportanceMatrix
+from imatrix.cli.flags.common import gpu_layers
+from imatrix.cli.flags.placement import describe_layers
+from imatrix.engine.layers import MARGIN, choose, sums_size
+from imatrix.engine.placement import on_cpu
+from imatrix.engine.settings import ALL, Layers
+from imatrix.model.header import ModelFile
+from imatrix.native import engine
 
 needs_rpc = pytest.mark.skipif(
     "RPC" not in imatrix.backends().built, reason="the engine was built without GGML_RPC=ON"
@@ -36,11 +38,11 @@ MB = 10**6
 
 def need(
     n_blocks: int, dense: int, experts: int = 0, compute: int = 0, n_devices: int = 1
-) -> Callable[[Layers], list[_session.MemoryUse]]:
+) -> Callable[[Layers], list[engine.MemoryUse]]:
     """A model: bytes of a block without its experts, and of its experts. The output is a block
     without experts. Blocks go to the devices in equal parts, in their order."""
 
-    def uses(layers: Layers) -> list[_session.MemoryUse]:
+    def uses(layers: Layers) -> list[engine.MemoryUse]:
         n = n_blocks + 1 if layers.n_gpu_layers == -1 else layers.n_gpu_layers
         there = range(n_blocks + 1 - n, n_blocks + 1)
         weights = [0] * n_devices
@@ -48,7 +50,7 @@ def need(
             has_experts = block < n_blocks and block not in layers.cpu_experts
             weights[place * n_devices // n] += dense + (experts if has_experts else 0)
         whole = n_blocks * (dense + experts) + dense
-        on_host: _session.MemoryUse = {
+        on_host: engine.MemoryUse = {
             "device": "CPU", "host": True, "plain": True,
             "model": whole - sum(weights), "context": 0, "compute": compute,
         }  # fmt: skip
@@ -147,7 +149,7 @@ def test_kept_on_the_cpu_by_number() -> None:
     ((pattern, buffer),) = on_cpu("experts", (1, 12))
     names = [f"blk.{i}.ffn_{kind}.weight" for i in range(22) for kind in ("up_exps", "up_shexp")]
     assert buffer == "CPU"
-    assert [n for n in names if _session.find_name(pattern, [n])] == [
+    assert [n for n in names if engine.find_name(pattern, [n])] == [
         "blk.1.ffn_up_exps.weight",
         "blk.12.ffn_up_exps.weight",
     ]
@@ -185,16 +187,16 @@ TOLERANCE = 1e-5
 RUN = """
 import json, logging, sys
 import imatrix
-from imatrix import _models
+from imatrix.engine import models
 model, head, endpoints, text, out, runs = json.loads(sys.argv[1])
 lines = []
 log = logging.getLogger("imatrix.engine")
 log.setLevel(logging.DEBUG)
 log.addHandler(type("Kept", (logging.Handler,), {"emit": lambda _, r: lines.append(r.getMessage())})())
-imatrix.devices.name_rpc_server(endpoints)
+imatrix.engine.devices.name_rpc_server(endpoints)
 if not all(run["options"].get("isolate") for run in runs):
     imatrix.add_rpc_server(endpoints)
-devices = _models.Models._devices
+devices = models.Models._devices
 for n, run in enumerate(runs):
     def limited(self):
         found = devices(self)
@@ -202,7 +204,7 @@ for n, run in enumerate(runs):
             if device["name"] in run["free"]:
                 device["memory_free"] = run["free"][device["name"]]
         return found
-    _models.Models._devices = limited
+    models.Models._devices = limited
     lines.clear()
     with imatrix.Collector(model, mtp_model=head, **run["options"]) as collector:
         for mtp in run["mtp"]:
@@ -364,17 +366,17 @@ def test_a_head_in_its_own_file(endpoints: list[str], forged: Forged, tmp_path: 
 EVALUATE = """
 import json, sys
 import imatrix
-from imatrix import _models
+from imatrix.engine import models
 model, reference, endpoint, text, rooms = json.loads(sys.argv[1])
 imatrix.add_rpc_server(endpoint)
-devices, free_models = _models.Models._devices, _models.Models.free
+devices, free_models = models.Models._devices, models.Models.free
 chosen = []
 def limited(self):
     return [{**device, "memory_free": room} for device in devices(self)]
 def told(self):
     chosen.append(self.layers.n_gpu_layers)
     free_models(self)
-_models.Models._devices, _models.Models.free = limited, told
+models.Models._devices, models.Models.free = limited, told
 for room in rooms:
     chosen.clear()
     found = imatrix.evaluate(
@@ -422,7 +424,7 @@ def test_a_reference_beside_the_model(endpoints: list[str], forged: Forged, tmp_
 def test_what_the_command_says() -> None:
     def told(layers: Layers | None, has_gpu: bool = True) -> str | None:
         made = SimpleNamespace(layers=layers, has_gpu=has_gpu, n_trunk=40, n_nextn=1)
-        return layers_told(made, SimpleNamespace(mtp_model=None))  # type: ignore[arg-type]
+        return describe_layers(made, SimpleNamespace(mtp_model=None))  # type: ignore[arg-type]
 
     assert told(Layers(12)) == "-ngl auto: 12 of 42 layers on the GPU"
     assert told(Layers(-1, (0, 13, 27))) == (

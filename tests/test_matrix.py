@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance, TextSource
+from imatrix.entries import Entry, Provenance, TextSource
+from imatrix.matrix.importance import ImportanceMatrix
 
 
 def dense(*values: float, count: int = 1) -> Entry:

@@ -20,7 +20,8 @@ from forge import ModelSpec, make_model
 from forge_any import make_any
 
 from imatrix import ModelError, ModelFile
-from imatrix.mtp_files import check_fit, extract_mtp, graft_mtp, mtp_name
+from imatrix.model.fit import check_fit
+from imatrix.model.heads import extract_mtp, graft_mtp, mtp_name
 
 ARCHS = ["glm4moe", "qwen35", "qwen35moe", "deepseek2"]
 TRUNK_BLOCKS = ("blk.0.*", "blk.1.*")
@@ -631,7 +632,7 @@ def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from imatrix import mtp_files
-from imatrix.mtp_files import extract_mtp, graft_mtp
+from imatrix.model.heads import extract_mtp, graft_mtp
 mtp_files._check_loads = lambda *paths: None  # no engine loads the tensors that make it big
 folder = sys.argv[1]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -20,9 +20,9 @@ from forge import Arch
 from forge_any import make_any
 from test_trunk_parity import PARITY, differences
 
-import imatrix._models
+import imatrix.engine.models
 from imatrix import Collector, ImportanceMatrix
-from imatrix.cli import main
+from imatrix.cli.main import main
 
 N_CTX = 128
 N_CHUNKS = 3
@@ -61,7 +61,7 @@ def ours(
 
 @pytest.fixture
 def without_slot_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = imatrix._models.session_settings
+    settings = imatrix.engine.models.session_settings
 
     def absent(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**settings(*args, **kwargs), "first_slot": "absent"}

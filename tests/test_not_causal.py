@@ -20,7 +20,8 @@ from test_trunk_parity import PARITY, differences
 
 import imatrix
 from imatrix import Cluster, Collector, ImportanceMatrix, ModelError, evaluate
-from imatrix._batch import Batch, Room, choose
+from imatrix.engine.batch import Room, choose
+from imatrix.engine.settings import Batch
 
 N_CTX = 64
 # Without a causal mask by the architecture (src/models/dream.cpp and so on) or by the metadata. The
@@ -354,10 +355,10 @@ def test_without_a_rehearsal_that_decode_would_end_the_process(fatal: Path) -> N
 
 def test_the_native_session_refuses_by_itself(forge: Forge) -> None:
     """Whoever opens one: nothing that is smaller gets as far as the engine's assertion."""
-    model = imatrix._session.Model(
+    model = imatrix.native.engine.Model(
         str(forge("llama").path), mtp=False, n_gpu_layers=0, use_mmap=False, check_tensors=False
     )
-    session = imatrix._session.Session(model)
+    session = imatrix.native.engine.Session(model)
     settings = {
         "n_ctx": 64, "n_seq": 2, "n_threads": 1, "mtp": False, "process_output": False,
         "perplexity": False,

@@ -19,10 +19,12 @@ from forge import make_model
 from test_mtp_files import rewritten
 
 import imatrix
-from imatrix import Collector, Mixture, Source, _output
-from imatrix._completion_cli import _NO_FILES, _is_file
-from imatrix.cli import _parser
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix import Collector, Mixture, Source
+from imatrix.cli import outputs
+from imatrix.cli.commands.completion import _NO_FILES, _is_file
+from imatrix.cli.main import _parser
+from imatrix.entries import Entry
+from imatrix.matrix.importance import ImportanceMatrix
 
 OUT = "OUT"  # in a command line: where the output's name goes
 
@@ -437,7 +439,7 @@ def test_every_argument_that_may_be_a_file_is_declared() -> None:
         commands.add(command)
         if action.choices or not _is_file(action) or action.dest in {*_NO_FILES, *values}:
             continue
-        known = _output.COMMANDS[command]
+        known = outputs.COMMANDS[command]
         declared = {*known.models, *known.texts, *known.files}
         assert (action.dest in declared) != (action.dest in written), (command, action.dest)
-    assert commands == set(_output.COMMANDS)
+    assert commands == set(outputs.COMMANDS)

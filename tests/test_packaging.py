@@ -73,9 +73,9 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
         "data/tiny-glm4moe-mtp.gguf",
         "data/tiny-glm4moe-mtp.json",
         "lib/LICENSE-llama.cpp.txt",
-        "templates/report.css",
-        "templates/report.html",
-        "templates/sort.js",
+        "report/templates/report.css",
+        "report/templates/report.html",
+        "report/templates/sort.js",
     ):
         assert f"imatrix/{name}" in names
     sources = (".pyx", ".pxd", ".cpp", ".h", ".cmake", ".pc", ".a")
@@ -113,7 +113,7 @@ def test_the_wheel_works_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> No
         "import imatrix\n"
         "assert imatrix.__file__.startswith(sys.argv[1]), imatrix.__file__\n"
         "print(imatrix.backends().engine)\n"
-        "import imatrix._quantize_pybind\n"
+        "import imatrix.native.quantizer\n"
     )
     # -S: no .pth files, so that an editable install of this tree stays out of the way
     result = subprocess.run(

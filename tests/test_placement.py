@@ -25,8 +25,12 @@ from conftest import EngineTool, Forged, RpcServer, run_tool, until_told
 from forge import Arch
 
 import imatrix
-from imatrix import Collector, ImportanceMatrix, _placement_cli, _session, cli, devices
-from imatrix._placement import Placement
+from imatrix import Collector, ImportanceMatrix
+from imatrix.cli import main
+from imatrix.cli.flags import placement as _placement_cli
+from imatrix.engine import devices
+from imatrix.engine.placement import Placement
+from imatrix.native import engine
 
 pytestmark = [
     pytest.mark.engine(
@@ -55,7 +59,7 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 def parsed(flags: str) -> dict[str, Any]:
     """What Collector takes, of flags as llama.cpp has them."""
     return _placement_cli.arguments(
-        cli._parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
+        main._parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
     )
 
 
@@ -91,7 +95,7 @@ def test_flags_as_llama_imatrix_takes_them(
     try:
         placement = parsed(flags)
         placement.pop("n_gpu_layers")
-        _session.Model(
+        engine.Model(
             path, mtp=False, n_gpu_layers=-1, use_mmap=False, check_tensors=False, no_alloc=True,
             placement=Placement.of(**placement).as_data(),
         )  # fmt: skip
@@ -115,7 +119,7 @@ def test_overrides_in_the_order_of_the_command_line() -> None:
     routed = [name for name in names if "exps" in name]
     in_first = [name for name in routed if name.startswith(("blk.0.", "blk.1."))]
     for n, want in ((1, in_first), (3, routed), (6, ["blk.0.ffn_up.weight"])):
-        assert [name for name in names if _session.find_name(found[n][0], [name])] == want
+        assert [name for name in names if engine.find_name(found[n][0], [name])] == want
 
 
 def test_what_no_machine_has(model: Path) -> None:

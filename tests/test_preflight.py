@@ -35,12 +35,13 @@ from imatrix import (
     ImportanceMatrix,
     ModelError,
     ModelFile,
-    _check_cli,
-    cli,
 )
 from imatrix import quantize as quantize_model
-from imatrix._terminal import Terminal
-from imatrix.preflight import THIN, Coverage, coverage
+from imatrix.cli import main
+from imatrix.cli.commands import check as _check_cli
+from imatrix.cli.terminal import Terminal
+from imatrix.entries import THIN
+from imatrix.quantization.coverage import Coverage, coverage
 
 TYPES = ["IQ1_S", "IQ2_XXS", "IQ2_M", "IQ3_XXS", "Q2_K_S", "Q4_K_M"]
 DATA = ["full", "trunk", "partial", "none"]
@@ -416,7 +417,7 @@ def follow(fix: str, text: Path, tmp_path: Path) -> Path:
         words += ["-o", str(out), "-c", "64", "--chunks", "3", "--no-ppl"]
     else:
         words[words.index("adapted.gguf")] = str(out)
-    assert cli.main(words) == 0
+    assert main.main(words) == 0
     return out
 
 
@@ -566,7 +567,7 @@ def test_cure_of_what_only_a_plan_tells(
     assert coverage(model, file, "IQ2_XXS", tensor_types=safe).ready
     words = shlex.split(found.fixes[1][found.fixes[1].index("imatrix ") :])[1:]
     assert words[-1] == "--plan"
-    assert cli.main(words) == 1
+    assert main.main(words) == 1
     told = capsys.readouterr().out
     printed = re.search(r"1\. Collect the data: (imatrix collect .*)", told)
     assert printed is not None

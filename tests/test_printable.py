@@ -19,10 +19,11 @@ import pytest
 from conftest import Run
 from forge import make_model
 
-from imatrix import cli
-from imatrix._printable import printable
-from imatrix._terminal import CollectProgress, DataOut, StepProgress, Terminal, Text
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
+from imatrix.cli import main
+from imatrix.cli.terminal import CollectProgress, DataOut, StepProgress, Terminal, Text
+from imatrix.entries import Entry, LeftOut, Provenance, TextSource
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.words import printable
 
 # A title, colours (of C0 and of C1), a cleared screen, a turned direction, what would go up a line
 # or write over it, Rich's markup and emoji, and a forged message in a line of its own.
@@ -267,7 +268,7 @@ def test_nothing_acts_on_a_real_terminal(
 
 def test_every_command_is_tried() -> None:
     commands = {each.argv[0] for each in TRIED}
-    parser = cli._parser()
+    parser = main._parser()
     assert parser._subparsers is not None
     (action,) = parser._subparsers._group_actions
     assert action.choices is not None
@@ -356,7 +357,7 @@ def test_logs_warnings_bars_and_tracebacks(
 
 
 def test_the_traceback_of_an_error(scene: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 2
+    assert main.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 2
     said = capfd.readouterr().err
     assert "Traceback" in said
     assert SHOWN in said
@@ -371,9 +372,9 @@ def test_a_defect_of_ours(
     def broken() -> int:
         raise KeyError(0, MARKUP.splitlines()[0], type("X", (), {"__repr__": lambda _: EVIL})())
 
-    monkeypatch.setattr(cli, "main", broken)
+    monkeypatch.setattr(main, "main", broken)
     with pytest.raises(SystemExit) as stop:
-        cli.entry()
+        main.entry()
     assert stop.value.code == 1
     said = capfd.readouterr().err
     assert "KeyError" in said

@@ -19,9 +19,10 @@ from forge import ModelSpec
 from test_collector import N_CTX, SEED, token_chunks
 
 import imatrix
-from imatrix import Collector, ImportanceMatrix, LockedError, _session, evaluate
-from imatrix._lock import locked
-from imatrix.collector import Progress
+from imatrix import Collector, ImportanceMatrix, LockedError, evaluate
+from imatrix.files.lock import locked
+from imatrix.native import engine
+from imatrix.text.progress import Progress
 
 N_CHUNKS = 6
 
@@ -41,10 +42,10 @@ def plain(forged: Forged) -> ModelSpec:
 @pytest.fixture(autouse=True)
 def _nothing_is_left_over() -> Iterator[None]:
     gc.collect()
-    before = _session.live_objects()
+    before = engine.live_objects()
     yield
     gc.collect()
-    assert _session.live_objects() == before
+    assert engine.live_objects() == before
 
 
 def collector(spec: ModelSpec, **options: Any) -> Collector:
@@ -73,9 +74,9 @@ def test_native_objects_are_counted(headed: ModelSpec) -> None:
     none = dict.fromkeys(("models", "contexts", "sessions", "sums", "evaluators"), 0)
 
     def since(before: dict[str, int]) -> dict[str, int]:
-        return {kind: n - before[kind] for kind, n in _session.live_objects().items()}
+        return {kind: n - before[kind] for kind, n in engine.live_objects().items()}
 
-    before = _session.live_objects()
+    before = engine.live_objects()
     with collector(headed) as made:
         made.run(token_chunks(headed, 1), mtp=True)
         # the trunk's context and the head's
@@ -203,7 +204,7 @@ def test_one_run_a_checkpoint(headed: ModelSpec, tmp_path: Path) -> None:
 @forking
 def test_another_process_has_the_checkpoint(headed: ModelSpec, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    code = "import sys; from imatrix._lock import locked\n"
+    code = "import sys; from imatrix.files.lock import locked\n"
     code += "with locked(sys.argv[1], 'checkpoint'): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE

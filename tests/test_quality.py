@@ -11,7 +11,8 @@ import pytest
 from conftest import TEXT, EngineTool, run_tool
 
 import imatrix
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.entries import Entry
+from imatrix.matrix.importance import ImportanceMatrix
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

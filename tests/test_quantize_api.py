@@ -18,9 +18,11 @@ import pytest
 from gguf import GGUFReader
 
 import imatrix
-from imatrix import _quantize_pybind, quantize
-from imatrix.matrix import Entry, ImportanceMatrix
-from imatrix.quantizer import FTYPES
+from imatrix import quantize
+from imatrix.entries import Entry
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.native import quantizer
+from imatrix.quantization.types import FTYPES
 
 EngineTool = Callable[[str], Path]
 
@@ -64,7 +66,7 @@ def test_the_names_and_numbers_are_those_of_llama_quantize(engine_tool: EngineTo
 
 
 def test_the_engine_that_is_linked_knows_every_number_by_a_like_name() -> None:
-    known = {number: name for name, number in _quantize_pybind.ftypes().items()}
+    known = {number: name for name, number in quantizer.ftypes().items()}
     sizes = {"S": "small", "M": "medium", "L": "large"}
     for name, number in FTYPES.items():
         printed = re.sub(r"[ _-]", "", known[number].lower())
@@ -78,7 +80,7 @@ def test_the_engine_that_is_linked_knows_every_number_by_a_like_name() -> None:
 
 
 def test_the_tensor_types_are_those_that_ggml_can_write() -> None:
-    types = _quantize_pybind.tensor_types()
+    types = quantizer.tensor_types()
     assert {"f32", "q8_0", "q4_K", "iq1_m", "mxfp4"} <= set(types)
     # ends of dot products and plain integers would end the process in ggml_quantize_chunk
     assert not {"q8_1", "q8_K", "i32", "f64"} & set(types)

@@ -16,10 +16,11 @@ from conftest import EngineTool, Run
 
 import imatrix
 from imatrix import Collector, Mixture, Source
-from imatrix._names import cut, decoded, encoded
-from imatrix._terminal import DataOut
+from imatrix.cli.terminal import DataOut
+from imatrix.entries import Entry, Provenance, TextSource
+from imatrix.files.names import cut, decoded, encoded
 from imatrix.formats import checkpoint
-from imatrix.matrix import Entry, ImportanceMatrix, Provenance, TextSource
+from imatrix.matrix.importance import ImportanceMatrix
 
 pytestmark = pytest.mark.skipif(
     sys.platform in ("win32", "darwin"), reason="file systems there take Unicode only"

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from forge_any import make_any
 
-from imatrix import Collector, ModelError, _models
+from imatrix import Collector, ModelError
+from imatrix.engine import models
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def test_without_a_rehearsal_it_would_end_the_process(fatal: Path) -> None:
 def test_once_for_each_kind_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_any(tmp_path / "good.gguf", "glm4moe").path
     rehearsed = []
-    real = _models.rehearse_in_child
+    real = models.rehearse_in_child
 
     def counted(path: Path, head: Path | None, settings: dict[str, object]) -> None:
         rehearsed.append(settings["mtp"])
         real(path, head, settings)
 
-    monkeypatch.setattr(_models, "rehearse_in_child", counted)
+    monkeypatch.setattr(models, "rehearse_in_child", counted)
     with Collector(model, n_ctx=32) as collector:
         for mtp in (False, True, False, True):
             collector.run([range(32)], mtp=mtp)

@@ -16,11 +16,12 @@ from forge_any import make_any
 from test_collector import N_CTX, SEED, assert_same_data, poisoned, token_chunks
 
 import imatrix
-from imatrix import CheckpointError, Collector, ImportanceMatrix, LeftOut, NonFiniteError, _session
-from imatrix import _keeper as keeper
-from imatrix.collector import Progress
+from imatrix import CheckpointError, Collector, ImportanceMatrix, LeftOut, NonFiniteError
+from imatrix.collect import keeper
 from imatrix.formats import FormatError
 from imatrix.formats import checkpoint as file
+from imatrix.native import engine
+from imatrix.text.progress import Progress
 
 N_CHUNKS = 5
 
@@ -480,10 +481,10 @@ def test_weights_that_shared_their_rows_may_come_back_alone(
 
 
 def test_nothing_is_put_back_twice(headed: ModelSpec) -> None:
-    model = _session.Model(
+    model = engine.Model(
         str(headed.path), mtp=False, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )
-    session = _session.Session(model)
+    session = engine.Session(model)
     sums, counts = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([5, 0])
     session.restore(["a", "b"], sums, counts)
     [(names, found_sums, found_counts, signed)] = session.groups()

@@ -55,7 +55,7 @@ class Ground:
         self.out.unlink()
         done = self.run(
             """
-            from imatrix._run import Run
+            from imatrix.collect.run import Run
             saved = Run.progress
             def interrupt(self, *total, **how):
                 if self.done == 2:
@@ -87,8 +87,8 @@ class Ground:
             f"""
             sys.path.insert(0, "")
             import errno, faults
-            from imatrix import _models
-            _models.rehearse_in_child = lambda *_: None  # nothing can be started any more
+            from imatrix.engine import models
+            models.rehearse_in_child = lambda *_: None  # nothing can be started any more
             faults.watch({str(self.work)!r}, faults.Tally())
             faults.arm({arm})
             """,
@@ -152,7 +152,7 @@ def test_a_folder_that_is_removed(ground: Ground) -> None:
     done = ground.run(
         f"""
         import shutil
-        from imatrix._run import Run
+        from imatrix.collect.run import Run
         collect = Run.collect
         def and_remove(self, *args):
             collect(self, *args)
@@ -175,13 +175,13 @@ def test_no_memory(isolate: str, ground: Ground) -> None:
     done = ground.run(
         """
         import resource
-        from imatrix import _isolate, _models, collector
+        from imatrix import _isolate, models, collector
         def limited(settings=collector.Collector._settings):
             def with_limit(self, *args):
                 return {**settings(self, *args), "n_ctx": 1 << 30}
             collector.Collector._settings = with_limit
         limited()
-        _models.rehearse_in_child = _isolate.rehearse = lambda *_: None
+        models.rehearse_in_child = _isolate.rehearse = lambda *_: None
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         """,
         isolate,

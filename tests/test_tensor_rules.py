@@ -13,8 +13,9 @@ import pytest
 from conftest import EngineTool, Forged
 from gguf import GGUFReader
 
-from imatrix import Coverage, RuleUse, cli, coverage, quantize
-from imatrix.tensor_rules import read_rules
+from imatrix import Coverage, RuleUse, coverage, quantize
+from imatrix.cli import main
+from imatrix.quantization.rules import read_rules
 
 Tensors = dict[str, tuple[str, bytes]]
 
@@ -47,7 +48,7 @@ def flags_of(rules: list[tuple[str, str]]) -> list[str]:
 
 
 def command(*argv: object) -> int:
-    return cli.main([str(word) for word in argv])
+    return main.main([str(word) for word in argv])
 
 
 # --- where the engine passes over them -----------------------------------------------------------

@@ -22,7 +22,8 @@ from pyarrow import parquet
 from test_corpus import BOS, Characters
 
 from imatrix import Chat, Mixture, Source
-from imatrix.corpus import Chunks, Texts, chunks
+from imatrix.text.chunks import Chunks, chunks
+from imatrix.text.tokens import Texts
 
 RECORDS: list[dict[str, Any]] = [{"text": "first"}, {"text": "zweité\n"}, {"text": "third"}]
 TEXTS = [record["text"] for record in RECORDS]
@@ -164,10 +165,10 @@ def test_a_dataset_from_a_local_folder(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_names_of_datasets(spelled: str, parts: tuple[str, ...]) -> None:
-    from imatrix.text_sources import _dataset_of
+    from imatrix.text.readers import dataset_of
 
-    assert _dataset_of(Source(spelled).at) == parts
-    assert _dataset_of(Source.parse(f"{spelled}:0.5").at) == parts
+    assert dataset_of(Source(spelled).at) == parts
+    assert dataset_of(Source.parse(f"{spelled}:0.5").at) == parts
 
 
 def test_weights_on_the_command_line(tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_a_shuffle_is_a_permutation_and_the_seed_decides_it(
 
 def test_a_shuffle_is_one_draw_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked out from the rule, with the numbers that Python promises not to change."""
-    from imatrix import text_sources
+    from imatrix.text import sources as text_sources
 
     monkeypatch.setattr(text_sources, "_HELD_DOCUMENTS", 3)
     rng = random.Random("7/")

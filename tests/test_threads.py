@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from imatrix import Collector
-from imatrix._session import RowAdder
+from imatrix.native.engine import RowAdder
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from imatrix._version import __version__
-from imatrix.chat_template import ChatOptions, ChatTemplate
 from imatrix.errors import (
     CheckpointError,
     ClusterError,
@@ -27,20 +26,15 @@ from imatrix.errors import (
 )
 from imatrix.formats import FormatError
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
-from imatrix.text_sources import Chat, Mixture, Source
+from imatrix.text.chats import ChatOptions
+from imatrix.text.sources import Chat, Mixture, Source
+from imatrix.text.template import ChatTemplate
 
 if TYPE_CHECKING:
-    from imatrix.activation_stats import (
-        ActivationStatistics,
-        LayerActivations,
-        MatrixActivations,
-        activation_statistics,
-    )
-    from imatrix.adaptation import Adapted, Placed, adapt
     from imatrix.cluster import Cluster, ClusterUse
-    from imatrix.collector import Collector, Plan
-    from imatrix.conversion import convert, merge
-    from imatrix.devices import Backends, Device, add_rpc_server, backends
+    from imatrix.collect.collector import Collector
+    from imatrix.engine.devices import Backends, Device, add_rpc_server, backends
+    from imatrix.engine.plan import Plan
     from imatrix.evaluation import (
         Comparison,
         Difference,
@@ -49,22 +43,16 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
-    from imatrix.html_report import report_page
-    from imatrix.matrix_comparison import MatrixComparison, WeightComparison, compare_matrices
-    from imatrix.model_file import ModelFile
-    from imatrix.mtp_files import (
-        DropReport,
-        ExtractReport,
-        GraftReport,
-        drop_mtp,
-        extract_mtp,
-        graft_mtp,
+    from imatrix.matrix.activations import (
+        ActivationStatistics,
+        LayerActivations,
+        MatrixActivations,
+        activation_statistics,
     )
-    from imatrix.preflight import Coverage, TensorCoverage, coverage
-    from imatrix.quantizer import Quantized, quantize
-    from imatrix.run_report import ExpertCoverage, Perplexity, Progress, Report
-    from imatrix.tensor_rules import RuleUse
-    from imatrix.weight_stats import (
+    from imatrix.matrix.comparison import MatrixComparison, WeightComparison, compare_matrices
+    from imatrix.matrix.conversion import convert, merge
+    from imatrix.matrix.experts import ExpertCoverage
+    from imatrix.matrix.statistics import (
         ExpertStatistics,
         LayerStatistics,
         PartStatistics,
@@ -73,6 +61,21 @@ if TYPE_CHECKING:
         expert_statistics,
         statistics,
     )
+    from imatrix.model.header import ModelFile
+    from imatrix.model.heads import (
+        DropReport,
+        ExtractReport,
+        GraftReport,
+        drop_mtp,
+        extract_mtp,
+        graft_mtp,
+    )
+    from imatrix.quantization.adaptation import Adapted, Placed, adapt
+    from imatrix.quantization.coverage import Coverage, TensorCoverage, coverage
+    from imatrix.quantization.quantizer import Quantized, quantize
+    from imatrix.quantization.rules import RuleUse
+    from imatrix.report.page import report_page
+    from imatrix.text.progress import Perplexity, Progress, Report
 
 __all__ = [
     "ActivationStatistics",
@@ -154,60 +157,60 @@ __all__ = [
 # What needs the native modules is imported on first use, so that a matrix made elsewhere can
 # be read, merged and shown where the engine was never built.
 _NATIVE = {
-    "Adapted": "adaptation",
-    "Placed": "adaptation",
-    "adapt": "adaptation",
-    "Backends": "devices",
-    "Device": "devices",
-    "add_rpc_server": "devices",
-    "backends": "devices",
-    "Collector": "collector",
-    "Perplexity": "run_report",
-    "Plan": "collector",
-    "Progress": "run_report",
+    "Adapted": "quantization.adaptation",
+    "Placed": "quantization.adaptation",
+    "adapt": "quantization.adaptation",
+    "Backends": "engine.devices",
+    "Device": "engine.devices",
+    "add_rpc_server": "engine.devices",
+    "backends": "engine.devices",
+    "Collector": "collect.collector",
+    "Perplexity": "text.progress",
+    "Plan": "engine.plan",
+    "Progress": "text.progress",
     "Comparison": "evaluation",
     "Difference": "evaluation",
     "Estimate": "evaluation",
     "Evaluation": "evaluation",
     "Predictions": "evaluation",
     "evaluate": "evaluation",
-    "ModelFile": "model_file",
-    "DropReport": "mtp_files",
-    "ExtractReport": "mtp_files",
-    "GraftReport": "mtp_files",
-    "drop_mtp": "mtp_files",
-    "extract_mtp": "mtp_files",
-    "graft_mtp": "mtp_files",
-    "Coverage": "preflight",
-    "TensorCoverage": "preflight",
-    "coverage": "preflight",
-    "ExpertCoverage": "run_report",
-    "Report": "run_report",
-    "Quantized": "quantizer",
-    "quantize": "quantizer",
-    "RuleUse": "tensor_rules",
+    "ModelFile": "model.header",
+    "DropReport": "model.heads",
+    "ExtractReport": "model.heads",
+    "GraftReport": "model.heads",
+    "drop_mtp": "model.heads",
+    "extract_mtp": "model.heads",
+    "graft_mtp": "model.heads",
+    "Coverage": "quantization.coverage",
+    "TensorCoverage": "quantization.coverage",
+    "coverage": "quantization.coverage",
+    "ExpertCoverage": "matrix.experts",
+    "Report": "text.progress",
+    "Quantized": "quantization.quantizer",
+    "quantize": "quantization.quantizer",
+    "RuleUse": "quantization.rules",
 }
 # Plain Python, imported on first use for the sake of a short start.
 _LAZY = {
     "Cluster": "cluster",
     "ClusterUse": "cluster",
-    "MatrixComparison": "matrix_comparison",
-    "WeightComparison": "matrix_comparison",
-    "compare_matrices": "matrix_comparison",
-    "convert": "conversion",
-    "merge": "conversion",
-    "report_page": "html_report",
-    "ActivationStatistics": "activation_stats",
-    "LayerActivations": "activation_stats",
-    "MatrixActivations": "activation_stats",
-    "activation_statistics": "activation_stats",
-    "ExpertStatistics": "weight_stats",
-    "LayerStatistics": "weight_stats",
-    "PartStatistics": "weight_stats",
-    "Statistics": "weight_stats",
-    "WeightStatistics": "weight_stats",
-    "expert_statistics": "weight_stats",
-    "statistics": "weight_stats",
+    "MatrixComparison": "matrix.comparison",
+    "WeightComparison": "matrix.comparison",
+    "compare_matrices": "matrix.comparison",
+    "convert": "matrix.conversion",
+    "merge": "matrix.conversion",
+    "report_page": "report.page",
+    "ActivationStatistics": "matrix.activations",
+    "LayerActivations": "matrix.activations",
+    "MatrixActivations": "matrix.activations",
+    "activation_statistics": "matrix.activations",
+    "ExpertStatistics": "matrix.statistics",
+    "LayerStatistics": "matrix.statistics",
+    "PartStatistics": "matrix.statistics",
+    "Statistics": "matrix.statistics",
+    "WeightStatistics": "matrix.statistics",
+    "expert_statistics": "matrix.statistics",
+    "statistics": "matrix.statistics",
 }
 
 
@@ -218,7 +221,7 @@ def __getattr__(name: str) -> Any:
     import importlib
     import importlib.util
 
-    if sources is _NATIVE and importlib.util.find_spec("imatrix._session") is None:
+    if sources is _NATIVE and importlib.util.find_spec("imatrix.native.engine") is None:
         raise ImportError(
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."

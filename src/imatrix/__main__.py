@@ -1,5 +1,7 @@
 """`python -m imatrix` is the `imatrix` command."""
 
-from imatrix.cli import entry
+from __future__ import annotations
+
+from imatrix.cli.main import entry
 
 entry()

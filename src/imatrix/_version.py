@@ -1,5 +1,7 @@
 """The version, from the package's own metadata: pyproject.toml is the one place it is written."""
 
+from __future__ import annotations
+
 from importlib.metadata import PackageNotFoundError, version
 
 try:

@@ -36,7 +36,8 @@ from models import make_models
 from mutations import mutated_bytes, mutated_gguf
 
 import imatrix
-from imatrix import Collector, Entry, ImatrixError, ImportanceMatrix, ModelFile, _rehearsal
+from imatrix import Collector, Entry, ImatrixError, ImportanceMatrix, ModelFile
+from imatrix.engine import rehearsal
 
 N_CTX = 32
 TEXT = (
@@ -70,7 +71,7 @@ def _forked_rehearsal(work: dict[str, Any]) -> tuple[int, str, str]:
             sys.stdout = os.fdopen(1, "w", encoding="utf-8")
             _limit(SECONDS // 2)
             try:
-                _rehearsal._work(work)
+                rehearsal._work(work)
                 sys.stdout.flush()
             finally:
                 os._exit(0)
@@ -185,7 +186,7 @@ def run(
     folder: Path, first: int, runs: int, seconds: float, only: str | None = None
 ) -> tuple[Counter[str], dict[str, list[int]]]:
     """Try inputs; gives how often each outcome came, and the numbers of each finding."""
-    _rehearsal.child_process = _forked_rehearsal
+    rehearsal.child_process = _forked_rehearsal
     seeds = {name: path.read_bytes() for name, path in make_models(folder / "models").items()}
     if only is not None:
         seeds = {name: data for name, data in seeds.items() if only in name}

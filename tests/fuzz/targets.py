@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ggufs import STRING, File, Key, Tensor
 from mutations import mutated_bytes, mutated_gguf
 
-from imatrix import FormatError, ImatrixError, ImportanceMatrix, ModelFile, corpus
-from imatrix import architectures as known
+from imatrix import FormatError, ImatrixError, ImportanceMatrix, ModelFile
 from imatrix.formats import checkpoint
-from imatrix.mtp_files import extract_mtp, graft_mtp
+from imatrix.model import architectures
+from imatrix.model.heads import extract_mtp, graft_mtp
+from imatrix.text import chunks
 
 try:
     from imatrix.formats import dat
@@ -200,7 +201,12 @@ def _read_checkpoint(path: Path) -> None:
 
 def _read_model(path: Path) -> None:
     file = ModelFile.read(path)
-    for check in (known.check_trunk, known.check_memory, known.check_tables, known.check_head):
+    for check in (
+        architectures.check_trunk,
+        architectures.check_memory,
+        architectures.check_tables,
+        architectures.check_head,
+    ):
         check(file)
     file.fingerprint()
 
@@ -248,7 +254,7 @@ def _move_heads(path: Path) -> None:
 def _read_text(path: Path) -> None:
     data = path.read_bytes()
     n_ctx = 2 + (data[0] % 30 if data else 0)
-    for chunk in corpus.chunks(path, _Bytes(), n_ctx, skip_chunks=len(data) % 2):
+    for chunk in chunks.chunks(path, _Bytes(), n_ctx, skip_chunks=len(data) % 2):
         if (
             chunk.ndim != 1
             or not 2 <= len(chunk) <= n_ctx

@@ -18,12 +18,12 @@ from pathlib import Path
 
 def load(folder: Path) -> None:
     """Take the binding from there, before anybody imports the other one."""
-    [path] = folder.glob("_session*.so")
-    spec = importlib.util.spec_from_file_location("imatrix._session", path)
+    [path] = folder.glob("engine*.so")
+    spec = importlib.util.spec_from_file_location("imatrix.native.engine", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["imatrix._session"] = module
+    sys.modules["imatrix.native.engine"] = module
     spec.loader.exec_module(module)
 
 
@@ -92,15 +92,15 @@ def run(path: str, folder: Path) -> None:
 
 def main() -> None:
     load(Path(sys.argv[1]))
-    from imatrix import _session
+    from imatrix.native import engine
 
-    assert str(Path(sys.argv[1]).resolve()) in str(Path(_session.__file__).resolve())
+    assert str(Path(sys.argv[1]).resolve()) in str(Path(engine.__file__).resolve())
     warnings.simplefilter("error")
     for model in sys.argv[2:]:
         with tempfile.TemporaryDirectory() as folder:
             run(model, Path(folder))
     gc.collect()
-    live = _session.live_objects()
+    live = engine.live_objects()
     assert not any(live.values()), live
     print("end to end: ok")
 

@@ -48,7 +48,7 @@ cmake -S tests/native -B "$folder" -G Ninja \
   -DPython_EXECUTABLE="$(command -v python)" \
   -DIMATRIX_ENGINE_LIB="$PWD/$engine" \
   -DIMATRIX_ENGINE_SOURCE="$(cd "$source" && pwd)" >/dev/null
-cmake --build "$folder" --target imatrix-core-tests _session
+cmake --build "$folder" --target imatrix-core-tests imatrix-native-engine
 
 # two small models, one with a head, for whole sessions
 PYTHONPATH=tests python - "$folder" <<'PY'

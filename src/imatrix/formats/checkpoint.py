@@ -38,9 +38,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, ReaderTensor
 from numpy.typing import NDArray
 
-from imatrix import atomic
+from imatrix.entries import Entry, LeftOut
+from imatrix.files import atomic
 from imatrix.formats import FormatError, gguf
-from imatrix.matrix import Entry, LeftOut
 
 __all__ = ["Checkpoint", "Group", "Setting", "read", "write"]
 

@@ -33,10 +33,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix import atomic
-from imatrix._names import decoded, encoded
+from imatrix.entries import Entry
+from imatrix.files import atomic
+from imatrix.files.names import decoded, encoded
 from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix
+from imatrix.matrix.importance import ImportanceMatrix
 
 __all__ = ["CHUNK_SIZE", "looks_like", "read", "write"]
 

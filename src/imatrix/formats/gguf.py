@@ -18,7 +18,7 @@ and, since llama.cpp 0.6.0:
     <weight>.stats         F32 [12]             statistics of the weight
 
 The statistics follow from the sums: they are computed for each file with signed sums that is
-written (imatrix.activation_stats.schema_figures), and passed over when one is read.
+written (imatrix.matrix.activations.schema_figures), and passed over when one is read.
 
 The loader asks for keys and tensors by name, so it passes over the ones we add:
 
@@ -71,12 +71,14 @@ from gguf import (
 )
 from numpy.typing import NDArray
 
-from imatrix import atomic
-from imatrix._names import decoded, encoded
-from imatrix.activation_stats import SCHEMA, schema_figures
+from imatrix.entries import Entry, LeftOut, Provenance, TextSource
+from imatrix.files import atomic
+from imatrix.files.names import decoded, encoded
 from imatrix.formats import FormatError
 from imatrix.formats.single import scaled_counts, stored
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, block_of
+from imatrix.matrix.activations import SCHEMA, schema_figures
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.tensors import block_of
 
 __all__ = ["read", "write"]
 
@@ -228,7 +230,7 @@ def opened(
         # The reader trusts the file, so what a damaged one raises is not its contract: besides
         # ValueError there are IndexError, KeyError, OverflowError, RecursionError, and others.
         raise FormatError(
-            path, f"damaged or cut short, GGUF structure unreadable ({_told(error)})"
+            path, f"damaged or cut short, GGUF structure unreadable ({_describe_magic(error)})"
         ) from error
 
 
@@ -316,7 +318,7 @@ def _check_magic(path: str | os.PathLike[str]) -> None:
         raise FormatError(path, f"not a GGUF file: {start}, expected b'GGUF'")
 
 
-def _told(error: Exception) -> str:
+def _describe_magic(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.matrix import Entry
+from imatrix.entries import Entry
 
 __all__ = ["MAX_COUNT", "Stored", "scaled_counts", "stored"]
 

@@ -1,0 +1,1 @@
+"""A module a command, or a few that belong together."""

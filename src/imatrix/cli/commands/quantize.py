@@ -1,0 +1,65 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import argparse
+
+import imatrix
+from imatrix.cli.flags import hub
+from imatrix.cli.flags.common import (
+    Commands,
+    add_tensor_type,
+    add_threads,
+    add_verbose,
+    tensor_types,
+)
+from imatrix.cli.outputs import check_output
+from imatrix.cli.signals import OK
+from imatrix.cli.terminal import StepProgress, Terminal, describe_tensors
+from imatrix.words import size
+
+
+def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
+    check_output(args.dst)
+    rules = tensor_types(args)
+    args.src, _ = hub.fetched(args.src, args, terminal)
+    with StepProgress(terminal, "quantizing", describe_tensors) as bar:
+        done = imatrix.quantize(
+            args.src,
+            args.dst,
+            args.type,
+            imatrix=args.imatrix,
+            tensor_types=rules,
+            n_threads=args.threads,
+            allow_requantize=args.allow_requantize,
+            pure=args.pure,
+            quantize_output=not args.leave_output_tensor,
+            progress=bar,
+        )
+    terminal.note(
+        f"wrote {args.dst}: {args.type.upper()}, {size(done.bytes)}, "
+        f"{done.bits_per_weight:.2f} bits per weight"
+    )
+    return OK
+
+
+def add_quantize(commands: Commands) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help="quantize a model with the engine's quantizer",
+        description="Quantize a model as llama-quantize does.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_quantize)
+    add = command.add_argument
+    add("src", metavar="SRC", help="GGUF model, F16 or BF16")
+    add("dst", metavar="DST", help="what to write")
+    hub.add_to_positional(command)
+    add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
+    add("--imatrix", metavar="FILE", help="importance matrix")
+    add_tensor_type(command)
+    add("--allow-requantize", action="store_true", help="start from quantized weights")
+    add("--pure", action="store_true", help="one format for all weights, no mixture")
+    add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
+    add_threads(command)
+    add_verbose(command)

@@ -1,0 +1,527 @@
+"""The models that are collected from: their files checked, rehearsed and loaded, and sessions
+on them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from imatrix.engine import process
+from imatrix.engine.background import ended_at_exit
+from imatrix.engine.batch import choose_in_child
+from imatrix.engine.interface import NativeModel, NativeSession
+from imatrix.engine.layers import Uses, sums_size
+from imatrix.engine.layers import choose as choose_layers
+from imatrix.engine.placement import Placement, on_cpu
+from imatrix.engine.rehearsal import Rehearsal
+from imatrix.engine.rehearsal import rehearse as rehearse_in_child
+from imatrix.engine.settings import ALL, Batch, Layers, Wanted, session_settings, usual, whole
+from imatrix.errors import EngineDiedError, EngineError, ModelError
+from imatrix.formats.checkpoint import Setting
+from imatrix.model.architectures import (
+    check_assistant,
+    check_head,
+    check_memory,
+    check_tables,
+    check_trunk,
+    check_whole,
+    lacks_head,
+)
+from imatrix.model.fit import check_fit
+from imatrix.model.header import ModelFile
+from imatrix.native import engine
+from imatrix.text.chats import ChatOptions, Renderer
+
+__all__ = ["Models"]
+
+
+class Models:
+    """A trunk, and the file that holds its head: its own or another.
+
+    Args:
+        model, mtp_model: paths; None where the head is in the model's own file.
+        n_ctx: tokens a chunk, to compare with what the model was trained on.
+        n_gpu_layers, use_mmap, check_tensors, rehearse, isolate: as Collector has them.
+        placement: on which devices both lie.
+        let_go: called before a model goes, so that nothing else holds on to it.
+
+    Attributes:
+        trunk_file, head_file: the headers; the same object where there is one file.
+        head: the loaded model that holds the head, None unless load(True) was the last.
+        engine: the engine's own process with isolate, once it was needed.
+        layers: what is on the devices; None until a model is loaded.
+        contexts: with n_gpu_layers="auto", bytes that a session's contexts will take on each device.
+
+    Raises:
+        FileNotFoundError, ModelError, ValueError: as Collector does.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        mtp_model: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int,
+        n_gpu_layers: int | Literal["auto"] = -1,
+        placement: Placement | None = None,
+        use_mmap: bool = True,
+        check_tensors: bool = False,
+        rehearse: bool = True,
+        isolate: bool = False,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
+            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
+        self.trunk_file = self.head_file = ModelFile.read(model)
+        check_whole(self.trunk_file)
+        check_trunk(self.trunk_file)
+        if mtp_model is not None:
+            self.head_file = ModelFile.read(mtp_model)
+            if self.head_file.n_nextn == 0:
+                raise ModelError(
+                    f"{self.head_file.path}: {lacks_head(self.head_file)}; give the head's own "
+                    "file as mtp_model, such as imatrix extract-mtp makes"
+                )
+            check_whole(self.head_file)
+            if self.head_file.architecture == "gemma4-assistant":
+                check_assistant(self.trunk_file, self.head_file)
+            else:
+                check_fit(self.trunk_file, self.head_file)
+        self.head: NativeModel | None = None
+        self._trunk: NativeModel | None = None
+        self._vocabulary: NativeModel | None = None  # the trunk without its weights
+        self._with_head = False  # whether the trunk was loaded with the head's tensors
+        self.engine: process.Engine | None = None
+        self._n_ctx = n_ctx
+        self._n_gpu_layers = n_gpu_layers
+        self.layers: Layers | None = None
+        self.contexts: dict[str, int] = {}
+        self._fitted = False  # whether `layers` was chosen by what there is room for
+        self._placement = Placement() if placement is None else placement
+        tensors = (*self.trunk_file.tensors, *self.head_file.tensors)
+        self._placement.warn_of_idle(tensors, self.trunk_file.path.name)
+        self._use_mmap = use_mmap
+        self._check_tensors = check_tensors
+        self._isolate = isolate
+        self._let_go = let_go
+        self._rehearse = rehearse
+        self._rehearsed: set[tuple[tuple[str, object], ...]] = set()
+        self._rehearsed_loads: set[bool] = set()
+        self._tokenizer_fault: str | None = None
+        self._causal: bool | None = None  # not asked yet
+
+    @property
+    def bundled(self) -> bool:
+        """Whether one file holds both."""
+        return self.head_file is self.trunk_file
+
+    def files(self, head: bool) -> tuple[Path, Path | None]:
+        """The trunk's file and, with `head`, that of a head which is not in it."""
+        return self.trunk_file.path, self.head_file.path if head and not self.bundled else None
+
+    def identity(self, head: bool) -> dict[str, Setting]:
+        """What tells these files from others, for a checkpoint."""
+        found: dict[str, Setting] = {
+            "model_size": self.trunk_file.size,
+            "model_fingerprint": self.trunk_file.fingerprint(),
+        }
+        if head and not self.bundled:
+            found["mtp_model_size"] = self.head_file.size
+            found["mtp_model_fingerprint"] = self.head_file.fingerprint()
+        return found
+
+    # --- before anything is loaded -------------------------------------------
+
+    def rehearse(self, settings: dict[str, Any]) -> None:
+        """Build the graphs of a session with these settings in a child process, unless that was
+        done. `settings`: what _session.Session.open takes. Wherever the model will lie: the
+        graphs are the same, and the child takes no device from whoever uses it."""
+
+        def kind() -> tuple[tuple[str, object], ...]:
+            # a larger batch is taken where a chunk is decoded in one piece
+            return tuple(sorted((whole(settings) if self._causal is False else settings).items()))
+
+        if self._rehearse and kind() not in self._rehearsed:
+            head = bool(settings["mtp"])
+            self._learn(rehearse_in_child(*self.files(head), settings))
+            self._rehearsed.add(kind())
+            self._rehearsed_loads.add(head)
+
+    def _learn(self, found: Rehearsal | None) -> None:
+        """What a rehearsal found out."""
+        self._tokenizer_fault = None if found is None else found.tokenizer_fault
+        if found is not None and found.causal is not None:
+            self._causal = found.causal
+
+    @property
+    def knows_causal(self) -> bool:
+        """Whether `causal` takes no loading."""
+        return self._causal is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token of the trunk sees only those before it, as the engine says; if no
+        rehearsal has told yet, of a model without weights.
+
+        Raises:
+            ModelError: it does not decode text, or cannot be loaded.
+            EngineError, MemoryError: there can be no context.
+        """
+        if self._causal is None:
+            self._drop_dead()
+            model = self._trunk or self._vocabulary
+            if model is None:
+                model = self._load_file(self.trunk_file, False, no_alloc=True, layers=Layers(0))
+            self._causal = model.causal()
+        return self._causal
+
+    def batch(self, wanted: Wanted) -> Batch:
+        """What is wanted, as the model can run it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.causal:
+            return wanted.of_causal(self._n_ctx)
+        return wanted.of_whole(
+            self._n_ctx, f"{self.trunk_file.path.name} ({self.trunk_file.architecture})"
+        )
+
+    def check_predicts(self, what: str, cure: str) -> None:
+        """That the model predicts what comes next, for something that is asked of it.
+
+        Raises:
+            ValueError: it has seen that.
+        """
+        if not self.causal:
+            raise ValueError(
+                f"{what}, but the tokens of {self.trunk_file.path.name} "
+                f"({self.trunk_file.architecture}) see those after them, so that there is no next "
+                f"token to predict: {cure}"
+            )
+
+    def choose_batch(self, settings: dict[str, Any], most: int) -> Batch:
+        """What n_batch="auto" comes to, with at most `most` chunks side by side."""
+        layers = self._chosen_layers()
+        return choose_in_child(
+            *self.files(bool(settings["mtp"])),
+            settings,
+            n_gpu_layers=layers.n_gpu_layers,
+            placement=self._placed(layers).as_data(),
+            mapped=self._maps(self.trunk_file),
+            most=most,
+            causal=self.causal,
+        )
+
+    def check(self, head: bool) -> None:
+        """That the files have what they claim, and what a chunk needs.
+
+        Raises:
+            ModelError: they have not.
+            ValueError: a chunk is longer than the table of positions.
+            MemoryError: they cannot fit.
+        """
+        if head:
+            check_head(self.head_file)
+        check_memory(self.trunk_file)
+        # each token looks its position up (src/models/gpt2.cpp, bert.cpp), and a row that the table
+        # does not have ends the process (ggml-cpu/ops.cpp, ggml_compute_forward_get_rows)
+        positions = self.trunk_file.tensors.get("position_embd.weight")
+        if positions is not None and positions[1:] and positions[1] < self._n_ctx:
+            raise ValueError(
+                f"n_ctx={self._n_ctx} (-c), but {self.trunk_file.path.name} "
+                f"({self.trunk_file.architecture}) has a table of {positions[1]} positions "
+                f"(position_embd.weight): give n_ctx={positions[1]} (-c {positions[1]}) or less"
+            )
+
+    # --- loaded --------------------------------------------------------------
+
+    def load(
+        self,
+        head: bool,
+        settings: dict[str, Any] | None = None,
+        beside: Mapping[str, int] | None = None,
+    ) -> NativeModel:
+        """The trunk's model; with `head` the head's is in `head`, else None is.
+
+        Args:
+            settings: of the session that will be opened, for which n_gpu_layers="auto" leaves room;
+                None for a usual one.
+            beside: bytes on each device to leave to something else.
+        """
+        self._drop_dead()
+        if head:
+            check_head(self.head_file)
+            check_tables(self.head_file)
+        check_tables(self.trunk_file)
+        bundled = head and self.bundled
+        more = head and not self._with_head and (self.bundled or self._fitted)
+        if self._rehearse and head not in self._rehearsed_loads:
+            self._learn(rehearse_in_child(*self.files(head), {"mtp": head}))
+            self._rehearsed_loads.add(head)
+        if self._trunk is None or more:
+            self._let_go()
+            self._trunk = None  # a reload with the head must not hold the model twice
+            self._vocabulary = None
+            self.head = None
+            if settings is None:
+                settings = session_settings(self._n_ctx, usual(self._n_ctx), 1, mtp=head)
+            self._choose_layers(head, settings, beside or {})
+            self._trunk = self._load_file(self.trunk_file, bundled)
+            self._with_head = head
+        if not head:
+            self.head = None
+        elif bundled:
+            self.head = self._trunk
+        elif self.head is None:
+            self.head = self._load_file(self.head_file, True)
+        return self._trunk
+
+    def loaded(self) -> NativeModel:
+        """The trunk's model, as it is loaded; without the head where it is not."""
+        if self._trunk is not None:
+            return self._trunk
+        return self._vocabulary if self._vocabulary is not None else self.load(False)
+
+    def load_vocabulary(self) -> None:
+        """What tokenizes and tells of the model, unless it is loaded: no weights."""
+        self._drop_dead()
+        check_tables(self.trunk_file)
+        if self._trunk is None and self._vocabulary is None:
+            # nothing is to go to a device
+            self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
+
+    def open(self, settings: dict[str, Any]) -> NativeSession:
+        """A session on what load() has loaded."""
+        assert self._trunk is not None
+        return self._opened(self._trunk, self.head, settings)
+
+    def _opened(
+        self, trunk: NativeModel, head: NativeModel | None, settings: dict[str, Any]
+    ) -> NativeSession:
+        session: NativeSession
+        with self._dropping_engine():
+            if isinstance(trunk, process.Model):
+                assert not isinstance(head, engine.Model)
+                session = process.Session(trunk, head)
+            else:
+                assert not isinstance(head, process.Model)
+                session = engine.Session(trunk, head)
+            session.open(**settings)
+        return session
+
+    def free(self) -> None:
+        """Let go of all that is loaded, and end the engine's own process."""
+        self._let_go()
+        self._trunk = None
+        self._vocabulary = None
+        self.head = None
+        self._with_head = False
+        self.layers = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def check_tokenizer(self) -> None:
+        """That text can be tokenized.
+
+        Raises:
+            ModelError: there is no tokenizer, or the engine ends with it.
+        """
+        if not self.trunk_file.has_tokenizer:
+            raise ModelError(
+                f"{self.trunk_file.path}: the model has no tokenizer (tokenizer.ggml.model), so text "
+                "cannot be tokenized; give token lists, or a file converted with its tokenizer"
+            )
+        self.loaded()  # the tokenizer is rehearsed with it
+        if self._tokenizer_fault is not None:
+            raise ModelError(
+                f"{self.trunk_file.path}: the engine's tokenizer ends the process with the vocabulary "
+                f"of this model: {self._tokenizer_fault}. Give token lists, or convert the model "
+                "again with its tokenizer."
+            )
+
+    def renderer(self, options: ChatOptions) -> Renderer:
+        """Renders chats with the model's own template."""
+        model = self.loaded()
+        return Renderer(
+            model.metadata("tokenizer."), model.token_text, options, str(self.trunk_file.path)
+        )
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the engine sees a device to put layers on (with isolate, where it runs)."""
+        return any(device["gpu"] for device in self._devices())
+
+    @property
+    def machine(self) -> str:
+        """What the engine's own process computes with, in words; where the same numbers come out
+        of the same work, they are the same."""
+        assert self._isolate
+        features, found = process.machine(self._started())
+        devices = ", ".join(each["description"] for each in found if each["gpu"])
+        if not devices:
+            return features
+        placed = self._chosen_layers().told(self._n_blocks)
+        return f"{devices}, {placed}, {features}"
+
+    def _devices(self) -> list[engine.DeviceInfo]:
+        if self._isolate:
+            return process.machine(self._started())[1]
+        return engine.backends()[1]
+
+    @property
+    def _n_blocks(self) -> int:
+        """Those that the engine counts: the trunk's, and the head's where it is in the same file."""
+        return self.trunk_file.n_trunk + self.trunk_file.n_nextn
+
+    def _chosen_layers(self) -> Layers:
+        assert self.layers is not None  # load() sets it
+        return self.layers
+
+    def _placed(self, layers: Layers) -> Placement:
+        """The placement, and the experts that `layers` leaves on the CPU."""
+        kept = on_cpu("experts", layers.cpu_experts)
+        return replace(self._placement, overrides=(*self._placement.overrides, *kept))
+
+    def _choose_layers(
+        self, head: bool, settings: dict[str, Any], beside: Mapping[str, int]
+    ) -> None:
+        """Set `layers` for a model that is about to be loaded, and `contexts`."""
+        self.contexts, self._fitted = {}, False
+        if self._n_gpu_layers != "auto":
+            self.layers = Layers(self._n_gpu_layers)
+            return
+        if self._placement.split_mode == "tensor":
+            self.layers = ALL  # the engine cannot plan that mode (common/fit.cpp)
+            return
+        devices = [device for device in self._devices() if device["gpu"]]
+        if not devices:
+            self.layers = Layers(0)
+            return
+        self._fitted = True
+        if self._rehearse:
+            self.rehearse(settings)  # what the engine is going to plan here
+        if not self.causal:
+            settings = whole(settings)
+        free = {
+            device["name"]: device["memory_free"] - beside.get(device["name"], 0)
+            for device in devices
+            if device["memory_total"] > 0
+        }
+        other = [self.head_file] if head and not self.bundled else []
+        need = functools.cache(lambda layers: self._need(head, settings, layers))
+        self.layers = choose_layers(
+            self._n_blocks,
+            need,
+            free,
+            # what stays on the CPU is theirs who say so
+            experts=not self._placement.overrides
+            and self.trunk_file.integers.get("expert_count", 0) > 1,
+            sums=(
+                sums_size(self.trunk_file, *other) * (2 if settings["signed_sums"] else 1)
+                if settings["device_sums"]
+                else 0
+            ),
+        )
+        for use in need(self.layers) or ():
+            if not use["host"]:
+                taken = use["context"] + use["compute"]
+                self.contexts[use["device"]] = self.contexts.get(use["device"], 0) + taken
+
+    def _need(self, head: bool, settings: dict[str, Any], layers: Layers) -> Uses | None:
+        """What the models and a session on them would take; None if there can be none."""
+        try:
+            bundled = head and self.bundled
+            trunk = self._load_file(self.trunk_file, bundled, no_alloc=True, layers=layers)
+            other = None
+            if head:
+                other = (
+                    trunk
+                    if bundled
+                    else self._load_file(self.head_file, True, no_alloc=True, layers=layers)
+                )
+            return self._opened(trunk, other, settings).memory
+        except (EngineError, MemoryError):
+            return None
+
+    def _maps(self, file: ModelFile) -> bool:
+        """The engine maps a file only where its tensors are aligned, or ends the process."""
+        return self._use_mmap and file.aligned
+
+    def _load_file(
+        self,
+        file: ModelFile,
+        mtp: bool,
+        *,
+        no_alloc: bool = False,
+        layers: Layers | None = None,
+    ) -> NativeModel:
+        """Load one. With `no_alloc` without its weights, for the CPU unless `layers` says how much
+        of it would go to the devices."""
+        planned = layers is not None
+        if layers is None:
+            layers = Layers(0) if no_alloc else self._chosen_layers()
+        options: dict[str, Any] = {
+            "mtp": mtp,
+            "n_gpu_layers": layers.n_gpu_layers,
+            "placement": self._placed(layers).as_data() if planned or not no_alloc else None,
+            "use_mmap": not no_alloc and self._maps(file),
+            "check_tensors": not no_alloc and self._check_tensors,
+            "no_alloc": no_alloc,
+        }
+        model: NativeModel
+        if self._isolate:
+            with self._dropping_engine():
+                model = process.Model(self._started(), str(file.path), **options)
+        else:
+            with ended_at_exit("load"):
+                model = engine.Model(str(file.path), **options)
+        if not model.has_decoder:
+            raise ModelError(
+                f"{file.path}: {file.architecture} has no decoder; only models that decode text "
+                "can be collected from"
+            )
+        if model.has_encoder:
+            raise ModelError(
+                f"{file.path}: {file.architecture} decodes what its encoder has made of another "
+                "text, which a text to collect from does not give; only models that decode text by "
+                "themselves can be collected from"
+            )
+        if not planned and 0 < model.n_ctx_train < self._n_ctx:
+            warnings.warn(
+                f"n_ctx={self._n_ctx} is more than the {model.n_ctx_train} tokens that "
+                f"{file.path.name} was trained on",
+                stacklevel=5,
+            )
+        return model
+
+    def _started(self) -> process.Engine:
+        """The engine's own process, a new one where the last one has died."""
+        self._drop_dead()
+        if self.engine is None:
+            self.engine = process.Engine()
+        return self.engine
+
+    def _drop_dead(self) -> None:
+        if self.engine is not None and not self.engine.alive:
+            self.free()
+
+    @contextmanager
+    def _dropping_engine(self) -> Iterator[None]:
+        """Where loading fails or is interrupted, the engine's own process goes, and with it what
+        it may still be busy with."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, EngineDiedError):
+                error.args = (f"{error.args[0]}, while it loaded {self.trunk_file.path}",)
+            elif not isinstance(error, Exception):
+                self.free()
+            raise

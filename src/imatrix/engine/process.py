@@ -1,0 +1,434 @@
+"""The native part of a Collector in a process of its own, so that somebody is left if it dies.
+
+The engine ends its process on what it holds for impossible (ggml_abort), and the system ends one
+that takes too much memory. Neither can be caught in that process. `Engine` starts one (see
+imatrix.engine.process_child), and `Model` and `Session` are what `imatrix.native.engine` offers under these names,
+done there. Everything else of a run (text, checkpoint, files) stays in the caller's process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imatrix.engine import devices, frames
+from imatrix.engine.children import last_words, module_command
+from imatrix.errors import (
+    EngineDiedError,
+    EngineError,
+    ModelError,
+    NonFiniteError,
+    RowsMissingError,
+)
+from imatrix.formats.checkpoint import Group
+
+if TYPE_CHECKING:
+    from imatrix.native.engine import DeviceInfo, MemoryUse
+
+__all__ = ["Engine", "Model", "Session"]
+
+_log = logging.getLogger("imatrix.engine")
+
+_LOG = 64 * 1024  # of the worker's standard error that is kept, bytes
+
+_ERRORS: dict[str, type[Exception]] = {
+    "EngineError": EngineError,
+    "InterruptedError": InterruptedError,
+    "MemoryError": MemoryError,
+    "ModelError": ModelError,
+    "OSError": OSError,
+    "RowsMissingError": RowsMissingError,
+    "ValueError": ValueError,
+}
+
+Answer = tuple[dict[str, Any], list[NDArray[Any]]]
+
+
+class Engine:
+    """A worker process, started now.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self) -> None:
+        if not sys.executable:
+            raise OSError(
+                "no process of its own for the engine: this interpreter does not know its own "
+                "executable (sys.executable is empty); go without (isolate=False, --no-isolate)"
+            )
+        held = hasattr(signal, "pthread_sigmask")
+        if held:  # the worker inherits this until it ignores them
+            mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+            )
+        try:
+            self._process = subprocess.Popen(
+                module_command("imatrix.engine.process_child"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                # ggml_abort would start a debugger for a backtrace where there is one
+                env={"GGML_NO_BACKTRACE": "1", **os.environ},
+                # a session of its own: Ctrl-C at the terminal is for us
+                start_new_session=True,
+            )
+        finally:
+            if held:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        # Written by a thread: Ctrl-C must not end a message half way, and an object may be freed
+        # (tell) at any moment, whatever lock is held then.
+        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Sequence[NDArray[Any]]] | None]
+        self._requests = queue.SimpleQueue()
+        self._guard = threading.Lock()  # of what follows
+        self._waiting: dict[int, Future[Answer]] = {}
+        self._died: EngineDiedError | None = None
+        self._closing = False
+        self._numbers = itertools.count(1)
+        self._tail = bytearray()
+        self._listener = threading.Thread(target=self._listen, name="imatrix-isolate", daemon=True)
+        self._log_reader = threading.Thread(
+            target=self._read_log, name="imatrix-isolate-log", daemon=True
+        )
+        self._writer = threading.Thread(
+            target=self._write, name="imatrix-isolate-requests", daemon=True
+        )
+        self._log_reader.start()
+        self._listener.start()
+        self._writer.start()
+        _engines.add(self)
+        try:
+            for endpoint in devices.rpc_servers():
+                self.ask("rpc", endpoint=endpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked."""
+        with self._guard:
+            return self._died is None and not self._closing
+
+    def ask(self, do: str, arrays: Sequence[NDArray[Any]] = (), **request: Any) -> Answer:
+        """Have something done, and wait for it.
+
+        Raises:
+            EngineDiedError: the worker is gone.
+            Exception: what it raised.
+        """
+        number = next(self._numbers)
+        future: Future[Answer] = Future()
+        with self._guard:
+            if self._died is not None:
+                raise self._dead()
+            self._waiting[number] = future
+        self._requests.put(({"do": do, "number": number, **request}, arrays))
+        answer, found = future.result()
+        if "error" in answer:
+            raise _error_from(answer["error"])
+        return answer, found
+
+    def tell(self, do: str, number: int) -> None:
+        """Have something done to an object, at once and without an answer."""
+        self._requests.put(({"do": do, "object": number}, ()))
+
+    def new_number(self) -> int:
+        """A number for an object over there."""
+        return next(self._numbers)
+
+    def close(self) -> None:
+        """End the worker. Safe to call twice."""
+        with self._guard:
+            if self._closing:
+                return
+            self._closing = True
+        _engines.discard(self)
+        # it ends at once, whatever it does: nobody wants the result
+        self._process.kill()
+        self._process.wait()
+        self._requests.put(None)
+        self._writer.join()
+        self._listener.join()
+        self._log_reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None
+            with contextlib.suppress(OSError):  # what was not written yet
+                stream.close()
+
+    def forget(self) -> None:
+        """In a fork: leave the worker to the process that started it."""
+        self._closing = True
+        self._process.returncode = 0  # not our child: nothing to wait for
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream is not None
+            # not stream.close(): its lock may be held by a thread that is not here, and what is
+            # in its buffer is not ours to write
+            with contextlib.suppress(OSError):
+                os.close(stream.fileno())
+
+    def _write(self) -> None:
+        stream = self._process.stdin
+        assert stream is not None
+        while (item := self._requests.get()) is not None:
+            # a worker that is gone is found by _listen, which answers for it
+            with contextlib.suppress(OSError, ValueError):
+                frames.send(stream, *item)
+            del item
+
+    def _listen(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        why = ""
+        try:
+            while True:
+                message, arrays = frames.receive(stream)
+                if "log" in message:
+                    _log.log(message["log"], "%s", message["line"])
+                    continue
+                with self._guard:
+                    future = self._waiting.pop(message["number"], None)
+                if future is not None:
+                    future.set_result((message, arrays))
+        except EOFError:
+            pass
+        except (OSError, MemoryError, ValueError) as error:
+            why = f"its answer could not be read ({error or type(error).__name__})"
+            self._process.kill()
+        status = self._process.wait()
+        self._log_reader.join()
+        log = self._tail.decode("utf-8", "replace")
+        cause = why or _cause(log, status)
+        with self._guard:
+            self._died = EngineDiedError(
+                f"the process that ran the engine is gone: {cause}", cause=cause, log=log
+            )
+            waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            future.set_exception(self._dead())
+
+    def _dead(self) -> EngineDiedError:
+        assert self._died is not None
+        # each caller gets its own: they add to it
+        return EngineDiedError(str(self._died), cause=self._died.cause, log=self._died.log)
+
+    def _read_log(self) -> None:
+        """Keep the end of what the worker writes to its standard error, and log it."""
+        stream = self._process.stderr
+        assert stream is not None
+        with contextlib.suppress(OSError, ValueError):
+            for line in stream:
+                self._tail += line
+                del self._tail[:-_LOG]
+                if text := line.decode("utf-8", "replace").rstrip():
+                    _log.info("%s", text)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _in_fork() -> None:
+    # or the worker would outlive the process that it works for, as long as this one holds the pipe
+    for engine in list(_engines):
+        engine.forget()
+
+
+@atexit.register
+def _at_exit() -> None:
+    # after the runs have ended (_native_thread, which registers later and so comes first): a
+    # thread that still reads from a worker would hold its stream's lock while the interpreter
+    # takes the stream down, which is fatal
+    for engine in list(_engines):
+        engine.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_fork)
+
+
+class Model:
+    """imatrix.native.engine.Model in a worker."""
+
+    def __init__(self, engine: Engine, path: str, **options: Any) -> None:
+        self.engine = engine
+        self.number = engine.new_number()
+        found, _ = engine.ask(
+            "model",
+            object=self.number,
+            path=path,
+            options=options,
+            log_level=_log.getEffectiveLevel(),
+        )
+        self.n_nextn: int = found["n_nextn"]
+        self.n_trunk: int = found["n_trunk"]
+        self.n_vocab: int = found["n_vocab"]
+        self.n_ctx_train: int = found["n_ctx_train"]
+        self.has_tokenizer: bool = found["has_tokenizer"]
+        self.has_decoder: bool = found["has_decoder"]
+        self.has_encoder: bool = found["has_encoder"]
+        self.add_bos: bool = found["add_bos"]
+        self.bos: int = found["bos"]
+        self.description: str = found["description"]
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            self.engine.tell("free", self.number)
+
+    def causal(self) -> bool:
+        found, _ = self.engine.ask("causal", object=self.number)
+        causal: bool = found["causal"]
+        return causal
+
+    def token_text(self, token: int) -> str:
+        found, _ = self.engine.ask("token_text", object=self.number, token=token)
+        text: str = found["text"]
+        return text
+
+    def metadata(self, prefix: str) -> dict[str, str]:
+        found, _ = self.engine.ask("metadata", object=self.number, prefix=prefix)
+        metadata: dict[str, str] = found["metadata"]
+        return metadata
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
+        options = {"add_special": add_special, "parse_special": parse_special}
+        _, (tokens,) = self.engine.ask("tokenize", object=self.number, text=text, options=options)
+        return tokens
+
+
+class Session:
+    """imatrix.native.engine.Session in a worker."""
+
+    def __init__(self, model: Model, head: Model | None = None) -> None:
+        self.model = model
+        self.head = head
+        self._engine = model.engine
+        self._number = model.engine.new_number()
+        self.plan: Any = None
+        self._engine.ask(
+            "session",
+            object=self._number,
+            model=model.number,
+            head=None if head is None else head.number,
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            self._engine.tell("free", self._number)
+
+    def open(self, **settings: Any) -> None:
+        found, _ = self._engine.ask(
+            "open", object=self._number, settings=settings, log_level=_log.getEffectiveLevel()
+        )
+        self.plan = {context: tuple(plan) for context, plan in found["plan"].items()}
+
+    def step(
+        self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]
+    ) -> list[tuple[float, float, int]]:
+        found, _ = self._engine.ask("step", [tokens, lengths], object=self._number)
+        return [(nll, nll_sq, n) for nll, nll_sq, n in found["scores"]]
+
+    def clear_sums(self) -> None:
+        self._engine.ask("clear_sums", object=self._number)
+
+    def cancel(self) -> None:
+        self._engine.tell("cancel", self._number)
+
+    def clear_cancel(self) -> None:
+        self._engine.tell("clear_cancel", self._number)
+
+    def groups(self) -> list[Group]:
+        found, arrays = self._engine.ask("groups", object=self._number)
+        left = iter(arrays)
+        return [
+            (names, next(left), next(left), next(left) if signed else None)
+            for names, signed in found["groups"]
+        ]
+
+    def snapshot(
+        self,
+    ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None]]:
+        return {
+            name: (sums, counts, signed)
+            for names, sums, counts, signed in self.groups()
+            for name in names
+        }
+
+    def counts(self) -> dict[str, NDArray[np.int64]]:
+        found, arrays = self._engine.ask("counts", object=self._number)
+        return dict(zip(found["names"], arrays, strict=True))
+
+    def restore(
+        self,
+        names: list[str],
+        sums: NDArray[np.float64],
+        counts: NDArray[np.int64],
+        signed_sums: NDArray[np.float64] | None = None,
+    ) -> None:
+        arrays: list[NDArray[Any]] = [sums, counts]
+        if signed_sums is not None:
+            arrays.append(signed_sums)
+        self._engine.ask("restore", arrays, object=self._number, names=names)
+
+    @property
+    def memory(self) -> list[MemoryUse]:
+        found, _ = self._engine.ask("memory", object=self._number)
+        memory: list[MemoryUse] = found["memory"]
+        return memory
+
+    @property
+    def counters(self) -> dict[str, int]:
+        found, _ = self._engine.ask("counters", object=self._number)
+        counters: dict[str, int] = found["counters"]
+        return counters
+
+
+def machine(engine: Engine) -> tuple[str, list[DeviceInfo]]:
+    """What the worker computes with: instruction sets and build, in the engine's words, and
+    its devices."""
+    found, _ = engine.ask("devices")
+    return found["features"], found["devices"]
+
+
+def _cause(log: str, status: int) -> str:
+    if hasattr(signal, "SIGKILL") and status == -signal.SIGKILL:
+        return "killed (SIGKILL), as the system does where memory runs out"
+    words = last_words(log, status)
+    name = last_words("", status)
+    if words != name:
+        return f"{name}: {words}"
+    # not an assertion: the C++ runtime, the C library, or the interpreter may have said why
+    spoken = [line.strip() for line in log.splitlines() if line.strip()]
+    return f"{name}: {spoken[-1]}" if spoken else name
+
+
+def _error_from(data: dict[str, Any]) -> Exception:
+    if data["type"] == "NonFiniteError":
+        return NonFiniteError(
+            data["message"],
+            weight=data["weight"],
+            channel=data["channel"],
+            expert=data["expert"],
+        )
+    if (kind := _ERRORS.get(data["type"])) is not None:
+        return kind(data["message"])
+    return RuntimeError(f"{data['type']}: {data['message']}")

@@ -1,0 +1,401 @@
+"""Any GGUF file as the bytes that it is: read without decoding it, copied without rewriting it.
+
+gguf-py's reader decodes every word of a vocabulary, its writer rewrites every key, and neither
+streams. Here what does not change is copied as it lies in the file, the tensors in blocks of a few
+MB, so that memory follows the header's size, and types that no library here knows come through.
+Nothing is taken on trust: a length is held against the bytes that are there before it is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import mmap
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from imatrix.errors import ModelError
+from imatrix.files.names import decoded, encoded
+
+__all__ = [
+    "STRING",
+    "DamagedError",
+    "Files",
+    "Meter",
+    "Part",
+    "Progress",
+    "Tensor",
+    "Value",
+    "integer",
+    "write",
+]
+
+Progress = Callable[[int, int], None]
+
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)  # one layout; the engine refuses version 1 (ggml/src/gguf.cpp)
+_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT in gguf.h, where general.alignment is absent
+_MAX_DIMS = 4  # GGML_MAX_DIMS
+_MAX_NAME = (
+    65535  # of a key, in the format's description (docs/gguf.md in ggml); a tensor's is less
+)
+_BUFFER = 4 << 20
+
+STRING, _ARRAY = 8, 9
+# gguf_type in gguf.h
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+
+
+class DamagedError(Exception):
+    """The bytes are no GGUF; the text says why."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value as it lies in the file: ``raw`` follows the key, type and count included."""
+
+    kind: int  # of the value, or of an array's elements
+    is_array: bool
+    count: int
+    raw: bytes
+
+    @property
+    def _data(self) -> bytes:
+        return self.raw[16:] if self.is_array else self.raw[4:]
+
+    def decoded(self) -> Any:
+        """A number, a bool, a str, or a list of numbers; for an array of strings its bytes."""
+        if self.kind == STRING:
+            return self._data if self.is_array else self._data[8:].decode("utf-8", "replace")
+        values = list(struct.unpack(f"<{self.count}{_SCALARS[self.kind]}", self._data))
+        return values if self.is_array else values[0]
+
+    def with_scalar(self, value: int) -> Value:
+        raw = struct.pack(f"<I{_SCALARS[self.kind]}", self.kind, value)
+        return Value(self.kind, False, 1, raw)
+
+    def first(self, count: int) -> Value:
+        """The array's first entries."""
+        size = struct.calcsize(f"<{_SCALARS[self.kind]}")
+        return self._array(count, self._data[: count * size])
+
+    def extended(self, value: Any, count: int) -> Value:
+        """The array and ``count`` times ``value`` after it."""
+        more = struct.pack(f"<{count}{_SCALARS[self.kind]}", *[value] * count)
+        return self._array(self.count + count, self._data + more)
+
+    def _array(self, count: int, data: bytes) -> Value:
+        return Value(self.kind, True, count, struct.pack("<IIQ", _ARRAY, self.kind, count) + data)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    kind: int  # ggml_type
+    size: int  # bytes, without padding
+    path: Path
+    start: int  # byte in the file
+    granule: int  # the size may be too large by less than this; 1 where it is exact
+
+    @property
+    def block(self) -> int | None:
+        """The number in `blk.<number>.`; None for a tensor outside the blocks."""
+        found = _BLOCK.match(self.name)
+        return int(found[1]) if found else None
+
+
+class _Cursor:
+    """Reads forward through bytes, and never past their end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def skip(self, count: int, what: str) -> int:
+        """Step over ``count`` bytes; gives where they start."""
+        start, end = self.at, self.at + count
+        if end > len(self.data):
+            raise DamagedError(
+                f"cut short or damaged: {what} would end at byte {end}, the file has "
+                f"{len(self.data)}"
+            )
+        self.at = end
+        return start
+
+    def u32(self, what: str) -> int:
+        return int(struct.unpack_from("<I", self.data, self.skip(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(struct.unpack_from("<Q", self.data, self.skip(8, what))[0])
+
+    def text(self, what: str) -> str:
+        size = self.u64(what)
+        start = self.skip(size, what)
+        if size > _MAX_NAME:
+            raise DamagedError(f"damaged: {what} is {size} bytes long")
+        return decoded(self.data[start : start + size])
+
+    def value(self, key: str) -> Value:
+        start = self.at
+        kind = self.u32(key)
+        is_array, count = kind == _ARRAY, 1
+        if is_array:
+            kind = self.u32(key)
+            count = self.u64(key)
+        if kind == STRING:
+            for _ in range(count):
+                self.skip(self.u64(key), key)
+        elif kind in _SCALARS:
+            self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"), key)
+        else:
+            raise DamagedError(f"damaged: the key {key!r} has the unknown type {kind}")
+        return Value(kind, is_array, count, self.data[start : self.at])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One GGUF file."""
+
+    path: Path
+    version: int
+    alignment: int
+    keys: dict[str, Value]
+    tensors: list[Tensor]
+    file_bytes: int
+
+    @classmethod
+    def read(cls, path: Path) -> Part:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "expected a GGUF model file", str(path))
+        if not path.exists():
+            raise FileNotFoundError(errno.ENOENT, "no such model file", str(path))
+        with path.open("rb") as file:
+            magic = file.read(4)
+            if magic != _MAGIC:
+                start = f"it starts with {magic!r}" if magic else "it is empty"
+                raise ModelError(f"{path}: not a GGUF file: {start}, expected {_MAGIC!r}")
+            try:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    return cls._parsed(path, _Cursor(data))
+            except DamagedError as error:
+                raise ModelError(f"{path}: {error}") from None
+
+    @classmethod
+    def _parsed(cls, path: Path, cursor: _Cursor) -> Part:
+        cursor.skip(4, "the magic")
+        version = cursor.u32("the version")
+        if version not in _VERSIONS:
+            if version & 0xFFFF == 0:
+                raise DamagedError("big-endian GGUF, which is not supported")
+            raise DamagedError(f"GGUF version {version}; 2 and 3 are supported")
+        n_tensors, n_keys = cursor.u64("the tensor count"), cursor.u64("the key count")
+        keys: dict[str, Value] = {}
+        for i in range(n_keys):
+            key = cursor.text(f"the name of key {i}")
+            if key in keys:
+                raise DamagedError(f"damaged: the key {key!r} is there twice")
+            keys[key] = cursor.value(key)
+        alignment = integer(keys, "general.alignment", _ALIGNMENT)
+        if alignment < 1 or alignment & (alignment - 1):
+            raise DamagedError(f"general.alignment is {alignment}, no power of two")
+        infos = [cls._tensor_info(cursor, i) for i in range(n_tensors)]
+        data = _padded(cursor.at, alignment)
+        return cls(
+            path,
+            version,
+            alignment,
+            keys,
+            _placed(path, infos, data, len(cursor.data), alignment),
+            len(cursor.data),
+        )
+
+    @staticmethod
+    def _tensor_info(cursor: _Cursor, i: int) -> tuple[str, tuple[int, ...], int, int]:
+        name = cursor.text(f"the name of tensor {i}")
+        n_dims = cursor.u32(name)
+        if n_dims > _MAX_DIMS:
+            raise DamagedError(f"damaged: the tensor {name!r} has {n_dims} dimensions")
+        shape = tuple(cursor.u64(name) for _ in range(n_dims))
+        return name, shape, cursor.u32(name), cursor.u64(name)
+
+
+def _placed(
+    path: Path,
+    infos: list[tuple[str, tuple[int, ...], int, int]],
+    data: int,
+    file_bytes: int,
+    alignment: int,
+) -> list[Tensor]:
+    """Tensors with their size in bytes, which the file does not give: it follows from the type."""
+    ends = sorted({data + offset for *_, offset in infos} | {file_bytes})
+    following = dict(itertools.pairwise(ends))
+    tensors = []
+    for name, shape, kind, offset in infos:
+        start = data + offset
+        if start > file_bytes:
+            raise DamagedError(f"cut short: {name} starts at byte {start}, it has {file_bytes}")
+        # A type that gguf-py does not know (a fork's, a newer one) reaches to the next tensor.
+        # The padding that may come along does no harm, since the output pads alike.
+        size = following.get(start, file_bytes) - start
+        if (known := _size(shape, kind)) is not None:
+            if start + known > file_bytes:
+                raise DamagedError(
+                    f"cut short: {name} ends at byte {start + known}, the file has {file_bytes}"
+                )
+            if known > size:
+                raise DamagedError(f"damaged: the data of {name} overlap another tensor's")
+            size = known
+        granule = alignment if known is None else 1
+        tensors.append(Tensor(name, shape, kind, size, path, start, granule))
+    return tensors
+
+
+def _size(shape: tuple[int, ...], kind: int) -> int | None:
+    """Bytes of a tensor; None where the type is unknown."""
+    try:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        return None
+    count = 1
+    for length in shape:
+        count *= length
+    return count // block * block_bytes
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+def integer(keys: Mapping[str, Value], key: str, default: int) -> int:
+    value = keys.get(key)
+    if value is None:
+        return default
+    if value.is_array or value.kind not in _INTEGERS:
+        raise DamagedError(f"{key} is not an integer")
+    return int(value.decoded())
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Counts written bytes for the caller."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+class Files(ExitStack):
+    """The inputs, each opened once, read in blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open: dict[Path, FileIO] = {}
+
+    def blocks(self, tensor: Tensor) -> Iterator[memoryview]:
+        """The tensor's bytes, in equal blocks and a rest; each is overwritten by the next."""
+        if tensor.path not in self._open:
+            # Unbuffered: a block goes into our buffer without a copy in between.
+            self._open[tensor.path] = self.enter_context(tensor.path.open("rb", buffering=0))
+        file = self._open[tensor.path]
+        buffer = memoryview(bytearray(min(_BUFFER, tensor.size)))
+        for done in range(0, tensor.size, _BUFFER):
+            block = buffer[: tensor.size - done]
+            file.seek(tensor.start + done)
+            filled = 0
+            while filled < len(block):
+                got = file.readinto(block[filled:])
+                if not got:
+                    raise OSError(errno.EIO, f"it ended inside {tensor.name}", str(tensor.path))
+                filled += got
+            yield block
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two tensors are alike in type and bytes."""
+        if (one.kind, one.size) != (other.kind, other.size):
+            return False
+        pairs = zip(self.blocks(one), self.blocks(other), strict=True)
+        # bytearray, since two views are compared an item at a time
+        return all(bytearray(ours) == theirs for ours, theirs in pairs)
+
+
+def write(
+    path: Path,
+    version: int,
+    alignment: int,
+    keys: Mapping[str, Value],
+    tensors: list[Tensor],
+    meter: Meter,
+) -> int:
+    """Write a GGUF file of these keys and tensors, in their order; gives its size in bytes.
+
+    Args:
+        path: a file there is replaced.
+        version, alignment: the output's, for its head and its general.alignment.
+        meter: told of every block written.
+
+    Raises:
+        ModelError: a tensor of unknown size and the output's alignment do not go together.
+        OSError: reading or writing failed.
+    """
+    with path.open("wb") as file, Files() as files:
+        file.write(_MAGIC + struct.pack("<IQQ", version, len(tensors), len(keys)))
+        for key, value in keys.items():
+            file.write(_text(key) + value.raw)
+        offset = 0
+        for tensor in tensors:
+            if tensor.granule > alignment:
+                raise ModelError(
+                    f"{tensor.path}: the size of {tensor.name} is not known (ggml type "
+                    f"{tensor.kind}), and its file is aligned to {tensor.granule} bytes, the output "
+                    f"to {alignment}; give files of the same general.alignment"
+                )
+            dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
+            file.write(_text(tensor.name) + dims + struct.pack("<IQ", tensor.kind, offset))
+            offset += _padded(tensor.size, alignment)
+        _pad(file, alignment)
+        for tensor in tensors:
+            for block in files.blocks(tensor):
+                file.write(block)
+                meter.add(len(block))
+            _pad(file, alignment)
+        return file.tell()
+
+
+def _text(value: str) -> bytes:
+    data = encoded(value)
+    return struct.pack("<Q", len(data)) + data
+
+
+def _pad(file: BinaryIO, alignment: int) -> None:
+    at = file.tell()
+    file.write(bytes(_padded(at, alignment) - at))

@@ -1,0 +1,106 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from imatrix.errors import EngineError
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.model.header import ModelFile
+from imatrix.quantization.types import UNASKED
+
+if TYPE_CHECKING:
+    from imatrix.quantization.coverage import Coverage, TensorCoverage
+
+_OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
+
+
+def check_unasked(found: Coverage) -> None:
+    """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c)."""
+    for tensor in sorted(found.missing, key=lambda t: t.name in UNASKED and UNASKED.index(t.name)):
+        if tensor.name in UNASKED:
+            raise ValueError(
+                f"{tensor.name} would get a type that needs importance data, and there are none "
+                "for it. Leave out pure, or give it a type of its own, as in "
+                f"tensor_types={{'^{tensor.name}$': 'q4_K'}}"
+                + (
+                    " (or collect with process_output)."
+                    if tensor.cure == "collect the output"
+                    else "."
+                )
+            )
+
+
+def refuse_early(
+    found: Coverage, model: ModelFile, matrix: ImportanceMatrix, dst: str | os.PathLike[str]
+) -> None:
+    """Say now, in the engine's words, what it would come upon at a tensor that may be an hour
+    away. What it says at its start (no matrix at all, weights that are quantized already) is
+    left to it."""
+    if found.ready:
+        return
+    first = found.failing[0]
+    cure = ""
+    if first.status == "missing":
+        cure = _cure(first, found)
+        words = f"Missing importance matrix for tensor {first.name} in a very low-bit quantization"
+    elif first.status == "wrong size":
+        n_in, _, n_mat = (*model.tensors[first.name], 1, 1)[:3]
+        words = (
+            f"imatrix size {matrix[first.name].sums.size} is different from tensor size "
+            f"{n_in * n_mat} for {first.name}"
+        )
+    else:
+        return
+    error = explained(f"failed to quantize: {words}", model, dst, found.ftype, cure)
+    more = len(found.failing) - 1
+    error.args = (
+        f"{error.args[0]}"
+        + (f" {more} more tensor(s) would fail; see imatrix check." if more else ""),
+    )
+    raise error
+
+
+def explained(
+    log: str,
+    model: ModelFile,
+    dst: str | os.PathLike[str],
+    ftype: str,
+    cure: str = "",
+) -> Exception:
+    """The exception for what the engine logged as errors before it gave up."""
+    reason = log.rpartition("failed to quantize: ")[2].strip() or "it gave no reason"
+    if "bad_alloc" in reason:
+        return MemoryError(f"{model.path}: no memory to quantize to {ftype}")
+    if "iostream error" in reason:
+        return OSError(f"cannot write {os.fspath(dst)!r}: the engine could not; is the disk full?")
+    message = f"{model.path}: cannot quantize to {ftype}: {reason}"
+    if cure:
+        message += f". {cure}"
+    elif (offending := _OFFENDING.search(log)) is not None:
+        message += (
+            f" {offending[1]} would become {offending[2]}, which needs importance data. Collect "
+            "them (imatrix collect) and give them as imatrix, or choose a larger type."
+        )
+    elif "requantizing" in reason:
+        message += (
+            ". The model is quantized already: start from its F16 or BF16 file, or say "
+            "allow_requantize to accept the loss."
+        )
+    return EngineError(message)
+
+
+def _cure(tensor: TensorCoverage, found: Coverage) -> str:
+    """What to do about a tensor that lacks data."""
+    if tensor.cure == "collect the head":
+        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "nextn"
+        return (
+            f"Block {block} is the model's MTP head, which the importance matrix does not "
+            "cover: collect it with mtp (imatrix collect --mtp)."
+        )
+    fixes = found.fixes
+    if tensor.cure in ("another type", "find out"):  # these name their tensors
+        fixes = tuple(fix for fix in fixes if tensor.name in fix) or fixes
+    return f"The importance matrix has no entry for it. {' '.join(fixes[:1])}"

@@ -1,0 +1,40 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from imatrix.engine.rehearsal import rehearse_load, tried
+from imatrix.errors import ModelError
+from imatrix.model.architectures import loads_alone
+from imatrix.model.header import ModelFile
+
+_quantizable: set[tuple[object, ...]] = set()
+
+
+def rehearse_quantize(file: ModelFile) -> None:
+    """Let the quantizer look through a model in a child process, and the engine load it, once for
+    each file: the quantizer takes a model that no engine loads, and writes another.
+
+    Args:
+        file: the model; by the sizes and times of its parts it is known again.
+
+    Raises:
+        ModelError: as rehearse() does, or the engine's loader refuses the model.
+    """
+    model = file.path
+    stats = [part.stat() for part, _ in file.parts]
+    key = (model, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
+    if key in _quantizable:
+        return
+    found = tried({"quantize": str(model)}, model)
+    if found is not None and found[1] is not None:
+        raise ModelError(
+            f"{model}: the engine's quantizer ends the process on this model: {found[1]}. Its "
+            "metadata and its tensors do not go together; convert it again, or report it with "
+            "the output of `imatrix --version`."
+        )
+    if loads_alone(file) and (why := rehearse_load(model, mtp=file.n_nextn > 0)):
+        raise ModelError(
+            f"{model}: the engine does not load this model, and would not load what is made of "
+            f"it: {why}"
+        )
+    _quantizable.add(key)

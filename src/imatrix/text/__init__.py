@@ -1,0 +1,1 @@
+"""The text: read from its sources, rendered, tokenized and cut into chunks."""
