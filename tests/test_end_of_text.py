@@ -29,7 +29,8 @@ from imatrix import (
     Source,
 )
 from imatrix.text.chunks import Chunks
-from imatrix.text.tokens import Packing, Texts
+from imatrix.text.inputs import Texts
+from imatrix.text.tokens import Packing
 
 EOS = 2
 N_CTX = 8

@@ -23,7 +23,7 @@ from test_corpus import BOS, Characters
 
 from imatrix import Chat, Mixture, Source
 from imatrix.text.chunks import Chunks, chunks
-from imatrix.text.tokens import Texts
+from imatrix.text.inputs import Texts
 
 RECORDS: list[dict[str, Any]] = [{"text": "first"}, {"text": "zweité\n"}, {"text": "third"}]
 TEXTS = [record["text"] for record in RECORDS]
@@ -321,9 +321,9 @@ def test_a_shuffle_is_a_permutation_and_the_seed_decides_it(
 
 def test_a_shuffle_is_one_draw_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worked out from the rule, with the numbers that Python promises not to change."""
-    from imatrix.text import sources as text_sources
+    from imatrix.text import shuffling
 
-    monkeypatch.setattr(text_sources, "_HELD_DOCUMENTS", 3)
+    monkeypatch.setattr(shuffling, "_HELD_DOCUMENTS", 3)
     rng = random.Random("7/")
     assert [rng.random() for _ in range(2)] == [0.775599518470933, 0.46352469513118444]
     rng = random.Random("7/")
@@ -340,7 +340,7 @@ def test_a_shuffle_is_one_draw_after_the_other(monkeypatch: pytest.MonkeyPatch) 
     assert [item for _, item in stream] == expected
     assert expected != list("abcdefgh")
     # a document that is larger than all that may be held goes through by itself
-    monkeypatch.setattr(text_sources, "_HELD_CHARACTERS", 2)
+    monkeypatch.setattr(shuffling, "_HELD_CHARACTERS", 2)
     (stream,) = Mixture([["aaa", "bbb", "ccc"]], seed=7).streams()
     assert [item for _, item in stream] == ["aaa", "bbb", "ccc"]
 

@@ -27,7 +27,9 @@ from imatrix.errors import (
 from imatrix.formats import FormatError
 from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
 from imatrix.text.chats import ChatOptions
-from imatrix.text.sources import Chat, Mixture, Source
+from imatrix.text.documents import Chat
+from imatrix.text.mixtures import Mixture
+from imatrix.text.sources import Source
 from imatrix.text.template import ChatTemplate
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import Any
 
 from imatrix.files.outputs import Input, Output, check_files
 from imatrix.model.parts import model_inputs
-from imatrix.text.sources import Source, text_inputs
+from imatrix.text.inputs import text_inputs
+from imatrix.text.sources import Source
 
 __all__ = ["COMMANDS", "check_command", "check_copies", "check_output", "command_files"]
 

@@ -46,10 +46,12 @@ from imatrix.model.architectures import lacks_head
 from imatrix.text.chats import ChatOptions
 from imatrix.text.chunks import Chunk, Chunks
 from imatrix.text.cutting import cut, dataset_names, in_groups, source_names, weights_of
+from imatrix.text.documents import OnBadRecord
+from imatrix.text.inputs import Texts, text_inputs
+from imatrix.text.mixtures import Mixture
 from imatrix.text.progress import Perplexity, Progress, Report
-from imatrix.text.sources import Mixture, OnBadRecord, text_inputs
 from imatrix.text.template import ChatTemplate
-from imatrix.text.tokens import Packing, Texts
+from imatrix.text.tokens import Packing
 
 __all__ = ["Collector"]
 

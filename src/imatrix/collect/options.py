@@ -10,8 +10,8 @@ from typing import Literal
 from imatrix.cluster.cluster import Cluster
 from imatrix.formats.checkpoint import Setting
 from imatrix.text.chats import ChatOptions
+from imatrix.text.documents import OnBadRecord
 from imatrix.text.progress import Progress
-from imatrix.text.sources import OnBadRecord
 from imatrix.text.tokens import Packing
 
 

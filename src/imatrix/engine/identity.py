@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from imatrix.formats.checkpoint import Setting
 from imatrix.text.chats import ChatOptions
-from imatrix.text.sources import Mixture, OnBadRecord
-from imatrix.text.tokens import Packing, Texts
+from imatrix.text.documents import OnBadRecord
+from imatrix.text.inputs import Texts
+from imatrix.text.mixtures import Mixture
+from imatrix.text.tokens import Packing
 
 __all__ = ["differing", "text_settings"]
 

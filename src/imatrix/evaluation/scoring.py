@@ -32,9 +32,10 @@ from imatrix.model.architectures import lacks_head
 from imatrix.native import engine
 from imatrix.text.chats import ChatOptions
 from imatrix.text.cutting import cut
+from imatrix.text.documents import OnBadRecord
+from imatrix.text.inputs import Texts
 from imatrix.text.progress import Perplexity, Progress
-from imatrix.text.sources import OnBadRecord
-from imatrix.text.tokens import Packing, Texts
+from imatrix.text.tokens import Packing
 
 __all__ = ["evaluate"]
 

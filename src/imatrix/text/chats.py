@@ -10,9 +10,9 @@ from datetime import datetime
 from typing import Any
 
 from imatrix.errors import TemplateError
+from imatrix.text.documents import Chat
 from imatrix.text.plain import repaired_value
 from imatrix.text.records import with_parsed_arguments
-from imatrix.text.sources import Chat
 from imatrix.text.template import (
     ARGUMENTS,
     DATE,

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from imatrix.engine.interface import NativeModel
 from imatrix.engine.models import Models
 from imatrix.formats.checkpoint import Setting
-from imatrix.text import chunks as corpus
 from imatrix.text.chats import Renderer
 from imatrix.text.chunks import Chunk, Chunks
-from imatrix.text.sources import Mixture, OnBadRecord, Source
-from imatrix.text.tokens import Packing, TextFile, Texts
+from imatrix.text.chunks import chunks as cut_tokens
+from imatrix.text.documents import OnBadRecord
+from imatrix.text.inputs import TextFile, Texts
+from imatrix.text.mixtures import Mixture
+from imatrix.text.sources import Source
+from imatrix.text.tokens import Packing, pieces
 
 __all__ = ["cut", "dataset_names", "in_groups", "source_names", "tokens_of", "weights_of"]
 
@@ -42,16 +45,14 @@ def cut(
     tokenizer = _Tokenizing(model, models.check_tokenizer)
     if isinstance(texts, (str, os.PathLike, TextFile)):
         models.check_tokenizer()
-        tokens = np.concatenate(
-            [np.empty(0, np.int32), *corpus.pieces(texts, tokenizer, parse_special)]
-        )
+        tokens = np.concatenate([np.empty(0, np.int32), *pieces(texts, tokenizer, parse_special)])
         texts = [tokens]
         text["text_tokens"] = len(tokens)
         text["text_digest"] = hashlib.sha256(tokens_of(tokens)).hexdigest()
         if packing == "stream":
             total = max(1, len(tokens) // n_ctx) - skip_chunks
         else:  # a single document; a BOS in front of each chunk takes a token's place
-            total = sum(1 for _ in corpus.chunks(texts, model, n_ctx, packing=packing))
+            total = sum(1 for _ in cut_tokens(texts, model, n_ctx, packing=packing))
             total -= skip_chunks
         total = total if max_chunks is None else min(total, max_chunks)
     chunks = Chunks(

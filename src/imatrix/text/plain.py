@@ -1,4 +1,4 @@
-"""Bytes to text, and values that came out of somebody's file, made fit to be encoded again."""
+"""Bytes to text, JSON to values, and texts that are repaired so that they can be encoded again."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BOM", "decoded", "parsed_json", "read_json", "read_text", "repaired", "repaired_value"]
+__all__ = [
+    "BOM",
+    "decoded",
+    "not_text",
+    "parsed_json",
+    "read_json",
+    "read_text",
+    "repaired",
+    "repaired_value",
+]
 
 BOM = "\ufeff"
-"""What some editors write at the head of a file. It is no part of the text."""
+"""Byte order mark: some editors write it at the head of a file. It is no part of the text."""
 
-# Halves of UTF-16 pairs: JSON can spell one out alone, and no encoding has it.
+# Halves of UTF-16 pairs: JSON can spell one alone, but no encoding can write it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def repaired(text: str) -> str:
-    """The text with U+FFFD in the place of each surrogate."""
-    # isascii() and the like would not tell; most texts have none, and the search is fast
+    """The text with U+FFFD in place of each surrogate."""
     return _SURROGATE.sub("\ufffd", text)
 
 
 def repaired_value(value: Any) -> Any:
-    """A value of mappings, lists and texts with all its texts repaired, keys too."""
+    """A value made of mappings, lists and texts, with all its texts repaired, keys too."""
     if isinstance(value, str):
         return repaired(value)
     if isinstance(value, Mapping):
@@ -36,7 +44,7 @@ def repaired_value(value: Any) -> Any:
 
 
 def decoded(content: bytes, where: str) -> str:
-    """UTF-8 to text, without the BOM at its head.
+    """Content in UTF-8 as text, without the BOM at its head.
 
     Raises:
         ValueError: it is not UTF-8; the message begins with `where`.
@@ -44,10 +52,15 @@ def decoded(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8").removeprefix(BOM)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not {error.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
-            f"{error.start} ({error.reason}); convert the file to UTF-8"
-        ) from error
+        raise not_text(where, error) from error
+
+
+def not_text(where: str, error: UnicodeDecodeError) -> ValueError:
+    """The error for content that is not the text it should be: where, which byte, what to do."""
+    return ValueError(
+        f"{where}: not {error.encoding} text: byte 0x{error.object[error.start]:02x} at offset "
+        f"{error.start} ({error.reason}); convert the file to UTF-8"
+    )
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -62,11 +75,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def parsed_json(text: str, where: str, hint: str = "", *, field: bool = False) -> Any:
-    """The value that a JSON text spells; `field`: it is one of a record, and `where` names it.
+    """The value that a JSON text spells.
+
+    Args:
+        text: the JSON.
+        where: what to call the text in an error.
+        hint: the end of the message if the text is not JSON.
+        field: `where` names a field of a record, not a file or a line.
 
     Raises:
-        ValueError: it is not JSON, or nested too deeply; the message begins with `where`, and ends
-            with `hint` if it is not JSON.
+        ValueError: it is not JSON, or it is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -77,7 +95,7 @@ def parsed_json(text: str, where: str, hint: str = "", *, field: bool = False) -
         raise ValueError(f"{where}{joint}{said} JSON: {error.msg} at {column}{hint}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python converts
+    except ValueError as error:  # a number with more digits than Python converts
         raise ValueError(f"{where}: {error}") from None
 
 

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Files of text as bytes: which there are, how to read each by its name, and unpacking.
+
+The libraries that read Parquet, Zstandard and data sets are imported here, on first use.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
 
-__all__ = ["Kind"]
+__all__ = [
+    "KINDS",
+    "PACKED",
+    "STDIN",
+    "Kind",
+    "dataset_of",
+    "describe_path",
+    "files_in",
+    "import_datasets",
+    "import_zstandard",
+    "kind_of",
+    "open_parquet",
+    "opened",
+    "rows_of",
+    "unpacked_name",
+]
 
 Kind = Literal["text", "jsonl", "parquet", "hf"]
-
+"""How a source is read; "hf" is a data set of the datasets library."""
 
 KINDS: dict[str, Kind] = {
     ".txt": "text",
@@ -26,10 +44,14 @@ KINDS: dict[str, Kind] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
-
+"""Suffixes of the files that are read in a folder."""
 
 PACKED = (".gz", ".zst")
+"""Suffixes of files that are unpacked while they are read."""
+
 STDIN = "-"
+"""What names standard input."""
+
 _DATASET = re.compile(r"([^/:]+(?:/[^/:]+)?)(?::([^/:]*))?(?:/([^/:]+))?")
 _LOCAL_DATASET = re.compile(r"((?:[./~]|[A-Za-z]:[\\/]).*?)(?::([^/:\\]*)(?:/([^/:]+))?)?")
 
@@ -38,7 +60,8 @@ _LOCAL_DATASET = re.compile(r"((?:[./~]|[A-Za-z]:[\\/]).*?)(?::([^/:\\]*)(?:/([^
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    # links to folders are not followed: they may lead around in a circle
+    """The files in a folder and its subfolders, in no order; hidden ones are left out."""
+    # links to folders are not followed: they may lead back to where they start
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
@@ -49,10 +72,16 @@ def _raise(error: OSError) -> None:
 
 
 def unpacked_name(path: Path) -> Path:
+    """The path without the suffix of its compression."""
     return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 def kind_of(path: Path) -> Kind:
+    """How to read a file, by its name.
+
+    Raises:
+        ValueError: it is Parquet that was compressed once more.
+    """
     kind = KINDS.get(unpacked_name(path).suffix.lower(), "text")
     if kind == "parquet" and path.suffix.lower() in PACKED:
         raise ValueError(f"{path}: Parquet has compression of its own; unpack the file")
@@ -60,12 +89,18 @@ def kind_of(path: Path) -> Kind:
 
 
 def describe_path(path: Path | None) -> str:
+    """What to call a file in an error; None is standard input."""
     return "standard input" if path is None else os.fspath(path)
 
 
 @contextmanager
 def opened(path: Path | None) -> Iterator[IO[bytes]]:
-    """The file, unpacked as it is read; standard input for None."""
+    """The file, unpacked while it is read; standard input for None.
+
+    Raises:
+        ValueError: it is damaged or cut short.
+        OSError: it cannot be read.
+    """
     if path is None:
         yield sys.stdin.buffer
         return
@@ -85,8 +120,8 @@ def opened(path: Path | None) -> Iterator[IO[bytes]]:
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks frames of Zstandard, and says so where the last one is cut short (the library's own
-    stream_reader takes that for the end)."""
+    """Unpacks frames of Zstandard. It raises EOFError if the last frame is cut short, which the
+    library's own stream_reader takes for the end of the file."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._library = import_zstandard(path)
@@ -125,7 +160,8 @@ class _Zstd(io.RawIOBase):
 # --- libraries -----------------------------------------------------------------------------------
 
 
-def import_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """The file as a pyarrow.parquet.ParquetFile."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -133,7 +169,7 @@ def import_parquet(path: Path) -> Any:
         raise _missing(os.fspath(path), "pyarrow", "parquet") from error
     try:
         name = os.fspath(path)
-        # it takes a name for UTF-8, and bytes for what they are
+        # pyarrow encodes a name as UTF-8, and takes bytes as they are
         raw = name != name.encode("utf-8", "replace").decode("utf-8")
         return parquet.ParquetFile(pyarrow.OSFile(os.fsencode(path)) if raw else path)
     except pyarrow.ArrowInvalid as error:
@@ -141,6 +177,7 @@ def import_parquet(path: Path) -> Any:
 
 
 def import_zstandard(path: Path) -> Any:
+    """The library zstandard, which `path` needs."""
     try:
         import zstandard
     except ImportError as error:
@@ -149,6 +186,7 @@ def import_zstandard(path: Path) -> Any:
 
 
 def import_datasets() -> Any:
+    """The library datasets."""
     try:
         import datasets
     except ImportError as error:
@@ -163,8 +201,28 @@ def _missing(what: str, library: str, extra: str) -> ImportError:
     )
 
 
+def rows_of(batch: Any) -> Iterator[Any]:
+    """The rows of a pyarrow.RecordBatch as mappings. A row that cannot be one, for example because
+    a text in it is not UTF-8, is a ValueError instead; it is yielded, not raised."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except ValueError:
+        pass
+    for row in range(batch.num_rows):
+        try:
+            (found,) = batch.slice(row, 1).to_pylist()
+        except ValueError as error:
+            found = error
+        yield found
+
+
 def dataset_of(text: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split."""
+    """Name, configuration and split of a data set, from what stands after "hf:".
+
+    Raises:
+        ValueError: the text names no data set.
+    """
     found = _LOCAL_DATASET.fullmatch(text) or _DATASET.fullmatch(text)
     if found is None:
         raise ValueError(

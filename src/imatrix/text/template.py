@@ -181,7 +181,7 @@ class ChatTemplate:
     def _start(self) -> None:
         if importlib.util.find_spec("jinja2") is None:
             raise ImportError("chat templates need the library jinja2: pip install 'jinja2>=3.1.6'")
-        worker = str(Path(__file__).with_name("_chat_worker.py"))
+        worker = str(Path(__file__).with_name("template_child.py"))
         # isolated: not what lies in the current folder, but the paths that this process has
         command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), worker]
         self._child = child = subprocess.Popen(

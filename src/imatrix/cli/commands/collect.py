@@ -36,7 +36,7 @@ from imatrix.formats.checkpoint import read as read_checkpoint
 from imatrix.matrix.experts import describe_experts, experts
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.matrix.summary import describe_weights
-from imatrix.text.tokens import Texts
+from imatrix.text.inputs import Texts
 from imatrix.words import duration
 
 # tokens a decode where none are given, as llama.cpp has it (common/common.h, n_batch)

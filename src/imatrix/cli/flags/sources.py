@@ -10,10 +10,10 @@ from typing import Any
 import imatrix
 from imatrix.cli.flags.common import at_least
 from imatrix.cli.terminal import Terminal
+from imatrix.text.documents import FIELDS
+from imatrix.text.inputs import Texts
 from imatrix.text.plain import parsed_json, read_json, read_text
-from imatrix.text.sources import FIELDS
 from imatrix.text.template import DATE
-from imatrix.text.tokens import Texts
 
 __all__ = ["add_arguments", "add_min_expert_rows", "run_arguments", "tell", "texts"]
 
