@@ -1,4 +1,4 @@
-"""Chats to text, by the template that a model brings along."""
+"""Chats to text, with the chat templates that a model file brings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from imatrix.text.template import (
     placeholder,
 )
 
-__all__ = ["ChatOptions", "Renderer"]
+__all__ = ["ChatOptions", "Renderer", "templates"]
 
 _KEY = "tokenizer.chat_template"
 
@@ -33,14 +33,14 @@ class ChatOptions:
     """How the chats of a text are rendered.
 
     Attributes:
-        template: name of one of the model's templates. None for its default, or the one called
-            tool_use where there is one and the chat has tools, as transformers chooses.
+        template: name of one of the model's templates. None chooses as transformers does: tool_use
+            if the model has a template of that name and the chat has tools, else the default one.
         text: a template to use instead of the model's.
-        system: a system message for the chats that do not begin with one; None for none.
-        tools: JSON schemas for the chats that bring none; None for none.
+        system: a system message for chats that do not begin with one; None for no message.
+        tools: JSON schemas for chats that have none of their own; None for no tools.
         generation_prompt: end each chat with the start of an answer.
         variables: further names for the template, such as {"enable_thinking": False}.
-        now: the time that strftime_now() tells.
+        now: the time that strftime_now() gives.
     """
 
     template: str | None = None
@@ -52,8 +52,8 @@ class ChatOptions:
     now: datetime = DATE
 
     def digest(self) -> str:
-        """What tells these options from others, in hexadecimal."""
-        told = json.dumps(
+        """SHA-256 of these options, in hexadecimal: other options have another one."""
+        content = json.dumps(
             [
                 self.template,
                 self.text,
@@ -66,7 +66,7 @@ class ChatOptions:
             sort_keys=True,
             default=placeholder,
         )
-        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Renderer:
@@ -74,12 +74,12 @@ class Renderer:
 
     Args:
         metadata: the model's keys that begin with "tokenizer.", values as text.
-        spelled: gives the text of a token id.
-        options: see there.
+        spelled: a function that gives the text of a token id.
+        options: how to render.
         where: what to call the model in errors.
 
     Raises (when called):
-        TemplateError: the model has no such template, or see ChatTemplate.
+        TemplateError: the model has no such template, or the template fails (see ChatTemplate).
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Renderer:
         )
 
     def template(self, *, with_tools: bool = False) -> ChatTemplate:
-        """The template for a chat, by transformers' rule."""
+        """The template for a chat with or without tools; see ChatOptions.template."""
         options = self._options
         if options.text is not None:
-            name, text, told = "", options.text, "the chat template given"
+            name, text, called = "", options.text, "the chat template given"
         else:
             name = options.template or (
                 TOOL_USE if with_tools and TOOL_USE in self._texts else "default"
@@ -134,19 +134,20 @@ class Renderer:
             if name not in self._texts:
                 raise TemplateError(self._no_template(name), for_all=True)
             text = self._texts[name]
-            told = f"{self._where}: chat template {name!r}"
+            called = f"{self._where}: chat template {name!r}"
         if name not in self._made:
             self._made[name] = ChatTemplate(
-                text, name=told, variables=self._special, now=options.now
+                text, name=called, variables=self._special, now=options.now
             )
         return self._made[name]
 
     def close(self) -> None:
-        """End the templates' processes."""
+        """End the processes that render the templates."""
         for made in self._made.values():
             made.close()
 
     def _no_template(self, name: str) -> str:
+        """The message if the model does not have that template."""
         give = "give one with --chat-template-file (ChatOptions.text)"
         if not self._texts:
             return f"{self._where} has no chat template ({_KEY}), and the text has chats; {give}"
@@ -158,7 +159,11 @@ class Renderer:
 
 
 def templates(metadata: Mapping[str, str]) -> dict[str, str]:
-    """A model's chat templates by name; the one without a name is called default."""
+    """The chat templates of a model by name. The one without a name is called default.
+
+    Args:
+        metadata: the model's keys, values as text.
+    """
     named = {
         key.removeprefix(f"{_KEY}."): text
         for key, text in metadata.items()

@@ -1,4 +1,4 @@
-"""Messages of chats as data sets spell them, brought to the one form that templates read."""
+"""Messages of chats: the spellings that data sets use, brought to the form that templates read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 CHAT_FIELDS = ("messages", "conversations", "conversation")
 """Fields whose value, if it is a text, may spell a list of messages as JSON."""
 
-# ShareGPT's names of who speaks ("from"), in lower case, and what templates call them
+# The speakers in ShareGPT's "from", in lower case, and their roles in templates.
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(
@@ -40,33 +40,38 @@ _ROLES = {
     ),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-# Of these a template that finds them as `role` knows nothing; other roles are the template's affair
+# No template knows these if they stand in `role`, so they are translated there too. All other roles
+# are left to the template.
 _FOREIGN_ROLES = ("human", "prompter", "gpt", "chatgpt", "bing", "bard")
 
-# Says who speaks, or what to learn from; not what was said
+# These fields say who speaks or what to learn from, not what was said.
 _BESIDE = ("role", "name", "weight", "train", "loss")
 
-# What else a message has if its `content` may be absent, and names that others give to the content:
-# no template reads these, so that the message would be rendered as if it were empty
+# A message may lack `content` if it has one of the other carriers. The misnamed fields are names that
+# data sets give to the content; no template reads them, so the message would be rendered as empty.
 _CARRIERS = ("content", "tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 _MISNAMED = ("text", "message", "msg", "utterance", "body")
 
 
 def messages_of(found: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
-    """The messages with a `role` and a `content` each, ShareGPT's `from` and `value` translated.
+    """The messages with a `role` and a `content` each. ShareGPT's `from` and `value` are translated.
+
+    Args:
+        found: the messages as a record has them.
+        where: what to call the record in an error.
 
     Raises:
-        ValueError: a message has no role, or one that is not known.
+        ValueError: a message has no role or no content, or its speaker is not known.
     """
     return [_message(each, f"{where}: message {at}") for at, each in enumerate(found)]
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """That every message has a role, and its content under the name that templates read.
+    """Check that every message has a role, and its content under a name that templates read.
 
     Raises:
-        ValueError: one has none.
-        TypeError: one is no mapping.
+        ValueError: a message has no role, or no content.
+        TypeError: a message is not a mapping.
     """
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping):
@@ -75,22 +80,24 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check(message: Mapping[str, Any], where: str) -> None:
+    """See check_messages; `where` names the message in errors."""
     role = message.get("role")
     names = [name for name, value in message.items() if value is not None]
     if isinstance(role, str) and role.strip():
         if any(name in _CARRIERS for name in names) or not any(each in _MISNAMED for each in names):
             return
-        said = "no content"
+        lacks = "no content"
     else:
-        said = "no role" if role is None else f"the role {role!r}, which is no name"
+        lacks = "no role" if role is None else f"the role {role!r}, which is no name"
     has = ", ".join(map(repr, names))
     raise ValueError(
-        f"{where} has {said}; it has {has or 'no field'}. A message needs 'role' and 'content', or "
+        f"{where} has {lacks}; it has {has or 'no field'}. A message needs 'role' and 'content', or "
         "'from' and 'value' as ShareGPT spells them"
     )
 
 
 def _message(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """One message in the form that templates read; `where` names it in errors."""
     spoken, said = message.get("from"), message.get("value")
     role = message.get("role")
     if spoken is None and said is None:
@@ -117,7 +124,7 @@ def _message(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _calls(content: object) -> list[dict[str, Any]] | None:
-    """The calls that a message of them spells; None if it is something else."""
+    """The tool calls that the content of a message spells; None if it is something else."""
     if isinstance(content, str):
         try:
             content = json.loads(content)
@@ -130,8 +137,9 @@ def _calls(content: object) -> list[dict[str, Any]] | None:
 
 
 def with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with a mapping for `arguments` of each call, where they are a text that spells a
-    JSON object, as OpenAI's interface gives them. Templates expect a mapping."""
+    """The message with a mapping for the `arguments` of each call, which templates expect. OpenAI's
+    interface gives them as a text that spells a JSON object; a text that spells something else is
+    left as it is."""
     made: dict[str, Any] = dict(message)
     calls = made.get("tool_calls")
     if isinstance(calls, Sequence) and not isinstance(calls, str):
@@ -151,14 +159,14 @@ def _with_parsed(call: Any) -> Any:
         try:
             found = json.loads(arguments)
         except (ValueError, RecursionError):
-            return made  # the template may take it as it is, or says what it expects
+            return made  # the template either takes the text or says what it expects
         if isinstance(found, dict):
             made["arguments"] = found
     return made
 
 
 def is_empty_chat(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no message says or calls anything."""
+    """Whether no message has a text, an image or a call: anything but who speaks."""
     return not any(
         _says(value)
         for message in messages
@@ -168,6 +176,7 @@ def is_empty_chat(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _says(value: object) -> bool:
+    """Whether there is anything in the value but nulls, blanks and the types of parts."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):
@@ -183,10 +192,11 @@ _Convert = Callable[[Any], Any]
 
 
 def unpadding(kind: Any) -> _Convert:
-    """What takes a Python value of an Arrow type and leaves out the null fields of its structs.
+    """A function that takes a Python value of an Arrow type and leaves out null fields of structs.
 
-    A column has one type, the union of its records' fields, and a record has a null for each that
-    only another has. A map has the keys that it was given: it becomes a mapping, nulls and all.
+    A column has one type: the union of the fields of its records. So a record has a null for each
+    field that only other records have. A map is different: it has just the keys that it was given,
+    so it becomes a mapping with its nulls.
 
     Args:
         kind: a pyarrow.DataType.
@@ -219,7 +229,7 @@ def unpadding(kind: Any) -> _Convert:
             return {key(name): item(each) for name, each in value}
 
         return mapping
-    # views of lists too, which types has no one name for
+    # lists of every kind; pyarrow.types has no one test for them that knows list views too
     if hasattr(kind, "value_type"):
         each_of = unpadding(kind.value_type)
 
@@ -235,7 +245,7 @@ def _same(value: Any) -> Any:
 
 
 def unpadded(value: Any) -> Any:
-    """unpadding() for a value whose Arrow type is not at hand: of every mapping."""
+    """The value without null fields, in every mapping; for values whose Arrow type is not known."""
     if isinstance(value, Mapping):
         return {name: unpadded(each) for name, each in value.items() if each is not None}
     if isinstance(value, (list, tuple)):
