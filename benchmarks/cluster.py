@@ -76,7 +76,7 @@ def processor() -> tuple[float, float]:
     engines = rest = 0.0
     for each in (me, *me.children(recursive=True)):
         times = each.cpu_times()
-        if "imatrix.engine.process_child" in " ".join(each.cmdline()):
+        if "imatrix.engine.child" in " ".join(each.cmdline()):
             engines += times.user + times.system
         else:
             rest += times.user + times.system

@@ -37,6 +37,7 @@ from mutations import mutated_bytes, mutated_gguf
 
 import imatrix
 from imatrix import Collector, Entry, ImatrixError, ImportanceMatrix, ModelFile
+from imatrix.engine import child as engine_child
 from imatrix.engine import rehearsal
 
 N_CTX = 32
@@ -61,8 +62,8 @@ def _limit(seconds: int) -> None:
     signal.alarm(40 * seconds)
 
 
-def _forked_rehearsal(work: dict[str, Any]) -> tuple[int, str, str]:
-    """In the place of _rehearsal.child_process()."""
+def _forked_rehearsal(request: dict[str, Any]) -> tuple[int, str, str]:
+    """In the place of rehearsal.run_child()."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
@@ -71,7 +72,7 @@ def _forked_rehearsal(work: dict[str, Any]) -> tuple[int, str, str]:
             sys.stdout = os.fdopen(1, "w", encoding="utf-8")
             _limit(SECONDS // 2)
             try:
-                rehearsal._work(work)
+                engine_child.perform(request)
                 sys.stdout.flush()
             finally:
                 os._exit(0)
@@ -186,7 +187,7 @@ def run(
     folder: Path, first: int, runs: int, seconds: float, only: str | None = None
 ) -> tuple[Counter[str], dict[str, list[int]]]:
     """Try inputs; gives how often each outcome came, and the numbers of each finding."""
-    rehearsal.child_process = _forked_rehearsal
+    rehearsal.run_child = _forked_rehearsal
     seeds = {name: path.read_bytes() for name, path in make_models(folder / "models").items()}
     if only is not None:
         seeds = {name: data for name, data in seeds.items() if only in name}

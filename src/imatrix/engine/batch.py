@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from imatrix.engine import devices
-from imatrix.engine.children import in_child
+from imatrix.engine.children import run_on_model
 from imatrix.engine.memory import available_memory
 from imatrix.engine.settings import MAX_SEQ, USUAL_UBATCH, Batch, usual
 from imatrix.errors import EngineError
@@ -142,7 +142,8 @@ def choose_in_child(
             "process at a time: give the number of tokens"
         )
     gpus = any(device.gpu for device in devices.backends().devices)
-    work = {
+    request = {
+        "do": "choose a batch",
         "model": str(model),
         "mtp_model": mtp_model and str(mtp_model),
         "settings": settings,
@@ -153,7 +154,7 @@ def choose_in_child(
         "most": most,
         "causal": causal,
     }
-    status, stdout, stderr = in_child(__name__, work, mtp_model or model, cards=gpus)
+    status, stdout, stderr = run_on_model(request, mtp_model or model, cards=gpus)
     try:
         return Batch(**json.loads(stdout.splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
@@ -162,50 +163,3 @@ def choose_in_child(
             f"{stderr.strip()[-500:] or f'status {status}'}. Give n_batch (-b) as "
             "a number."
         ) from None
-
-
-def _main() -> None:
-    work = json.loads(sys.argv[1])
-    settings = work["settings"]
-
-    def load(path: str, mtp: bool) -> engine.Model:
-        return engine.Model(
-            path,
-            mtp=mtp,
-            n_gpu_layers=work["n_gpu_layers"],
-            use_mmap=False,
-            check_tensors=False,
-            no_alloc=True,
-            placement=work["placement"],
-        )
-
-    separate = work["mtp_model"]
-    model = load(work["model"], settings["mtp"] and separate is None)
-    head = None
-    if settings["mtp"]:
-        head = model if separate is None else load(separate, True)
-
-    def need(batch: Batch) -> Uses | None:
-        session = engine.Session(model, head)
-        try:
-            session.open(**{**settings, **asdict(batch)})
-        except (EngineError, MemoryError):
-            return None
-        return session.memory
-
-    room = Room(
-        work["host"], {device.name: device.memory_free for device in devices.backends().devices}
-    )
-    chosen = choose(
-        settings["n_ctx"],
-        need,
-        room,
-        mapped=work["mapped"],
-        most=work["most"],
-        causal=work["causal"],
-    )
-    print(json.dumps(asdict(chosen)))
-
-
-if __name__ == "__main__":
-    _main()

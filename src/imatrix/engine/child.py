@@ -1,4 +1,11 @@
-"""TODO."""
+"""The program of every process that the engine gets to itself: the one child of this package that
+loads the engine.
+
+It reads one request from its standard input (see imatrix.engine.frames) and does what the request's
+"do" names. `serve` runs the engine for another process until that one is gone
+(imatrix.engine.service). Everything else is done once, prints what it found, and ends: what the
+engine would abort on is found out that way.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,23 @@ import contextlib
 import json
 import os
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import IO, Any
 
+from imatrix.engine import frames
+from imatrix.engine.batch import Room, choose
+from imatrix.engine.service import serve
+from imatrix.engine.settings import Batch, whole
 from imatrix.errors import EngineError, ModelError
+from imatrix.native import engine, quantizer
+
+__all__ = ["BUILT", "CAUSAL", "DECODED", "LOADED", "NOT_CAUSAL", "perform"]
+
+# The stages of a rehearsal, as they are printed
+LOADED, BUILT, DECODED, _TOKENIZED = "loaded", "built", "decoded", "tokenized"
+CAUSAL, NOT_CAUSAL = "causal", "not causal"
 
 # Every kind of character that a tokenizer treats on its own, and every byte of UTF-8.
 _SAMPLE = (
@@ -19,87 +40,58 @@ _SAMPLE = (
 )
 
 
-LOADED, BUILT, DECODED, _TOKENIZED = "loaded", "built", "decoded", "tokenized"
+def perform(request: dict[str, Any]) -> None:
+    """Do what is done once."""
+    arguments = dict(request)
+    _WORKS[arguments.pop("do")](**arguments)
 
 
-CAUSAL, NOT_CAUSAL = "causal", "not causal"
-
-
-def _work(work: dict[str, Any]) -> None:
-    """What the child does."""
-    try:
-        if "quantize" in work:
-            _quantize(work["quantize"])
-        elif "load" in work:
-            _load(work["load"], work["mtp"])
-        else:
-            _build(work)
-    except Exception:
-        # not what is looked for here: the run itself will meet it, and raise it
-        return
-
-
-def _report_stage(stage: str) -> None:
-    print(stage, flush=True)
-
-
-def _build(work: dict[str, Any]) -> None:
-    from imatrix.engine.settings import whole
-    from imatrix.native import engine
-
-    settings = work["settings"]
-    separate = work["mtp_model"]
-
-    def load(path: str, mtp: bool) -> engine.Model:
-        return engine.Model(
-            path, mtp=mtp, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
-        )
-
+def _rehearse(model: str, mtp_model: str | None, settings: dict[str, Any]) -> None:
+    """Load a model, build the graphs of a run, decode without computing, and tokenize."""
     with_head = settings["mtp"]
-    model = load(work["model"], with_head and separate is None)
+    trunk = _load_header(model, mtp=with_head and mtp_model is None)
     head = None
     if with_head:
-        head = model if separate is None else load(separate, True)
+        head = trunk if mtp_model is None else _load_header(mtp_model, mtp=True)
     _report_stage(LOADED)
-    if len(settings) > 1 and model.has_decoder and not model.has_encoder:
-        causal = model.causal()
+    if len(settings) > 1 and trunk.has_decoder and not trunk.has_encoder:
+        causal = trunk.causal()
         _report_stage(CAUSAL if causal else NOT_CAUSAL)
         settings = settings if causal else whole(settings)
-        session = engine.Session(model, head)
+        session = engine.Session(trunk, head)
         try:
             session.open(**settings)
         except ModelError as error:
-            _report_stage("refused " + f"{separate or work['model']}: {error}".replace("\n", " "))
+            _report_refusal(f"{mtp_model or model}: {error}")
             return
         _report_stage(BUILT)
         with contextlib.suppress(EngineError, MemoryError):  # the run will say why
             session.open(**settings, computes=False)
             session.try_decode()
     _report_stage(DECODED)
-    if model.has_tokenizer:
+    if trunk.has_tokenizer:
         for parse_special in (False, True):
-            model.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)
+            trunk.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)
     _report_stage(_TOKENIZED)
 
 
-def _load(path: str, mtp: bool) -> None:
-    from imatrix.native import engine
-
+def _load(model: str, mtp: bool) -> None:
+    """Load a model, its weights left out."""
     try:
-        engine.Model(
-            path, mtp=mtp, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
-        )
+        _load_header(model, mtp=mtp)
     except ModelError as error:
-        _report_stage("refused " + str(error).replace("\n", " "))
+        _report_refusal(str(error))
 
 
-def _quantize(path: str) -> None:
-    from imatrix.native import quantizer
-    from imatrix.quantization.types import FTYPES
+def _quantize(model: str, ftype: int) -> None:
+    """Let the quantizer look through a model, and write nothing.
 
+    Args:
+        ftype: number of the type (enum llama_ftype in include/llama.h).
+    """
     quantizer.dry_run(
-        os.fsencode(path),
-        ftype=FTYPES["Q4_K_M"],
+        os.fsencode(model),
+        ftype=ftype,
         pure=False,
         quantize_output=True,
         has_matrix=True,
@@ -107,5 +99,116 @@ def _quantize(path: str) -> None:
     )
 
 
+def _choose_batch(
+    model: str,
+    mtp_model: str | None,
+    settings: dict[str, Any],
+    n_gpu_layers: int,
+    placement: engine.PlacementData,
+    host: int,
+    mapped: bool,
+    most: int,
+    causal: bool,
+) -> None:
+    """Print what imatrix.engine.batch.choose() chooses, as JSON."""
+
+    def load(path: str, mtp: bool) -> engine.Model:
+        return _load_header(path, mtp=mtp, n_gpu_layers=n_gpu_layers, placement=placement)
+
+    trunk = load(model, settings["mtp"] and mtp_model is None)
+    head = None
+    if settings["mtp"]:
+        head = trunk if mtp_model is None else load(mtp_model, True)
+
+    def need(batch: Batch) -> Sequence[engine.MemoryUse] | None:
+        session = engine.Session(trunk, head)
+        try:
+            session.open(**{**settings, **asdict(batch)})
+        except (EngineError, MemoryError):
+            return None
+        return session.memory
+
+    room = Room(host, {device["name"]: device["memory_free"] for device in engine.backends()[1]})
+    chosen = choose(settings["n_ctx"], need, room, mapped=mapped, most=most, causal=causal)
+    print(json.dumps(asdict(chosen)))
+
+
+def _ask_server(endpoint: str) -> None:
+    """Talk to a ggml-rpc-server, which ends the process if it is none."""
+    try:
+        engine.add_rpc_server(endpoint)
+    except Exception as stop:
+        sys.exit(f"what(): {stop}")
+
+
+def _load_header(
+    path: str,
+    *,
+    mtp: bool,
+    n_gpu_layers: int = 0,
+    placement: engine.PlacementData | None = None,
+) -> engine.Model:
+    """A model without its weights."""
+    return engine.Model(
+        path,
+        mtp=mtp,
+        n_gpu_layers=n_gpu_layers,
+        use_mmap=False,
+        check_tensors=False,
+        no_alloc=True,
+        placement=placement,
+    )
+
+
+def _report_stage(stage: str) -> None:
+    print(stage, flush=True)
+
+
+def _report_refusal(why: str) -> None:
+    _report_stage("refused " + why.replace("\n", " "))
+
+
+def _tried(work: Callable[..., None]) -> Callable[..., None]:
+    """Only the process's end is of interest: an exception is what the run itself will meet, and
+    raise."""
+
+    def attempt(**arguments: Any) -> None:
+        with contextlib.suppress(Exception):
+            work(**arguments)
+
+    return attempt
+
+
+_WORKS: dict[str, Callable[..., None]] = {
+    "rehearse": _tried(_rehearse),
+    "load": _tried(_load),
+    "quantize": _tried(_quantize),
+    "choose a batch": _choose_batch,
+    "ask a server": _ask_server,
+}
+
+
+def _end_with(requests: IO[bytes]) -> None:
+    """End this process if the one that asked is gone."""
+    while os.read(requests.fileno(), 4096):
+        pass
+    os._exit(1)
+
+
+def _main() -> None:
+    # without a buffer: its lock, held by a thread that waits, would be fatal to an interpreter that
+    # exits
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    request, _ = frames.receive(requests)
+    if request["do"] == "serve":
+        serve(requests)
+    threading.Thread(target=_end_with, args=(requests,), daemon=True).start()
+    for stream in (sys.stdout, sys.stderr):
+        # a path may be any bytes
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    perform(request)
+
+
 if __name__ == "__main__":
-    _work(json.loads(sys.argv[1]))
+    _main()

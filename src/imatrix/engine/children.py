@@ -1,22 +1,26 @@
-"""TODO."""
+"""Starting the engine's child process (imatrix.engine.child), and what it leaves when it ends."""
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from imatrix.engine import frames
 from imatrix.errors import ModelError
+from imatrix.files import processes
+
+__all__ = ["ABORTED", "SECONDS", "last_words", "run_child", "run_on_model", "start_child"]
 
 # exit codes of a process that ended itself, where there are no signals: abort(), and the status
 # codes of Windows for a fast fail, an access violation and a division by zero
 ABORTED = frozenset({3, 0xC0000409, 0xC0000005, 0xC0000094})
 
+# Far more than a model of a thousand gigabytes takes: a header is read, and graphs are built.
+SECONDS = 600
 
 # no card is needed to build a graph, and none may be taken from whoever uses it
 _NO_CARDS = {
@@ -26,37 +30,73 @@ _NO_CARDS = {
 }
 _ASSERTION = re.compile(r"\S*?([\w-]+/[\w-]+\.(?:cpp|c|h|cu|m)):(\d+): (.*)")
 _EXCEPTION = re.compile(r"\s*what\(\):\s*(.*)")
-# Far more than a model of a thousand gigabytes takes: a header is read, and graphs are built.
-SECONDS = 600
 
 
-def module_command(module: str, *argv: str) -> list[str]:
-    """Runs a module of ours as a program, by this interpreter.
+def start_child(*, cards: bool = True) -> subprocess.Popen[bytes]:
+    """Start a process that reads one request from its standard input, and does it.
 
-    `python -m` would look for modules in the current folder first, where anybody's files may be.
+    Args:
+        cards: whether it may see graphics cards.
+
+    Raises:
+        OSError: it cannot be started.
     """
-    start = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
-    start += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=False)"
-    return [sys.executable, "-c", start, *argv]
+    # ggml_abort would start a debugger for a backtrace if there is one
+    environment = {"GGML_NO_BACKTRACE": "1", **({} if cards else _NO_CARDS)}
+    return processes.start("imatrix.engine.child", environment=environment)
 
 
-def in_child(
-    module: str, work: dict[str, Any], path: Path, *, cards: bool = False
+def run_child(
+    request: dict[str, Any], *, cards: bool = False, timeout: float = SECONDS
 ) -> tuple[int, str, str]:
-    """Run a module with `work` as its argument, in JSON.
+    """Have a child process do something, and wait for its end.
+
+    Args:
+        request: what to do ("do"), and with what: see imatrix.engine.child.
+        cards: whether it may see graphics cards.
+        timeout: seconds that it may take.
+
+    Returns:
+        Its exit status, negative for a signal, and its standard output and standard error.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+        OSError: it cannot be started.
+    """
+    with start_child(cards=cards) as child:
+        # the input stays open meanwhile: its end would end the child
+        requests, child.stdin = child.stdin, None
+        assert requests is not None
+        try:
+            with contextlib.suppress(OSError):  # it has ended already
+                frames.send(requests, request)
+            stdout, stderr = child.communicate(timeout=timeout)
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # what could not be sent
+                requests.close()
+
+    def text(output: bytes) -> str:
+        return output.decode("utf-8", "surrogateescape")  # a path may be any bytes
+
+    return child.returncode, text(stdout), text(stderr)
+
+
+def run_on_model(
+    request: dict[str, Any], path: Path, *, cards: bool = False
+) -> tuple[int, str, str]:
+    """As run_child(), for what only a model can end.
 
     Args:
         path: the model, for the message.
-        cards: whether it may see graphics cards.
-
-    Returns:
-        Its exit status, standard output and standard error.
 
     Raises:
-        ModelError: the engine ended the child, or it came to no end.
+        ModelError: the engine ended the child, or the child came to no end.
     """
     try:
-        status, stdout, stderr = child_process(work, module, cards=cards)
+        status, stdout, stderr = run_child(request, cards=cards)
     except subprocess.TimeoutExpired:
         words = f"it came to no end within {SECONDS} seconds"
     else:
@@ -68,34 +108,6 @@ def in_child(
         "Its metadata and its tensors do not go together; convert it again, or report it with the "
         "output of `imatrix --version`."
     )
-
-
-def child_process(
-    work: Any,
-    module: str = "imatrix.engine.child",
-    *,
-    cards: bool = False,
-    timeout: float = SECONDS,
-) -> tuple[int, str, str]:
-    """A module of ours in a process of its own: its exit status, negative for a signal, and its
-    output."""
-    child = subprocess.run(
-        module_command(module, json.dumps(work)),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="surrogateescape",  # a path may be any bytes
-        timeout=timeout,
-        # ggml_abort would start a debugger for a backtrace where there is one
-        env={
-            **os.environ,
-            **({} if cards else _NO_CARDS),
-            "GGML_NO_BACKTRACE": "1",
-            "PYTHONIOENCODING": "utf-8:surrogateescape",
-        },
-    )
-    return child.returncode, child.stdout, child.stderr
 
 
 def last_words(stderr: str, status: int) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 
-from imatrix.engine.children import child_process, last_words
+from imatrix.engine.children import last_words, run_child
 from imatrix.native import engine as native
 
 __all__ = ["engine_name"]
@@ -144,7 +143,7 @@ def _check_answers(endpoint: str) -> None:
     if not sys.executable:
         return  # the engine will tell, in its way
     try:
-        status, _, stderr = child_process(endpoint, __name__, timeout=_ANSWER)
+        status, _, stderr = run_child({"do": "ask a server", "endpoint": endpoint}, timeout=_ANSWER)
     except subprocess.TimeoutExpired:
         raise OSError(
             f"{endpoint} takes connections, but does not answer within {_ANSWER} s as a "
@@ -158,10 +157,3 @@ def _check_answers(endpoint: str) -> None:
 
 
 _ANSWER = 30  # seconds
-
-
-if __name__ == "__main__":
-    try:
-        native.add_rpc_server(json.loads(sys.argv[1]))
-    except Exception as stop:
-        sys.exit(f"what(): {stop}")

@@ -1,9 +1,10 @@
 """The native part of a Collector in a process of its own, so that somebody is left if it dies.
 
 The engine ends its process on what it holds for impossible (ggml_abort), and the system ends one
-that takes too much memory. Neither can be caught in that process. `Engine` starts one (see
-imatrix.engine.process_child), and `Model` and `Session` are what `imatrix.native.engine` offers under these names,
-done there. Everything else of a run (text, checkpoint, files) stays in the caller's process.
+that takes too much memory. Neither can be caught in that process. `Engine` starts one, which does what
+it is asked (imatrix.engine.service). `Model` and `Session` are what `imatrix.native.engine` offers
+under these names, done there. Everything else of a run (text, checkpoint, files) stays in the
+caller's process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import logging
 import os
 import queue
 import signal
-import subprocess
 import sys
 import threading
 import weakref
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.engine import devices, frames
-from imatrix.engine.children import last_words, module_command
+from imatrix.engine.children import last_words, start_child
 from imatrix.errors import (
     EngineDiedError,
     EngineError,
@@ -72,29 +72,12 @@ class Engine:
                 "no process of its own for the engine: this interpreter does not know its own "
                 "executable (sys.executable is empty); go without (isolate=False, --no-isolate)"
             )
-        held = hasattr(signal, "pthread_sigmask")
-        if held:  # the worker inherits this until it ignores them
-            mask = signal.pthread_sigmask(
-                signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-            )
-        try:
-            self._process = subprocess.Popen(
-                module_command("imatrix.engine.process_child"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                # ggml_abort would start a debugger for a backtrace where there is one
-                env={"GGML_NO_BACKTRACE": "1", **os.environ},
-                # a session of its own: Ctrl-C at the terminal is for us
-                start_new_session=True,
-            )
-        finally:
-            if held:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._process = start_child()
         # Written by a thread: Ctrl-C must not end a message half way, and an object may be freed
         # (tell) at any moment, whatever lock is held then.
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], Sequence[NDArray[Any]]] | None]
         self._requests = queue.SimpleQueue()
+        self._requests.put(({"do": "serve"}, ()))
         self._guard = threading.Lock()  # of what follows
         self._waiting: dict[int, Future[Answer]] = {}
         self._died: EngineDiedError | None = None

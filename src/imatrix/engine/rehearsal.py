@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from imatrix.engine.child import BUILT, CAUSAL, DECODED, LOADED, NOT_CAUSAL
-from imatrix.engine.children import ABORTED, SECONDS, child_process, last_words
+from imatrix.engine.children import ABORTED, SECONDS, last_words, run_child
 from imatrix.errors import ModelError
 
 _log = logging.getLogger("imatrix")
@@ -49,7 +49,7 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> R
     Args:
         model: the trunk's file.
         mtp_model: the head's own file, None where the head is bundled or not wanted.
-        settings: what _session.Session.open takes; "mtp" alone to load and build no graphs. The
+        settings: what imatrix.native.engine.Session.open takes; "mtp" alone to load and build no graphs. The
             batch is made larger where a chunk has to be decoded in one piece.
 
     Returns:
@@ -59,28 +59,33 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> R
         ModelError: the engine ended the child; the message has its assertion or the signal.
             Or the graphs hold what would end the process when they run.
     """
-    work = {"model": str(model), "mtp_model": mtp_model and str(mtp_model), "settings": settings}
-    found = tried(work, model)
+    request = {
+        "do": "rehearse",
+        "model": str(model),
+        "mtp_model": mtp_model and str(mtp_model),
+        "settings": settings,
+    }
+    found = _tried(request, model)
     if found is None:
         return None
-    stages, last_words = found
+    stages, words = found
     for stage in stages:
         if stage.startswith("refused "):
             raise ModelError(stage.removeprefix("refused "))
     causal = None if CAUSAL not in stages and NOT_CAUSAL not in stages else CAUSAL in stages
-    if last_words is None or DECODED in stages:
-        return Rehearsal(last_words, causal)
+    if words is None or DECODED in stages:
+        return Rehearsal(words, causal)
     doing = "builds the graphs" if LOADED in stages else "loads it"
     if BUILT in stages:
         raise ModelError(
             f"{mtp_model or model}: the engine ends the process on this model when it decodes a "
-            f"chunk: {last_words}. It cannot run the model, and llama.cpp's own programs that decode "
+            f"chunk: {words}. It cannot run the model, and llama.cpp's own programs that decode "
             "with the same version end likewise; report it there, or here with the output of "
             "`imatrix --version`."
         )
     raise ModelError(
         f"{mtp_model or model}: the engine ends the process on this model while it {doing}: "
-        f"{last_words}. Its metadata and its tensors do "
+        f"{words}. Its metadata and its tensors do "
         "not go together; convert it again, or report it with the output of `imatrix --version`."
     )
 
@@ -95,23 +100,37 @@ def rehearse_load(model: Path, *, mtp: bool) -> str | None:
     Returns:
         Why the engine refuses it, or ended the child, in words; None if it loads.
     """
-    found = tried({"load": str(model), "mtp": mtp}, model)
+    found = _tried({"do": "load", "model": str(model), "mtp": mtp}, model)
     if found is None:
         return None
-    stages, last_words = found
+    stages, words = found
     for stage in stages:
         if stage.startswith("refused "):
             return stage.removeprefix("refused ")
-    return last_words
+    return words
 
 
-def tried(work: dict[str, Any], model: Path) -> tuple[list[str], str | None] | None:
+def rehearse_quantizer(model: Path, ftype: int) -> str | None:
+    """Let the quantizer look through a model in a child process.
+
+    Args:
+        model: the file, or the first part.
+        ftype: number of the type to quantize to (enum llama_ftype in include/llama.h).
+
+    Returns:
+        How the engine ended the child, in words; None if it did not.
+    """
+    found = _tried({"do": "quantize", "model": str(model), "ftype": ftype}, model)
+    return None if found is None else found[1]
+
+
+def _tried(request: dict[str, Any], model: Path) -> tuple[list[str], str | None] | None:
     """The stages that a child got through, and its last words if it was ended."""
     if not sys.executable:
         _log.warning("no rehearsal of %s: this interpreter does not know its own executable", model)
         return None
     try:
-        status, stdout, stderr = child_process(work)
+        status, stdout, stderr = run_child(request)
     except subprocess.TimeoutExpired:
         return [], f"it came to no end within {SECONDS} seconds"
     if status >= 0 and status not in ABORTED:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from imatrix.engine.rehearsal import rehearse_load, tried
+from imatrix.engine.rehearsal import rehearse_load, rehearse_quantizer
 from imatrix.errors import ModelError
 from imatrix.model.architectures import loads_alone
 from imatrix.model.header import ModelFile
+from imatrix.quantization.types import FTYPES
 
 _quantizable: set[tuple[object, ...]] = set()
 
@@ -25,10 +26,9 @@ def rehearse_quantize(file: ModelFile) -> None:
     key = (model, *((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats))
     if key in _quantizable:
         return
-    found = tried({"quantize": str(model)}, model)
-    if found is not None and found[1] is not None:
+    if words := rehearse_quantizer(model, FTYPES["Q4_K_M"]):
         raise ModelError(
-            f"{model}: the engine's quantizer ends the process on this model: {found[1]}. Its "
+            f"{model}: the engine's quantizer ends the process on this model: {words}. Its "
             "metadata and its tensors do not go together; convert it again, or report it with "
             "the output of `imatrix --version`."
         )

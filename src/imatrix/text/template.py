@@ -8,7 +8,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from imatrix.errors import TemplateError
+from imatrix.files import processes
 from imatrix.text.plain import repaired
 
 __all__ = ["DATE", "ChatTemplate"]
@@ -53,11 +53,6 @@ _MEMORY = 512 * 2**20
 _SECONDS = 10.0
 # a busy machine may take a while to start an interpreter, which is not the template's doing
 _START_SECONDS = 60.0
-
-_START = (
-    "import sys, json, runpy; sys.path[:] = json.loads(sys.argv[1]); "
-    "runpy.run_path(sys.argv[2], run_name='__main__')"
-)
 
 
 class ChatTemplate:
@@ -181,19 +176,12 @@ class ChatTemplate:
     def _start(self) -> None:
         if importlib.util.find_spec("jinja2") is None:
             raise ImportError("chat templates need the library jinja2: pip install 'jinja2>=3.1.6'")
-        worker = str(Path(__file__).with_name("template_child.py"))
-        # isolated: not what lies in the current folder, but the paths that this process has
-        command = [sys.executable, "-I", "-c", _START, json.dumps(sys.path), worker]
-        self._child = child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        self._child = child = processes.start(
+            Path(__file__).with_name("template_child.py"),
             stderr=subprocess.DEVNULL,
             # no buffers: the lock of one, held by a thread that waits for an answer, would be
             # fatal to an interpreter that exits
             bufsize=0,
-            # Ctrl-C is for this process, which then ends the other
-            start_new_session=os.name == "posix",
         )
         self._requests, self._replies = child.stdin, child.stdout  # type: ignore[assignment]
         child.stdin = child.stdout = None

@@ -1,4 +1,4 @@
-"""The process that runs the engine for another one: see imatrix.engine.process.
+"""The engine's side of imatrix.engine.process: a process that runs the engine for another one.
 
 It reads requests from its standard input and answers on its standard output, until the input
 ends: that is when the other process closes it, or is gone, however that came.
@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from numpy.typing import NDArray
 
 from imatrix.engine import frames
 from imatrix.errors import NonFiniteError
 from imatrix.native import engine
+
+__all__ = ["serve"]
 
 Answer = tuple[dict[str, Any], list[NDArray[Any]]]
 
@@ -30,7 +31,7 @@ _MODEL = (
 )  # fmt: skip
 
 
-class Worker:
+class Service:
     """The objects that the other process knows by number, and what can be asked of them."""
 
     def __init__(self, requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -39,8 +40,8 @@ class Worker:
         self._writing = threading.Lock()
         self._objects: dict[int, Any] = {}
 
-    def work(self) -> None:
-        """Answer requests until there are no more."""
+    def run(self) -> NoReturn:
+        """Answer requests until there are no more, and end the process."""
         # more than one: a text is tokenized while a chunk runs
         with ThreadPoolExecutor(2) as threads:
             while True:
@@ -154,33 +155,19 @@ def _as_data(error: Exception) -> dict[str, Any]:
 
 
 class _Relay(logging.Handler):
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, service: Service) -> None:
         super().__init__()
-        self._worker = worker
+        self._service = service
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._worker.log(record)
+        self._service.log(record)
 
 
-def main() -> None:
-    """Work until the standard input ends."""
-    # Signals are for the process that we work for, though some are sent to all there are (a
-    # service that is stopped): it ends what runs here in good order, or we end with it.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])  # held back until here
-    requests = os.fdopen(os.dup(0), "rb")
+def serve(requests: IO[bytes]) -> NoReturn:
+    """Answer on the standard output until `requests` ends, and end the process then."""
     answers = os.fdopen(os.dup(1), "wb")
-    # what anybody prints must not get among the answers
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)
-    worker = Worker(requests, answers)
-    _log.addHandler(_Relay(worker))
+    os.dup2(2, 1)  # what anybody prints must not get among the answers
+    service = Service(requests, answers)
+    _log.addHandler(_Relay(service))
     _log.propagate = False
-    worker.work()
-
-
-if __name__ == "__main__":
-    main()
+    service.run()
