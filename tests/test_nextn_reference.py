@@ -20,9 +20,10 @@ from forge import Arch
 from forge_any import make_any
 from test_trunk_parity import PARITY, differences
 
-import imatrix.engine.models
+import imatrix
 from imatrix import Collector, ImportanceMatrix
 from imatrix.cli.main import main
+from imatrix.native import engine
 
 N_CTX = 128
 N_CHUNKS = 3
@@ -61,12 +62,11 @@ def ours(
 
 @pytest.fixture
 def without_slot_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = imatrix.engine.models.session_settings
+    class Session(engine.Session):
+        def open(self, **settings: Any) -> None:
+            super().open(**settings, first_slot="absent")
 
-    def absent(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**settings(*args, **kwargs), "first_slot": "absent"}
-
-    monkeypatch.setattr("imatrix.collector.session_settings", absent)
+    monkeypatch.setattr(engine, "Session", Session)
 
 
 def assert_same_counts(got: ImportanceMatrix, want: ImportanceMatrix) -> None:

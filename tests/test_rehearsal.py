@@ -11,6 +11,8 @@ from forge_any import make_any
 
 from imatrix import Collector, ModelError
 from imatrix.engine import models
+from imatrix.engine.rehearsal import Rehearsal
+from imatrix.engine.settings import SessionSettings
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,13 @@ def test_once_for_each_kind_of_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rehearsed = []
     real = models.rehearse_in_child
 
-    def counted(path: Path, head: Path | None, settings: dict[str, object]) -> None:
-        rehearsed.append(settings["mtp"])
-        real(path, head, settings)
+    def counted(
+        path: Path, head: Path | None, mtp: bool, settings: SessionSettings | None
+    ) -> Rehearsal | None:
+        assert settings is not None
+        assert settings.mtp == mtp
+        rehearsed.append(mtp)
+        return real(path, head, mtp, settings)
 
     monkeypatch.setattr(models, "rehearse_in_child", counted)
     with Collector(model, n_ctx=32) as collector:

@@ -175,13 +175,14 @@ def test_no_memory(isolate: str, ground: Ground) -> None:
     done = ground.run(
         """
         import resource
-        from imatrix import _isolate, models, collector
-        def limited(settings=collector.Collector._settings):
-            def with_limit(self, *args):
-                return {**settings(self, *args), "n_ctx": 1 << 30}
-            collector.Collector._settings = with_limit
+        import dataclasses
+        from imatrix.engine import models
+        def limited(open=models.Models.open):
+            def with_limit(self, settings):
+                return open(self, dataclasses.replace(settings, n_ctx=1 << 30))
+            models.Models.open = with_limit
         limited()
-        models.rehearse_in_child = _isolate.rehearse = lambda *_: None
+        models.rehearse_in_child = lambda *_: None
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         """,
         isolate,

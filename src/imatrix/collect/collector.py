@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, cast
 
@@ -34,7 +34,16 @@ from imatrix.engine.interface import FOREIGN_HEAD, NativeModel, NativeSession
 from imatrix.engine.models import Models
 from imatrix.engine.placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix.engine.plan import Plan
-from imatrix.engine.settings import MAX_SEQ, Batch, Layers, Wanted, session_settings, usual
+from imatrix.engine.settings import (
+    MAX_SEQ,
+    Batch,
+    Layers,
+    ModelOptions,
+    SessionSettings,
+    Wanted,
+    check_head_runs_alone,
+    usual,
+)
 from imatrix.engine.sums import BlockSums
 from imatrix.errors import EngineDiedError, ModelError
 from imatrix.files.outputs import Output, check_files
@@ -166,16 +175,13 @@ class Collector:
             if n_ubatch is not None or n_seq != 1:
                 raise ValueError("n_batch='auto' chooses n_ubatch and n_seq too: leave them out")
         self._auto = n_batch == "auto"
-        tokens = n_ctx * n_seq if n_batch is None or isinstance(n_batch, str) else n_batch
-        for name, value, least in (
-            ("n_ctx", n_ctx, 2),
-            ("n_ubatch", 1 if n_ubatch is None else n_ubatch, 1),
-            ("n_seq", n_seq, 1),
-            ("n_batch", tokens, n_seq),
-            ("n_threads", 1 if n_threads is None else n_threads, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be {least} or more, got {value}")
+        self._wanted = Wanted(n_seq, None if isinstance(n_batch, str) else n_batch, n_ubatch)
+        self._session = SessionSettings(  # of the trunk alone; see _settings()
+            n_ctx=n_ctx,
+            batch=usual(n_ctx) if self._auto else self._wanted.of_causal(n_ctx),
+            n_threads=physical_cores() if n_threads is None else n_threads,
+            device_sums=device_sums,
+        )
         placement = Placement.of(
             split_mode=split_mode,
             tensor_split=tensor_split,
@@ -194,28 +200,24 @@ class Collector:
             if (collector := me()) is not None:
                 collector._let_go()
 
-        self._models = Models(
-            model,
-            mtp_model,
-            n_ctx=n_ctx,
-            n_gpu_layers=n_gpu_layers,
+        options = ModelOptions(
+            model=model,
+            mtp_model=mtp_model,
             placement=placement,
+            n_gpu_layers=n_gpu_layers,
             use_mmap=use_mmap,
             check_tensors=check_tensors,
             rehearse=rehearse,
             isolate=isolate,
-            let_go=let_go,
         )
+        self._models = Models(options, n_ctx=n_ctx, let_go=let_go)
         self._n_ctx = n_ctx
-        self._wanted = Wanted(n_seq, None if isinstance(n_batch, str) else n_batch, n_ubatch)
         # until a run finds out what the model needs; "auto": until a run chooses
-        self._batch = usual(n_ctx) if self._auto else self._wanted.of_causal(n_ctx)
-        self._n_threads = physical_cores() if n_threads is None else n_threads
+        self._batch = self._session.batch
         self._mtp = mtp
-        self._device_sums = device_sums
         if mtp is not None:
             head = self._has_head(mtp)
-            self._models.load(head, self._settings(head, False, False))
+            self._models.load(self._settings(head, False, False))
         self._closed = False
 
     # --- what it is --------------------------------------------------------
@@ -645,8 +647,10 @@ class Collector:
             taken = None
             if asked.checkpoint is not None and not asked.restart:
                 taken = batch_in(asked.checkpoint)
+                if with_head and taken is not None and taken.n_seq != 1:
+                    taken = None  # of a run without the head: the keeper refuses it
             self._batch = taken or self._chosen(settings, total)
-            settings |= asdict(self._batch)
+            settings = replace(settings, batch=self._batch)
             self._models.rehearse(settings)
         run.packing = asked.packing
         run.min_expert_rows = asked.min_expert_rows
@@ -671,7 +675,7 @@ class Collector:
         chunks: Chunks,
         total: int | None,
         asked: RunOptions,
-        settings: dict[str, Any],
+        settings: SessionSettings,
         same: dict[str, Setting],
     ) -> ImportanceMatrix:
         """The rest of run(), with the text at hand. `same`: what must be so to go on from a
@@ -769,17 +773,15 @@ class Collector:
 
     def _settings(
         self, with_head: bool, process_output: bool, perplexity: bool, signed_sums: bool = True
-    ) -> dict[str, Any]:
-        """What _session.Session.open takes."""
-        return session_settings(
-            self._n_ctx,
-            self._batch,
-            self._n_threads,
+    ) -> SessionSettings:
+        """Of a session for what was asked, with the batch as it stands."""
+        return replace(
+            self._session,
+            batch=self._batch,
             mtp=with_head,
             process_output=process_output,
             perplexity=perplexity,
             signed_sums=signed_sums,
-            device_sums=self._device_sums,
         )
 
     def _prepare(
@@ -797,12 +799,8 @@ class Collector:
             raise ValueError("this Collector is closed")
         if self._auto:
             self._batch = usual(self._n_ctx)
-        if mtp and self._wanted.n_seq != 1:
-            raise ValueError(
-                f"mtp=True needs n_seq=1, this Collector has n_seq={self._wanted.n_seq}: the head is fed "
-                "each token with the trunk's row of the token before it, and rows of chunks that "
-                "run side by side would be paired across them. Set n_seq=1."
-            )
+        if mtp:
+            check_head_runs_alone(self._wanted.n_seq)
         if mtp and self._mtp is False:
             raise ValueError("mtp=True, but this Collector was made with mtp=False")
         if mtp and self._models.head_file.claimed_nextn == 0:
@@ -826,17 +824,15 @@ class Collector:
             self._batch = self._models.batch(self._wanted)
         if weights:
             scored = self._models.causal if perplexity is None else perplexity
-            self._models.load(
-                with_head, self._settings(with_head, process_output, scored, signed_sums)
-            )
+            self._models.load(self._settings(with_head, process_output, scored, signed_sums))
         else:
             self._models.load_vocabulary()
         return with_head
 
-    def _chosen(self, settings: dict[str, Any], total: int | None) -> Batch:
+    def _chosen(self, settings: SessionSettings, total: int | None) -> Batch:
         """What n_batch="auto" comes to, for `total` chunks (None: nobody knows)."""
         most = MAX_SEQ if total is None else min(MAX_SEQ, max(1, total))
-        return self._models.choose_batch(settings, 1 if settings["mtp"] else most)
+        return self._models.choose_batch(settings, 1 if settings.mtp else most)
 
     def _has_head(self, mtp: bool) -> bool:
         """Whether there is a head to run, if one is wanted; refuses one that is only claimed."""

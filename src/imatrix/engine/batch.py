@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from imatrix.engine import devices
 from imatrix.engine.children import run_on_model
 from imatrix.engine.memory import available_memory
-from imatrix.engine.settings import MAX_SEQ, USUAL_UBATCH, Batch, usual
+from imatrix.engine.settings import MAX_SEQ, USUAL_UBATCH, Batch, SessionSettings, usual
 from imatrix.errors import EngineError
 from imatrix.native import engine
 
@@ -112,7 +112,7 @@ def _on_host(uses: Uses) -> int:
 def choose_in_child(
     model: Path,
     mtp_model: Path | None,
-    settings: dict[str, Any],
+    settings: SessionSettings,
     *,
     n_gpu_layers: int,
     placement: engine.PlacementData,
@@ -146,7 +146,7 @@ def choose_in_child(
         "do": "choose a batch",
         "model": str(model),
         "mtp_model": mtp_model and str(mtp_model),
-        "settings": settings,
+        "settings": settings.as_data(),
         "n_gpu_layers": n_gpu_layers if gpus else 0,
         "placement": placement,
         "host": available_memory(),

@@ -15,13 +15,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 from imatrix.engine import frames
 from imatrix.engine.batch import Room, choose
 from imatrix.engine.service import serve
-from imatrix.engine.settings import Batch, whole
+from imatrix.engine.settings import Batch, SessionSettings
 from imatrix.errors import EngineError, ModelError
 from imatrix.native import engine, quantizer
 
@@ -46,27 +46,31 @@ def perform(request: dict[str, Any]) -> None:
     _WORKS[arguments.pop("do")](**arguments)
 
 
-def _rehearse(model: str, mtp_model: str | None, settings: dict[str, Any]) -> None:
-    """Load a model, build the graphs of a run, decode without computing, and tokenize."""
-    with_head = settings["mtp"]
-    trunk = _load_header(model, mtp=with_head and mtp_model is None)
+def _rehearse(
+    model: str, mtp_model: str | None, mtp: bool, settings: engine.SessionData | None
+) -> None:
+    """Load a model, build the graphs of a run unless settings is None, decode without computing,
+    and tokenize."""
+    trunk = _load_header(model, mtp=mtp and mtp_model is None)
     head = None
-    if with_head:
+    if mtp:
         head = trunk if mtp_model is None else _load_header(mtp_model, mtp=True)
     _report_stage(LOADED)
-    if len(settings) > 1 and trunk.has_decoder and not trunk.has_encoder:
+    if settings is not None and trunk.has_decoder and not trunk.has_encoder:
         causal = trunk.causal()
         _report_stage(CAUSAL if causal else NOT_CAUSAL)
-        settings = settings if causal else whole(settings)
+        wanted = SessionSettings.from_data(settings)
+        if not causal:
+            wanted = wanted.with_whole_chunks()
         session = engine.Session(trunk, head)
         try:
-            session.open(**settings)
+            session.open(**wanted.as_data())
         except ModelError as error:
             _report_refusal(f"{mtp_model or model}: {error}")
             return
         _report_stage(BUILT)
         with contextlib.suppress(EngineError, MemoryError):  # the run will say why
-            session.open(**settings, computes=False)
+            session.open(**wanted.as_data(), computes=False)
             session.try_decode()
     _report_stage(DECODED)
     if trunk.has_tokenizer:
@@ -102,7 +106,7 @@ def _quantize(model: str, ftype: int) -> None:
 def _choose_batch(
     model: str,
     mtp_model: str | None,
-    settings: dict[str, Any],
+    settings: engine.SessionData,
     n_gpu_layers: int,
     placement: engine.PlacementData,
     host: int,
@@ -112,24 +116,26 @@ def _choose_batch(
 ) -> None:
     """Print what imatrix.engine.batch.choose() chooses, as JSON."""
 
+    wanted = SessionSettings.from_data(settings)
+
     def load(path: str, mtp: bool) -> engine.Model:
         return _load_header(path, mtp=mtp, n_gpu_layers=n_gpu_layers, placement=placement)
 
-    trunk = load(model, settings["mtp"] and mtp_model is None)
+    trunk = load(model, wanted.mtp and mtp_model is None)
     head = None
-    if settings["mtp"]:
+    if wanted.mtp:
         head = trunk if mtp_model is None else load(mtp_model, True)
 
     def need(batch: Batch) -> Sequence[engine.MemoryUse] | None:
         session = engine.Session(trunk, head)
         try:
-            session.open(**{**settings, **asdict(batch)})
+            session.open(**replace(wanted, batch=batch).as_data())
         except (EngineError, MemoryError):
             return None
         return session.memory
 
     room = Room(host, {device["name"]: device["memory_free"] for device in engine.backends()[1]})
-    chosen = choose(settings["n_ctx"], need, room, mapped=mapped, most=most, causal=causal)
+    chosen = choose(wanted.n_ctx, need, room, mapped=mapped, most=most, causal=causal)
     print(json.dumps(asdict(chosen)))
 
 

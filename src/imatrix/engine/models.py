@@ -4,13 +4,11 @@ on them."""
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from imatrix.engine import process
 from imatrix.engine.background import ended_at_exit
@@ -21,7 +19,15 @@ from imatrix.engine.layers import choose as choose_layers
 from imatrix.engine.placement import Placement, on_cpu
 from imatrix.engine.rehearsal import Rehearsal
 from imatrix.engine.rehearsal import rehearse as rehearse_in_child
-from imatrix.engine.settings import ALL, Batch, Layers, Wanted, session_settings, usual, whole
+from imatrix.engine.settings import (
+    ALL,
+    Batch,
+    Layers,
+    ModelOptions,
+    SessionSettings,
+    Wanted,
+    usual,
+)
 from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.formats.checkpoint import Setting
 from imatrix.model.architectures import (
@@ -45,10 +51,8 @@ class Models:
     """A trunk, and the file that holds its head: its own or another.
 
     Args:
-        model, mtp_model: paths; None where the head is in the model's own file.
+        options: which files, and how they are loaded.
         n_ctx: tokens a chunk, to compare with what the model was trained on.
-        n_gpu_layers, use_mmap, check_tensors, rehearse, isolate: as Collector has them.
-        placement: on which devices both lie.
         let_go: called before a model goes, so that nothing else holds on to it.
 
     Attributes:
@@ -64,25 +68,17 @@ class Models:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
-        mtp_model: str | os.PathLike[str] | None = None,
+        options: ModelOptions,
         *,
         n_ctx: int,
-        n_gpu_layers: int | Literal["auto"] = -1,
-        placement: Placement | None = None,
-        use_mmap: bool = True,
-        check_tensors: bool = False,
-        rehearse: bool = True,
-        isolate: bool = False,
         let_go: Callable[[], None] = lambda: None,
     ) -> None:
-        if isinstance(n_gpu_layers, str) and n_gpu_layers != "auto":
-            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {n_gpu_layers!r}")
-        self.trunk_file = self.head_file = ModelFile.read(model)
+        self._options = options
+        self.trunk_file = self.head_file = ModelFile.read(options.model)
         check_whole(self.trunk_file)
         check_trunk(self.trunk_file)
-        if mtp_model is not None:
-            self.head_file = ModelFile.read(mtp_model)
+        if options.mtp_model is not None:
+            self.head_file = ModelFile.read(options.mtp_model)
             if self.head_file.n_nextn == 0:
                 raise ModelError(
                     f"{self.head_file.path}: {lacks_head(self.head_file)}; give the head's own "
@@ -99,19 +95,13 @@ class Models:
         self._with_head = False  # whether the trunk was loaded with the head's tensors
         self.engine: process.Engine | None = None
         self._n_ctx = n_ctx
-        self._n_gpu_layers = n_gpu_layers
         self.layers: Layers | None = None
         self.contexts: dict[str, int] = {}
         self._fitted = False  # whether `layers` was chosen by what there is room for
-        self._placement = Placement() if placement is None else placement
         tensors = (*self.trunk_file.tensors, *self.head_file.tensors)
-        self._placement.warn_of_idle(tensors, self.trunk_file.path.name)
-        self._use_mmap = use_mmap
-        self._check_tensors = check_tensors
-        self._isolate = isolate
+        options.placement.warn_of_idle(tensors, self.trunk_file.path.name)
         self._let_go = let_go
-        self._rehearse = rehearse
-        self._rehearsed: set[tuple[tuple[str, object], ...]] = set()
+        self._rehearsed: set[SessionSettings] = set()
         self._rehearsed_loads: set[bool] = set()
         self._tokenizer_fault: str | None = None
         self._causal: bool | None = None  # not asked yet
@@ -138,20 +128,19 @@ class Models:
 
     # --- before anything is loaded -------------------------------------------
 
-    def rehearse(self, settings: dict[str, Any]) -> None:
+    def rehearse(self, settings: SessionSettings) -> None:
         """Build the graphs of a session with these settings in a child process, unless that was
-        done. `settings`: what _session.Session.open takes. Wherever the model will lie: the
-        graphs are the same, and the child takes no device from whoever uses it."""
+        done. Wherever the model will lie: the graphs are the same, and the child takes no device
+        from whoever uses it."""
+        if self._options.rehearse and self._as_run(settings) not in self._rehearsed:
+            self._learn(rehearse_in_child(*self.files(settings.mtp), settings.mtp, settings))
+            self._rehearsed.add(self._as_run(settings))
+            self._rehearsed_loads.add(settings.mtp)
 
-        def kind() -> tuple[tuple[str, object], ...]:
-            # a larger batch is taken where a chunk is decoded in one piece
-            return tuple(sorted((whole(settings) if self._causal is False else settings).items()))
-
-        if self._rehearse and kind() not in self._rehearsed:
-            head = bool(settings["mtp"])
-            self._learn(rehearse_in_child(*self.files(head), settings))
-            self._rehearsed.add(kind())
-            self._rehearsed_loads.add(head)
+    def _as_run(self, settings: SessionSettings) -> SessionSettings:
+        """The settings with the larger batch that the child takes if each chunk has to be decoded
+        in one piece, as far as that is known."""
+        return settings.with_whole_chunks() if self._causal is False else settings
 
     def _learn(self, found: Rehearsal | None) -> None:
         """What a rehearsal found out."""
@@ -206,11 +195,11 @@ class Models:
                 f"token to predict: {cure}"
             )
 
-    def choose_batch(self, settings: dict[str, Any], most: int) -> Batch:
+    def choose_batch(self, settings: SessionSettings, most: int) -> Batch:
         """What n_batch="auto" comes to, with at most `most` chunks side by side."""
         layers = self._chosen_layers()
         return choose_in_child(
-            *self.files(bool(settings["mtp"])),
+            *self.files(settings.mtp),
             settings,
             n_gpu_layers=layers.n_gpu_layers,
             placement=self._placed(layers).as_data(),
@@ -243,18 +232,15 @@ class Models:
     # --- loaded --------------------------------------------------------------
 
     def load(
-        self,
-        head: bool,
-        settings: dict[str, Any] | None = None,
-        beside: Mapping[str, int] | None = None,
+        self, settings: SessionSettings, beside: Mapping[str, int] | None = None
     ) -> NativeModel:
-        """The trunk's model; with `head` the head's is in `head`, else None is.
+        """The trunk's model; with settings.mtp the head's is in `head`, else None is.
 
         Args:
-            settings: of the session that will be opened, for which n_gpu_layers="auto" leaves room;
-                None for a usual one.
+            settings: of the session that will be opened; n_gpu_layers="auto" leaves room for it.
             beside: bytes on each device to leave to something else.
         """
+        head = settings.mtp
         self._drop_dead()
         if head:
             check_head(self.head_file)
@@ -262,17 +248,15 @@ class Models:
         check_tables(self.trunk_file)
         bundled = head and self.bundled
         more = head and not self._with_head and (self.bundled or self._fitted)
-        if self._rehearse and head not in self._rehearsed_loads:
-            self._learn(rehearse_in_child(*self.files(head), {"mtp": head}))
+        if self._options.rehearse and head not in self._rehearsed_loads:
+            self._learn(rehearse_in_child(*self.files(head), head, None))
             self._rehearsed_loads.add(head)
         if self._trunk is None or more:
             self._let_go()
             self._trunk = None  # a reload with the head must not hold the model twice
             self._vocabulary = None
             self.head = None
-            if settings is None:
-                settings = session_settings(self._n_ctx, usual(self._n_ctx), 1, mtp=head)
-            self._choose_layers(head, settings, beside or {})
+            self._choose_layers(settings, beside or {})
             self._trunk = self._load_file(self.trunk_file, bundled)
             self._with_head = head
         if not head:
@@ -287,7 +271,9 @@ class Models:
         """The trunk's model, as it is loaded; without the head where it is not."""
         if self._trunk is not None:
             return self._trunk
-        return self._vocabulary if self._vocabulary is not None else self.load(False)
+        if self._vocabulary is not None:
+            return self._vocabulary
+        return self.load(SessionSettings(n_ctx=self._n_ctx, batch=usual(self._n_ctx), n_threads=1))
 
     def load_vocabulary(self) -> None:
         """What tokenizes and tells of the model, unless it is loaded: no weights."""
@@ -297,13 +283,13 @@ class Models:
             # nothing is to go to a device
             self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
 
-    def open(self, settings: dict[str, Any]) -> NativeSession:
+    def open(self, settings: SessionSettings) -> NativeSession:
         """A session on what load() has loaded."""
         assert self._trunk is not None
         return self._opened(self._trunk, self.head, settings)
 
     def _opened(
-        self, trunk: NativeModel, head: NativeModel | None, settings: dict[str, Any]
+        self, trunk: NativeModel, head: NativeModel | None, settings: SessionSettings
     ) -> NativeSession:
         session: NativeSession
         with self._dropping_engine():
@@ -313,7 +299,7 @@ class Models:
             else:
                 assert not isinstance(head, process.Model)
                 session = engine.Session(trunk, head)
-            session.open(**settings)
+            session.open(**settings.as_data())
         return session
 
     def free(self) -> None:
@@ -363,7 +349,7 @@ class Models:
     def machine(self) -> str:
         """What the engine's own process computes with, in words; where the same numbers come out
         of the same work, they are the same."""
-        assert self._isolate
+        assert self._options.isolate
         features, found = process.machine(self._started())
         devices = ", ".join(each["description"] for each in found if each["gpu"])
         if not devices:
@@ -372,7 +358,7 @@ class Models:
         return f"{devices}, {placed}, {features}"
 
     def _devices(self) -> list[engine.DeviceInfo]:
-        if self._isolate:
+        if self._options.isolate:
             return process.machine(self._started())[1]
         return engine.backends()[1]
 
@@ -388,17 +374,18 @@ class Models:
     def _placed(self, layers: Layers) -> Placement:
         """The placement, and the experts that `layers` leaves on the CPU."""
         kept = on_cpu("experts", layers.cpu_experts)
-        return replace(self._placement, overrides=(*self._placement.overrides, *kept))
+        return replace(
+            self._options.placement, overrides=(*self._options.placement.overrides, *kept)
+        )
 
-    def _choose_layers(
-        self, head: bool, settings: dict[str, Any], beside: Mapping[str, int]
-    ) -> None:
+    def _choose_layers(self, settings: SessionSettings, beside: Mapping[str, int]) -> None:
         """Set `layers` for a model that is about to be loaded, and `contexts`."""
         self.contexts, self._fitted = {}, False
-        if self._n_gpu_layers != "auto":
-            self.layers = Layers(self._n_gpu_layers)
+        placement = self._options.placement
+        if self._options.n_gpu_layers != "auto":
+            self.layers = Layers(self._options.n_gpu_layers)
             return
-        if self._placement.split_mode == "tensor":
+        if placement.split_mode == "tensor":
             self.layers = ALL  # the engine cannot plan that mode (common/fit.cpp)
             return
         devices = [device for device in self._devices() if device["gpu"]]
@@ -406,27 +393,25 @@ class Models:
             self.layers = Layers(0)
             return
         self._fitted = True
-        if self._rehearse:
-            self.rehearse(settings)  # what the engine is going to plan here
+        self.rehearse(settings)  # what the engine is going to plan here
         if not self.causal:
-            settings = whole(settings)
+            settings = settings.with_whole_chunks()
         free = {
             device["name"]: device["memory_free"] - beside.get(device["name"], 0)
             for device in devices
             if device["memory_total"] > 0
         }
-        other = [self.head_file] if head and not self.bundled else []
-        need = functools.cache(lambda layers: self._need(head, settings, layers))
+        other = [self.head_file] if settings.mtp and not self.bundled else []
+        need = functools.cache(lambda layers: self._need(settings, layers))
         self.layers = choose_layers(
             self._n_blocks,
             need,
             free,
             # what stays on the CPU is theirs who say so
-            experts=not self._placement.overrides
-            and self.trunk_file.integers.get("expert_count", 0) > 1,
+            experts=not placement.overrides and self.trunk_file.integers.get("expert_count", 0) > 1,
             sums=(
-                sums_size(self.trunk_file, *other) * (2 if settings["signed_sums"] else 1)
-                if settings["device_sums"]
+                sums_size(self.trunk_file, *other) * (2 if settings.signed_sums else 1)
+                if settings.device_sums
                 else 0
             ),
         )
@@ -435,13 +420,13 @@ class Models:
                 taken = use["context"] + use["compute"]
                 self.contexts[use["device"]] = self.contexts.get(use["device"], 0) + taken
 
-    def _need(self, head: bool, settings: dict[str, Any], layers: Layers) -> Uses | None:
+    def _need(self, settings: SessionSettings, layers: Layers) -> Uses | None:
         """What the models and a session on them would take; None if there can be none."""
         try:
-            bundled = head and self.bundled
+            bundled = settings.mtp and self.bundled
             trunk = self._load_file(self.trunk_file, bundled, no_alloc=True, layers=layers)
             other = None
-            if head:
+            if settings.mtp:
                 other = (
                     trunk
                     if bundled
@@ -453,7 +438,7 @@ class Models:
 
     def _maps(self, file: ModelFile) -> bool:
         """The engine maps a file only where its tensors are aligned, or ends the process."""
-        return self._use_mmap and file.aligned
+        return self._options.use_mmap and file.aligned
 
     def _load_file(
         self,
@@ -468,16 +453,16 @@ class Models:
         planned = layers is not None
         if layers is None:
             layers = Layers(0) if no_alloc else self._chosen_layers()
-        options: dict[str, Any] = {
+        options: engine.LoadData = {
             "mtp": mtp,
             "n_gpu_layers": layers.n_gpu_layers,
             "placement": self._placed(layers).as_data() if planned or not no_alloc else None,
             "use_mmap": not no_alloc and self._maps(file),
-            "check_tensors": not no_alloc and self._check_tensors,
+            "check_tensors": not no_alloc and self._options.check_tensors,
             "no_alloc": no_alloc,
         }
         model: NativeModel
-        if self._isolate:
+        if self._options.isolate:
             with self._dropping_engine():
                 model = process.Model(self._started(), str(file.path), **options)
         else:

@@ -6,9 +6,10 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from imatrix.native import engine
+if TYPE_CHECKING:
+    from imatrix.native.engine import PlacementData
 
 __all__ = [
     "MAX_DEVICES",
@@ -102,6 +103,8 @@ class Placement:
         overrides = override_tensor
         pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
         every = [(str(pattern), str(buffer)) for pattern, buffer in pairs]
+        from imatrix.native import engine  # not by a cluster's scheduler, see settings
+
         for pattern, _ in every:
             try:
                 engine.find_name(pattern, ())
@@ -113,8 +116,8 @@ class Placement:
         names = None if devices is None else tuple(devices)
         return cls(split_mode, shares, main_gpu, () if names == ("none",) else names, tuple(every))
 
-    def as_data(self) -> engine.PlacementData:
-        """What _session.Model takes, also as JSON."""
+    def as_data(self) -> PlacementData:
+        """What imatrix.native.engine.Model takes, also as JSON."""
         return {
             "split_mode": self.split_mode,
             "tensor_split": list(self.tensor_split),
@@ -125,6 +128,8 @@ class Placement:
 
     def warn_of_idle(self, tensors: Iterable[str], model: str) -> None:
         """Warn of each override that finds no tensor, which the engine says nothing about."""
+        from imatrix.native import engine
+
         names = list(tensors)
         for pattern, _ in self.overrides:
             if engine.find_name(pattern, names) is not None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from imatrix.engine.child import BUILT, CAUSAL, DECODED, LOADED, NOT_CAUSAL
 from imatrix.engine.children import ABORTED, SECONDS, last_words, run_child
+from imatrix.engine.settings import SessionSettings
 from imatrix.errors import ModelError
 
 _log = logging.getLogger("imatrix")
@@ -42,15 +43,18 @@ class Rehearsal:
     causal: bool | None
 
 
-def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> Rehearsal | None:
+def rehearse(
+    model: Path, mtp_model: Path | None, mtp: bool, settings: SessionSettings | None
+) -> Rehearsal | None:
     """Load a model, build the graphs of a run, decode without computing, and tokenize, in a child
     process.
 
     Args:
         model: the trunk's file.
         mtp_model: the head's own file, None where the head is bundled or not wanted.
-        settings: what imatrix.native.engine.Session.open takes; "mtp" alone to load and build no graphs. The
-            batch is made larger where a chunk has to be decoded in one piece.
+        mtp: load the head too.
+        settings: of the run's session; None to load and build no graphs. The batch is made larger
+            if a chunk has to be decoded in one piece.
 
     Returns:
         What was found out; None if no child could be started.
@@ -63,7 +67,8 @@ def rehearse(model: Path, mtp_model: Path | None, settings: dict[str, Any]) -> R
         "do": "rehearse",
         "model": str(model),
         "mtp_model": mtp_model and str(mtp_model),
-        "settings": settings,
+        "mtp": mtp,
+        "settings": settings and settings.as_data(),
     }
     found = _tried(request, model)
     if found is None:

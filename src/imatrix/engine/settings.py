@@ -1,12 +1,32 @@
-"""TODO."""
+"""What decides how a model is loaded and how a session on it runs.
+
+Values that are frozen and that refuse what cannot be when they are made. Only at the borders do
+they become plain data: `SessionSettings.as_data()` is for the native engine and for the JSON that a
+child process is given. Nothing here imports the native engine: the scheduler of a cluster unpacks
+these values too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+import os
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["ALL", "Batch", "Layers", "Wanted", "session_settings", "usual", "whole"]
+from imatrix.engine.placement import Placement
+
+if TYPE_CHECKING:
+    from imatrix.native.engine import SessionData
+
+__all__ = [
+    "ALL",
+    "Batch",
+    "Layers",
+    "ModelOptions",
+    "SessionSettings",
+    "Wanted",
+    "check_head_runs_alone",
+    "usual",
+]
 
 # Sequences that one context can have (LLAMA_MAX_SEQ in src/llama-cparams.h)
 MAX_SEQ = 256
@@ -70,12 +90,6 @@ class Wanted:
         return Batch(n_seq, n_seq * n_ctx, n_seq * n_ctx)
 
 
-def whole(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A session's settings with all its chunks in one decode and one graph."""
-    tokens = settings["n_ctx"] * settings["n_seq"]
-    return {**settings, **{n: max(settings[n], tokens) for n in ("n_batch", "n_ubatch")}}
-
-
 def usual(n_ctx: int) -> Batch:
     """One chunk a decode, in graphs of the usual size."""
     return Batch(1, n_ctx, min(n_ctx, USUAL_UBATCH))
@@ -106,25 +120,126 @@ class Layers:
 ALL = Layers(-1)
 
 
-def session_settings(
-    n_ctx: int,
-    batch: Batch,
-    n_threads: int,
-    *,
-    mtp: bool = False,
-    process_output: bool = False,
-    perplexity: bool = False,
-    signed_sums: bool = True,
-    device_sums: bool = True,
-) -> dict[str, Any]:
-    """What _session.Session.open takes."""
-    return {
-        "n_ctx": n_ctx,
-        **asdict(batch),
-        "n_threads": n_threads,
-        "mtp": mtp,
-        "process_output": process_output,
-        "perplexity": perplexity,
-        "signed_sums": signed_sums,
-        "device_sums": device_sums,
-    }
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is loaded: what Collector, evaluate() and a worker of a cluster are given alike.
+
+    Attributes:
+        model: path of the trunk's file, or of its first part.
+        mtp_model: path of the head's own file; None if the head is in the model's file.
+        placement: on which devices both lie.
+        n_gpu_layers: blocks on the devices, as Collector has it; "auto" for as many as there is
+            room for.
+        use_mmap, check_tensors, rehearse, isolate: as Collector has them.
+
+    Raises:
+        ValueError: n_gpu_layers is another word than "auto".
+    """
+
+    model: str | os.PathLike[str]
+    mtp_model: str | os.PathLike[str] | None = None
+    placement: Placement = field(default_factory=Placement)
+    n_gpu_layers: int | Literal["auto"] = -1
+    use_mmap: bool = True
+    check_tensors: bool = False
+    rehearse: bool = True
+    isolate: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_gpu_layers, str) and self.n_gpu_layers != "auto":
+            raise ValueError(f"n_gpu_layers must be a number or 'auto', got {self.n_gpu_layers!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """How the contexts of a session are made, and what it sums.
+
+    Attributes:
+        n_ctx: tokens a chunk.
+        batch: chunks side by side, tokens a decode, tokens a graph.
+        n_threads: threads to compute with.
+        mtp: run the head too.
+        process_output: collect the weight that makes the logits.
+        perplexity: score the text.
+        signed_sums: sum the activations themselves beside their squares.
+        device_sums: sum on the device where activations lie, if it can.
+
+    Raises:
+        ValueError: a number is too small, or there is a head and chunks run side by side.
+    """
+
+    n_ctx: int
+    batch: Batch
+    n_threads: int
+    mtp: bool = False
+    process_output: bool = False
+    perplexity: bool = False
+    signed_sums: bool = True
+    device_sums: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("n_ctx", self.n_ctx, 2),
+            ("n_ubatch", self.batch.n_ubatch, 1),
+            ("n_seq", self.batch.n_seq, 1),
+            ("n_batch", self.batch.n_batch, self.batch.n_seq),
+            ("n_threads", self.n_threads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}")
+        if self.mtp:
+            check_head_runs_alone(self.batch.n_seq)
+
+    def with_whole_chunks(self) -> SessionSettings:
+        """The same with all its chunks in one decode and one graph, as a model needs it whose
+        tokens all see each other."""
+        tokens = self.n_ctx * self.batch.n_seq
+        batch = Batch(
+            self.batch.n_seq,
+            max(self.batch.n_batch, tokens),
+            max(self.batch.n_ubatch, tokens),
+        )
+        return replace(self, batch=batch)
+
+    def as_data(self) -> SessionData:
+        """What imatrix.native.engine.Session.open takes, also as JSON."""
+        return {
+            "n_ctx": self.n_ctx,
+            "n_batch": self.batch.n_batch,
+            "n_ubatch": self.batch.n_ubatch,
+            "n_seq": self.batch.n_seq,
+            "n_threads": self.n_threads,
+            "mtp": self.mtp,
+            "process_output": self.process_output,
+            "perplexity": self.perplexity,
+            "signed_sums": self.signed_sums,
+            "device_sums": self.device_sums,
+        }
+
+    @classmethod
+    def from_data(cls, data: SessionData) -> SessionSettings:
+        """The settings of as_data(), for a child process that was given them."""
+        return cls(
+            n_ctx=data["n_ctx"],
+            batch=Batch(data["n_seq"], data["n_batch"], data["n_ubatch"]),
+            n_threads=data["n_threads"],
+            mtp=data["mtp"],
+            process_output=data["process_output"],
+            perplexity=data["perplexity"],
+            signed_sums=data["signed_sums"],
+            device_sums=data["device_sums"],
+        )
+
+
+def check_head_runs_alone(n_seq: int) -> None:
+    """That chunks do not run side by side in a session that runs the head.
+
+    Raises:
+        ValueError: they do.
+    """
+    if n_seq != 1:
+        raise ValueError(
+            f"mtp=True needs n_seq=1, this Collector has n_seq={n_seq}: the head is fed "
+            "each token with the trunk's row of the token before it, and rows of chunks that "
+            "run side by side would be paired across them. Set n_seq=1."
+        )

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from imatrix.engine.background import NativeThread, Work, ended_at_exit
 from imatrix.engine.cores import physical_cores
 from imatrix.engine.models import Models
 from imatrix.engine.placement import Overrides, Placement, SplitMode
-from imatrix.engine.settings import Batch, Wanted, session_settings
+from imatrix.engine.settings import Batch, ModelOptions, SessionSettings, Wanted
 from imatrix.errors import ModelError
 from imatrix.evaluation.results import Evaluation, Predictions
 from imatrix.model.architectures import lacks_head
@@ -146,15 +146,15 @@ def evaluate(
         work = stack.enter_context(ended_at_exit("evaluation"))
 
         def opened(path: str | os.PathLike[str], head: str | os.PathLike[str] | None) -> Models:
-            models = Models(
-                path,
-                head,
-                n_ctx=n_ctx,
-                n_gpu_layers=n_gpu_layers,
+            options = ModelOptions(
+                model=path,
+                mtp_model=head,
                 placement=placement,
+                n_gpu_layers=n_gpu_layers,
                 use_mmap=use_mmap,
                 rehearse=rehearse,
             )
+            models = Models(options, n_ctx=n_ctx)
             stack.callback(models.free)
             return models
 
@@ -163,9 +163,13 @@ def evaluate(
         ) -> tuple[engine.Model, engine.Model | None]:
             models.check(with_head)
             # the evaluator reads logits, and sums nothing
-            batch = wanted.of_causal(n_ctx)
-            settings = session_settings(
-                n_ctx, batch, n_threads, mtp=with_head, perplexity=True, device_sums=False
+            settings = SessionSettings(
+                n_ctx=n_ctx,
+                batch=wanted.of_causal(n_ctx),
+                n_threads=n_threads,
+                mtp=with_head,
+                perplexity=True,
+                device_sums=False,
             )
             models.rehearse(settings)
             if with_head:
@@ -173,8 +177,7 @@ def evaluate(
                     "there is a head to score", "leave it out (mtp=False, --no-mtp)"
                 )
             batches.append(models.batch(wanted))
-            settings |= asdict(batches[-1])
-            trunk = models.load(with_head, settings, beside)
+            trunk = models.load(replace(settings, batch=batches[-1]), beside)
             assert isinstance(trunk, engine.Model)
             assert not isinstance(models.head, process.Model)
             return trunk, models.head

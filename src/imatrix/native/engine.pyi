@@ -36,6 +36,26 @@ class PlacementData(TypedDict):
     devices: list[str] | None
     overrides: list[tuple[str, str]]
 
+class LoadData(TypedDict):
+    mtp: bool
+    n_gpu_layers: int
+    placement: PlacementData | None
+    use_mmap: bool
+    check_tensors: bool
+    no_alloc: bool
+
+class SessionData(TypedDict):
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_seq: int
+    n_threads: int
+    mtp: bool
+    process_output: bool
+    perplexity: bool
+    signed_sums: bool
+    device_sums: bool
+
 class Counters(TypedDict):
     stops: int
     fetched_bytes: int
