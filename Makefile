@@ -52,7 +52,7 @@ test: lint types tools
 # the tests that hold assumptions about the engine, each with the engine's file it rests on;
 # ENGINE_ARGS=--record notes these files once all pass
 engine-check: tools
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/engine_check.py $(ENGINE_ARGS)
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/helpers/engine_check.py $(ENGINE_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

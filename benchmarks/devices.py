@@ -22,8 +22,8 @@ from typing import Any
 
 import models  # puts tests/ on the path
 import numpy as np
-from conftest import NO_GPU, TEXT
-from forge import make_model
+from helpers.forge import make_model
+from helpers.running import NO_GPU, TEXT
 from store import machine
 
 from imatrix import ImportanceMatrix, backends

@@ -5,7 +5,7 @@
 Makes random models of 4 to 6 billion weights with an MTP head, F16, on the spot, and writes
 benchmarks/results/gpu.{json,md}. benchmarks/gpu.sh builds the engine with CUDA where there is no
 network and then runs this. Tried so far with `--size tiny --backend cpu` only (as
-tests/test_gpu_benchmark.py does): no GPU was at hand.
+tests/benchmarks/test_gpu_benchmark.py does): no GPU was at hand.
 
 Measured, in passes that take turns:
 

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import engine_tools  # noqa: E402
+from helpers import engine_tools  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {

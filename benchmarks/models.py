@@ -17,8 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import engine_tools  # noqa: E402, F401 -- for conftest.py
-import forge  # noqa: E402
+from helpers import forge  # noqa: E402
 
 # 0.6B: the widths of Qwen3-0.6B, the layers of Qwen3.5 (three recurrent ones to one of attention),
 # a vocabulary of 152k

@@ -42,8 +42,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import faults  # noqa: E402
-from random_model import make_random_model  # noqa: E402
+from helpers import faults  # noqa: E402
+from helpers.random_model import make_random_model  # noqa: E402
 
 import imatrix  # noqa: E402
 from imatrix.cli import main as cli  # noqa: E402

@@ -5,7 +5,7 @@
 The same few chunks again and again, trunk and head, with a checkpoint now and then, as one run.
 Memory, file descriptors, threads and native objects are looked at along the way. At the end the
 sums must be those of the few chunks, as many times (to float64's rounding), and those of one round
-must be those of the NumPy oracle (tests/oracle.py).
+must be those of the NumPy oracle (tests/helpers/oracle.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import oracle  # noqa: E402
-from forge import ModelSpec, make_model  # noqa: E402
+from helpers import oracle  # noqa: E402
+from helpers.forge import (  # noqa: E402
+    ModelSpec,
+    make_model,
+)
 
 import imatrix  # noqa: E402
 from imatrix import (  # noqa: E402
@@ -37,7 +40,7 @@ from imatrix.native import engine  # noqa: E402
 
 N_CTX = 64
 ROUND = 8  # chunks
-# as in tests/test_head_oracle.py, and for the reasons given there: of the largest sum of a weight;
+# as in tests/collect/test_head_oracle.py, and for the reasons given there: of the largest sum of a weight;
 # and the narrowest choice between two experts
 GATE, CLEAR = 1e-3, 1e-4
 RESULTS = ROOT / "benchmarks" / "results" / "robustness.md"

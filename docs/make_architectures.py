@@ -3,7 +3,7 @@
     python docs/make_architectures.py
 
 All but the two columns of names and notes is measured on forged models, by the functions that
-tests/test_architectures.py checks against a reading of the engine's graphs. It needs what the
+tests/model/test_architectures.py checks against a reading of the engine's graphs. It needs what the
 tests need (make tools).
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import engine_tools  # noqa: E402
-from forge_any import MTP_ARCHS  # noqa: E402
-from test_architectures import (  # noqa: E402
+from helpers import engine_tools  # noqa: E402
+from helpers.forge_any import MTP_ARCHS  # noqa: E402
+from helpers.measured import (  # noqa: E402
     HEAD_CROPS,
     NO_HEAD_GRAPH,
     NO_TABLES,

@@ -7,19 +7,18 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import engine_tools
 import numpy as np
 import pytest
-from forge import Arch, ModelSpec, make_model
+from helpers import engine_tools
+from helpers.forge import Arch, ModelSpec, make_model
+from helpers.random_model import make_random_model
+from helpers.running import NO_GPU, TEXT, Done, EngineTool, Forged, RpcServer, Run
 from hypothesis import settings
-from random_model import make_random_model
 
 import imatrix
 
@@ -31,49 +30,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # no test measures time, and a busy machine takes more than Hypothesis allows an example
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
-
-# The text that comes with the package.
-TEXT = resources.files("imatrix").joinpath("data/calibration.txt").read_text(encoding="utf-8")
-
-
-EngineTool = Callable[[str], Path]
-Forged = Callable[..., ModelSpec]
-RpcServer = Callable[[int], str]
-
-# Hides the GPUs of a build that has their backends from a child process: the engine multiplies a
-# large batch on one even if no layer is there.
-NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
-
-
-def until_told(line: str, run: Callable[[], str]) -> str:
-    """Run one of the engine's programs until its output has `line`: where run_tool cannot make it
-    wait (engine_tools.environment), it may exit before its logger's thread has written everything
-    (common/log.cpp), on a busy machine above all."""
-    for _ in range(40):
-        log = run()
-        if line in log:
-            break
-    return log
-
-
-def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = True) -> str:
-    """Run a program and give what it wrote, stdout then stderr.
-
-    ok: whether it has to succeed (True) or has to fail by itself (False); a crash is neither.
-    """
-    done = subprocess.run(
-        [os.fspath(part) for part in command],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=timeout,
-        check=False,
-        env=engine_tools.environment(),
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode >= 0, f"{command} died of signal {-done.returncode}:\n{log}"
-    assert (done.returncode == 0) == ok, f"{command} exited with {done.returncode}:\n{log}"
-    return log
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +44,6 @@ def engine_tool() -> EngineTool:
             pytest.fail(str(error), pytrace=False)
 
     return find
-
-
-def trained_models() -> list[Path]:
-    """The models with a trained head that ship with the package."""
-    return sorted((Path(imatrix.__file__).parent / "data").glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")
@@ -256,18 +207,6 @@ WORDS = [
     "nothing",
     "answer",
 ]
-
-
-@dataclass
-class Done:
-    """A command that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Done]
 
 
 @pytest.fixture

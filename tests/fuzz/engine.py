@@ -32,7 +32,7 @@ os.environ["GGML_NO_BACKTRACE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-from models import make_models
+from fuzz_models import make_models
 from mutations import mutated_bytes, mutated_gguf
 
 import imatrix

@@ -1,5 +1,5 @@
 // The native core against a naive reference in double, for runs under sanitizers. The broad
-// search for cases is in tests/test_hook.py; here are fixed and pseudo-random ones without Python.
+// search for cases is in tests/native/test_hook.py; here are fixed and pseudo-random ones without Python.
 //
 // imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
 #include "add_rows.h"

@@ -24,7 +24,7 @@
 
 namespace {
 
-// What is counted; the same numbers are in tests/faults.py.
+// What is counted; the same numbers are in tests/helpers/faults.py.
 enum Kind : unsigned {
     kOpen     = 1, // for writing
     kWrite    = 2,

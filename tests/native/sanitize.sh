@@ -55,7 +55,7 @@ PYTHONPATH=tests python - "$folder" <<'PY'
 import sys
 from pathlib import Path
 
-from forge import make_model
+from helpers.forge import make_model
 
 folder = Path(sys.argv[1])
 make_model(folder / "dense.gguf", "llama")
