@@ -46,7 +46,7 @@ from helpers import faults  # noqa: E402
 from helpers.random_model import make_random_model  # noqa: E402
 
 import imatrix  # noqa: E402
-from imatrix.cli import main as cli  # noqa: E402
+from imatrix import cli  # noqa: E402
 from imatrix.engine import models  # noqa: E402
 from imatrix.formats import checkpoint as checkpoint_file  # noqa: E402
 

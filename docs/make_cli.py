@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from imatrix.cli.main import _parser
+from imatrix.cli.program import build_parser
 
 PAGE = Path(__file__).with_name("cli.md")
 
@@ -24,7 +24,7 @@ status: 0 done, 1 it failed, 2 wrong usage or bad input, 130 interrupted (Ctrl-C
 def page() -> str:
     """The whole page."""
     lines = [HEAD]
-    commands = _commands(_parser())
+    commands = _commands(build_parser())
     for name, command, told in commands:
         lines += [f"## imatrix {name}", "", command.description or _sentence(told), ""]
         lines += ["```text", _usage(name, command), "```", ""]

@@ -212,11 +212,11 @@ WORDS = [
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
     """Run the command in this process."""
-    from imatrix.cli import main  # not every test needs the native part
+    from imatrix import cli  # not every test needs the native part
 
     def run_(*argv: object) -> Done:
         capfd.readouterr()
-        status = main.main([str(arg) for arg in argv])
+        status = cli.main([str(arg) for arg in argv])
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return Done(status, out, err)

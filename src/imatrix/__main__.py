@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from imatrix.cli.main import entry
+from imatrix.cli.program import entry
 
 entry()

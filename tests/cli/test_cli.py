@@ -21,7 +21,7 @@ from helpers.random_model import make_random_model
 from helpers.running import TEXT, EngineTool, Run, until_told
 
 import imatrix
-from imatrix.cli import main
+from imatrix import cli
 from imatrix.collect import run as _run
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
@@ -497,13 +497,13 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
     # a save that takes its time
     script = """
         import sys, time
-        from imatrix import main, ImportanceMatrix
+        from imatrix import cli, ImportanceMatrix
         from imatrix.formats import checkpoint
         def slow(*_):
             print("saving", file=sys.stderr, flush=True)
             time.sleep(60)
         checkpoint.write = slow
-        sys.exit(main.main(sys.argv[1:]))
+        sys.exit(cli.main(sys.argv[1:]))
     """
     command = [
         sys.executable, "-c", textwrap.dedent(script), "collect", "-m", str(model), "-f",
@@ -699,9 +699,9 @@ def test_weights_can_be_checked_while_loading(
 def test_a_full_disk_at_the_end(model: Path, text: Path, tmp_path: Path) -> None:
     script = """
         import resource, sys
-        from imatrix import main
+        from imatrix import cli
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        sys.exit(main.main(sys.argv[1:]))
+        sys.exit(cli.main(sys.argv[1:]))
     """
     out = tmp_path / "out.gguf"
     arguments = ["collect", "-m", model, "-f", text, "-o", out, "--chunks", 2, *one_at_a_time()]
@@ -827,7 +827,7 @@ def test_flags_that_llama_imatrix_takes(model: Path, text: Path, run: Run, tmp_p
 def test_verbose_errors_come_with_a_traceback(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    status = main.main(["collect", "-m", str(tmp_path / "none"), "-p", "a b", "-o",
+    status = cli.main(["collect", "-m", str(tmp_path / "none"), "-p", "a b", "-o",
                        str(tmp_path / "o"), "-v"])  # fmt: skip
     err = capfd.readouterr().err
     assert status == 2

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from helpers.running import EngineTool, run_tool
 
-from imatrix.cli import main
+from imatrix import cli
 from imatrix.cli.commands.completion import SHELLS
+from imatrix.cli.program import build_parser
 
 
 def made(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
     capfd.readouterr()
-    assert main.main(["completion", shell]) == 0
+    assert cli.main(["completion", shell]) == 0
     return capfd.readouterr().out
 
 
@@ -73,7 +74,7 @@ def test_bash_completes(
         return set(done.stdout.splitlines())
 
     (commands,) = (
-        action.choices for action in main._parser()._actions
+        action.choices for action in build_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )  # fmt: skip
     assert complete("") >= set(commands)
@@ -110,12 +111,12 @@ def test_every_file_argument_is_found() -> None:
             else:
                 yield action.dest
 
-    assert set(dests(main._parser())) >= _NO_FILES  # no name there is out of date
+    assert set(dests(build_parser())) >= _NO_FILES  # no name there is out of date
 
 
 def test_without_the_library(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert main.main(["completion", "bash"]) == 1
+    assert cli.main(["completion", "bash"]) == 1
     assert "pip install 'imatrix[completion]'" in capfd.readouterr().err

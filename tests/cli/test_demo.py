@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from helpers.running import EngineTool, run_tool
 
 import imatrix
-from imatrix import demo
-from imatrix.cli import main
+from imatrix import cli, demo
+from imatrix.cli.commands import demo as command
 from imatrix.matrix.importance import ImportanceMatrix
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -28,8 +28,8 @@ FILES = [
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few chunks say as much as all of them."""
-    monkeypatch.setattr(demo, "_CALIBRATION_CHUNKS", 4)
-    monkeypatch.setattr(demo, "_HELD_OUT_CHUNKS", 3)
+    monkeypatch.setattr(command, "_CALIBRATION_CHUNKS", 4)
+    monkeypatch.setattr(command, "_HELD_OUT_CHUNKS", 3)
 
 
 def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -48,7 +48,7 @@ def test_the_story_the_files_and_the_readme(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], engine_tool: EngineTool
 ) -> None:
     folder = tmp_path / "new" / "folder"
-    assert main.main(["demo", "--dir", str(folder)]) == 0
+    assert cli.main(["demo", "--dir", str(folder)]) == 0
     out, err = capfd.readouterr()
     assert "collecting: chunk 4/4" in err
     assert "warning" not in err
@@ -123,7 +123,7 @@ def test_the_temporary_folder(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert main.main(["demo", *(["--keep"] if keep else [])]) == 0
+    assert cli.main(["demo", *(["--keep"] if keep else [])]) == 0
     out = capfd.readouterr().out
     left = list(tmp_path.iterdir())
     if keep:
@@ -138,7 +138,7 @@ def test_it_fails_when_the_engine_takes_the_trunk_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(imatrix, "quantize", lambda *_args, **_kw: None)
-    assert main.main(["demo", "--dir", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--dir", str(tmp_path)]) == 1
     told = "error: the engine took a matrix without the head, which it should refuse\n"
     assert told in capfd.readouterr().err
 
@@ -150,11 +150,11 @@ def test_it_fails_when_the_engine_refuses_the_head_too(
         raise imatrix.EngineError("no")
 
     monkeypatch.setattr(imatrix, "quantize", refuse)
-    assert main.main(["demo", "--dir", str(tmp_path)]) == 1
+    assert cli.main(["demo", "--dir", str(tmp_path)]) == 1
     assert capfd.readouterr().err.endswith("error: no\n")
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main.main(["demo", "--dir", str(tmp_path / "file")]) != 0
+    assert cli.main(["demo", "--dir", str(tmp_path / "file")]) != 0
     assert f"error: {tmp_path / 'file'}: " in capfd.readouterr().err

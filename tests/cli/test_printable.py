@@ -19,7 +19,9 @@ import pytest
 from helpers.forge import make_model
 from helpers.running import Run
 
-from imatrix.cli import main
+from imatrix import cli
+from imatrix.cli import program
+from imatrix.cli.program import build_parser
 from imatrix.cli.terminal import CollectProgress, DataOut, StepProgress, Terminal, Text
 from imatrix.entries import Entry, LeftOut, Provenance, TextSource
 from imatrix.matrix.importance import ImportanceMatrix
@@ -268,7 +270,7 @@ def test_nothing_acts_on_a_real_terminal(
 
 def test_every_command_is_tried() -> None:
     commands = {each.argv[0] for each in TRIED}
-    parser = main._parser()
+    parser = build_parser()
     assert parser._subparsers is not None
     (action,) = parser._subparsers._group_actions
     assert action.choices is not None
@@ -357,7 +359,7 @@ def test_logs_warnings_bars_and_tracebacks(
 
 
 def test_the_traceback_of_an_error(scene: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 2
+    assert cli.main(["check", named(scene, scene, "odd"), "--type", "Q4_K", "-v"]) == 2
     said = capfd.readouterr().err
     assert "Traceback" in said
     assert SHOWN in said
@@ -372,9 +374,9 @@ def test_a_defect_of_ours(
     def broken() -> int:
         raise KeyError(0, MARKUP.splitlines()[0], type("X", (), {"__repr__": lambda _: EVIL})())
 
-    monkeypatch.setattr(main, "main", broken)
+    monkeypatch.setattr(program, "main", broken)
     with pytest.raises(SystemExit) as stop:
-        main.entry()
+        cli.entry()
     assert stop.value.code == 1
     said = capfd.readouterr().err
     assert "KeyError" in said

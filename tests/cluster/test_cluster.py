@@ -34,8 +34,9 @@ from imatrix import (
     NonFiniteError,
     TemplateError,
 )
-from imatrix.cli.main import main
+from imatrix.cli.program import main
 from imatrix.cluster import cluster as module
+from imatrix.cluster import schedulers
 from imatrix.cluster.work import Block
 from imatrix.engine.sums import BlockSums
 from imatrix.formats import FormatError
@@ -412,7 +413,7 @@ def test_other_workers_are_refused(
             pytest.raises(ClusterError, match=r"model_fingerprint is \w+ there and \w+ here"),
         ):
             made.run(chunks, cluster=some)
-        monkeypatch.setattr("imatrix.collector.__version__", "0.0.7")
+        monkeypatch.setattr("imatrix.collect.collector.__version__", "0.0.7")
         with (
             Cluster(workers) as some,
             pytest.raises(ClusterError, match=r"is installed there, .* with imatrix 0\.0\.7"),
@@ -433,7 +434,7 @@ def test_bad_arguments(headed: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> No
         Cluster(3)
     with pytest.raises(ValueError, match=r"certificates, .* distributed\.comm\.tls\.ca-file"):
         Cluster("tls://127.0.0.1:9")
-    monkeypatch.setattr(module, "_CONNECT", "1s")
+    monkeypatch.setattr(schedulers, "CONNECT", "1s")
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         Cluster("tcp://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "distributed", None)

@@ -12,7 +12,7 @@ from helpers.forge_any import make_any
 from helpers.running import run_tool
 
 from imatrix import Collector, ImportanceMatrix, ModelError
-from imatrix.cli.main import main
+from imatrix.cli.program import main
 
 pytestmark = [
     pytest.mark.engine(

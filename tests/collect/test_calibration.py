@@ -16,8 +16,7 @@ from helpers.heads import assert_agrees, reference
 from helpers.running import Forged
 from helpers.runs import Enough, saved, stop_at
 
-from imatrix import Chat, ChatOptions, Collector, ImportanceMatrix, Mixture, Source, TextSource
-from imatrix.cli import main
+from imatrix import Chat, ChatOptions, Collector, ImportanceMatrix, Mixture, Source, TextSource, cli
 from imatrix.text.progress import Progress
 
 N_CTX = 32
@@ -285,7 +284,7 @@ def test_the_command(
 ) -> None:
     def run(*argv: object) -> tuple[int, str]:
         capfd.readouterr()
-        status = main.main(
+        status = cli.main(
             ["collect", "-m", str(model), "-c", "64", "-b", "64", "-t", "1", "--no-ppl"]
             + [str(each) for each in argv]
         )
@@ -319,7 +318,7 @@ def test_the_command(
     expected.save(tmp_path / "expected.gguf")
     assert out.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
     assert "experts 24/24 at 20 rows, thinnest " in err
-    assert main.main(["show", str(out)]) == 0
+    assert cli.main(["show", str(out)]) == 0
     shown = capfd.readouterr().out
     assert expected.provenance is not None
     tokens = expected.provenance.tokens

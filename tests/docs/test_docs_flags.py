@@ -13,7 +13,7 @@ import pytest
 from helpers.running import EngineTool
 from markdown_it import MarkdownIt
 
-from imatrix.cli import main
+from imatrix.cli.program import build_parser
 
 pytestmark = [
     pytest.mark.engine("common/arg.cpp", "llama-imatrix has these flags"),
@@ -24,7 +24,7 @@ DOCS = ROOT / "docs"
 
 
 def collect_parser() -> argparse.ArgumentParser:
-    for action in main._parser()._actions:
+    for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices["collect"]
     raise AssertionError("no commands")
@@ -82,7 +82,7 @@ def test_every_flag_of_llama_imatrix_is_told_of(theirs: set[str]) -> None:
 
 
 def test_what_is_told_of_a_flag_is_so() -> None:
-    ours = {*collect_parser()._option_string_actions, *main._parser()._option_string_actions}
+    ours = {*collect_parser()._option_string_actions, *build_parser()._option_string_actions}
     taken = {flag for flag, verdict in told().items() if verdict != "no"}
     assert taken - ours == set(), "the page says that these are taken"
     assert (set(told()) - taken) & ours == set(), "the page says that these are refused"

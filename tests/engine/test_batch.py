@@ -13,8 +13,7 @@ from helpers.forge import ModelSpec
 from helpers.running import Forged
 from helpers.uses import MB, need
 
-from imatrix import Collector, ImportanceMatrix
-from imatrix.cli import main
+from imatrix import Collector, ImportanceMatrix, cli
 from imatrix.engine import batch as _batch
 from imatrix.engine.batch import Room, choose
 from imatrix.engine.memory import available_memory
@@ -305,13 +304,13 @@ def test_on_the_command_line(
     free(monkeypatch, spec.path.stat().st_size)
     start = ["collect", "-m", str(spec.path), "-f", str(prose_file), "-c", str(N_CTX), "-t", "1"]
     start += ["--chunks", "6", "--no-ppl"]
-    assert main.main([*start, "-b", "auto", "-o", str(tmp_path / "auto.gguf")]) == 0
+    assert cli.main([*start, "-b", "auto", "-o", str(tmp_path / "auto.gguf")]) == 0
     assert "-b auto: " in (told := capsys.readouterr().err)
     assert " chunks side by side, " in told
-    assert main.main([*start, "-b", str(N_CTX), "-o", str(tmp_path / "one.gguf")]) == 0
+    assert cli.main([*start, "-b", str(N_CTX), "-o", str(tmp_path / "one.gguf")]) == 0
     assert_close(
         ImportanceMatrix.load(tmp_path / "auto.gguf"), ImportanceMatrix.load(tmp_path / "one.gguf")
     )
     capsys.readouterr()
-    assert main.main([*start, "-b", "auto", "-ub", "64", "-o", str(tmp_path / "x.gguf")]) == 2
+    assert cli.main([*start, "-b", "auto", "-ub", "64", "-o", str(tmp_path / "x.gguf")]) == 2
     assert "leave -ub out" in capsys.readouterr().err

@@ -26,8 +26,8 @@ from helpers.running import EngineTool, Forged, RpcServer, run_tool, until_told
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix
-from imatrix.cli import main
 from imatrix.cli.flags import placement as _placement_cli
+from imatrix.cli.program import build_parser
 from imatrix.engine import devices
 from imatrix.engine.placement import Placement
 from imatrix.native import engine
@@ -59,7 +59,7 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 def parsed(flags: str) -> dict[str, Any]:
     """What Collector takes, of flags as llama.cpp has them."""
     return _placement_cli.arguments(
-        main._parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
+        build_parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
     )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import imatrix
 from imatrix import Evaluation, Predictions
-from imatrix.cli.main import main
+from imatrix.cli.program import main
 
 F64 = NDArray[np.float64]
 Chunks = list[list[int]]

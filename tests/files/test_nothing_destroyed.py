@@ -22,7 +22,7 @@ import imatrix
 from imatrix import Collector, Mixture, Source
 from imatrix.cli import outputs
 from imatrix.cli.commands.completion import _NO_FILES, _is_file
-from imatrix.cli.main import _parser
+from imatrix.cli.program import build_parser
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
 
@@ -422,7 +422,7 @@ def test_from_python_a_lock_file(scene: Path, tmp_path: Path) -> None:
 
 
 def _arguments() -> Iterator[tuple[str, argparse.Action]]:
-    for action in _parser()._actions:
+    for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command, parser in action.choices.items():
                 for each in parser._actions:

@@ -20,8 +20,7 @@ from scipy.spatial.distance import cosine as cosine_distance
 from scipy.stats import ConstantInputWarning, spearmanr
 
 import imatrix
-from imatrix import Entry, ImportanceMatrix, compare_matrices
-from imatrix.cli import main as cli
+from imatrix import Entry, ImportanceMatrix, cli, compare_matrices
 
 # Both sides compute in float64, in another order: a few roundings of 2^-53 a value, n_in values.
 EXACT = 1e-12

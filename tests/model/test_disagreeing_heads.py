@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import imatrix
 from imatrix import Collector, ModelError, ModelFile, coverage, drop_mtp, graft_mtp
-from imatrix.cli.main import main
+from imatrix.cli.program import main
 from imatrix.native import engine as native
 
 # Where the engine asks blk.<n_trunk>.nextn.eh_proj whether there is a head.

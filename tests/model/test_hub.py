@@ -16,7 +16,7 @@ from helpers.running import EngineTool
 from helpers.small_hub import COMMIT, SmallHub, small_hub
 
 import imatrix
-from imatrix.cli import main
+from imatrix import cli
 from imatrix.model.hub import HubModel, best_mtp
 
 QUANTS = [
@@ -218,7 +218,7 @@ def test_the_command(hub: SmallHub, tmp_path: Path, capfd: pytest.CaptureFixture
     def run(*argv: object) -> tuple[int, str]:
         capfd.readouterr()
         common = ["collect", "-c", "32", "-b", "32", "-t", "1", "--no-ppl", "-p", "a word " * 60]
-        status = main.main([*common, *(str(each) for each in argv)])
+        status = cli.main([*common, *(str(each) for each in argv)])
         return status, capfd.readouterr().err
 
     outs = [tmp_path / f"{n}.gguf" for n in range(3)]
@@ -266,7 +266,7 @@ def test_wherever_a_model_is_given(
 
     def run(*argv: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        status = main.main([str(each) for each in argv])
+        status = cli.main([str(each) for each in argv])
         out, err = capfd.readouterr()
         return status, out, err
 

@@ -602,9 +602,9 @@ def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
     big_model(tmp_path / "big.gguf", n_vocab=64 << 10)  # 128 MB
     script = """
 import resource, sys
-from imatrix import mtp_files
+from imatrix.model import heads
 from imatrix.model.heads import extract_mtp, graft_mtp
-mtp_files._check_loads = lambda *paths: None  # no engine loads the tensors that make it big
+heads._check_loads = lambda *paths: None  # no engine loads the tensors that make it big
 folder = sys.argv[1]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 extract_mtp(f"{folder}/big.gguf", f"{folder}/h.gguf", trunk_out=f"{folder}/t.gguf")

@@ -25,7 +25,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from imatrix import Entry, ImportanceMatrix, pictures
-from imatrix.cli.main import main
+from imatrix.cli.program import main
 
 Raw = dict[str, tuple[np.ndarray, np.ndarray]]
 

@@ -17,8 +17,7 @@ from helpers.forge_any import AnyModel, make_any
 from helpers.running import EngineTool, Forged, run_tool
 
 import imatrix
-from imatrix import Collector, Entry, ImportanceMatrix
-from imatrix.cli import main as cli
+from imatrix import Collector, Entry, ImportanceMatrix, cli
 from imatrix.model.header import ModelFile
 from imatrix.quantization.adaptation import _takes_data
 

@@ -35,9 +35,9 @@ from imatrix import (
     ImportanceMatrix,
     ModelError,
     ModelFile,
+    cli,
 )
 from imatrix import quantize as quantize_model
-from imatrix.cli import main
 from imatrix.cli.commands import check as _check_cli
 from imatrix.cli.terminal import Terminal
 from imatrix.entries import THIN
@@ -417,7 +417,7 @@ def follow(fix: str, text: Path, tmp_path: Path) -> Path:
         words += ["-o", str(out), "-c", "64", "--chunks", "3", "--no-ppl"]
     else:
         words[words.index("adapted.gguf")] = str(out)
-    assert main.main(words) == 0
+    assert cli.main(words) == 0
     return out
 
 
@@ -567,7 +567,7 @@ def test_cure_of_what_only_a_plan_tells(
     assert coverage(model, file, "IQ2_XXS", tensor_types=safe).ready
     words = shlex.split(found.fixes[1][found.fixes[1].index("imatrix ") :])[1:]
     assert words[-1] == "--plan"
-    assert main.main(words) == 1
+    assert cli.main(words) == 1
     told = capsys.readouterr().out
     printed = re.search(r"1\. Collect the data: (imatrix collect .*)", told)
     assert printed is not None

@@ -13,8 +13,7 @@ import pytest
 from gguf import GGUFReader
 from helpers.running import EngineTool, Forged
 
-from imatrix import Coverage, RuleUse, coverage, quantize
-from imatrix.cli import main
+from imatrix import Coverage, RuleUse, cli, coverage, quantize
 from imatrix.quantization.rules import read_rules
 
 Tensors = dict[str, tuple[str, bytes]]
@@ -48,7 +47,7 @@ def flags_of(rules: list[tuple[str, str]]) -> list[str]:
 
 
 def command(*argv: object) -> int:
-    return main.main([str(word) for word in argv])
+    return cli.main([str(word) for word in argv])
 
 
 # --- where the engine passes over them -----------------------------------------------------------

@@ -19,8 +19,7 @@ import pytest
 from tinyhtml5.parser import HTMLParser
 
 import imatrix
-from imatrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, report_page
-from imatrix.cli import main
+from imatrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, cli, report_page
 from imatrix.report.html import plain
 
 DATA = Path(imatrix.__file__).parent / "data"
@@ -517,7 +516,7 @@ def test_the_command_writes_the_page(
 ) -> None:
     out = tmp_path / "page.html"
     argv = ["report", str(shipped / "with-head.gguf"), "--no-pictures", "-o", str(out)]
-    assert main.main(argv) == 0
+    assert cli.main(argv) == 0
     assert "wrote" in capsys.readouterr().err
     assert told(every(parsed(out.read_text("utf-8")), "h1")[0]) == "with-head.gguf"
 
@@ -544,7 +543,7 @@ def test_the_command_refuses_and_leaves_the_old_page(
     paths = {"MODEL": str(DATA / "tiny-glm4moe-mtp.gguf"), "MATRIX": str(shipped / "with-head.dat")}
     more = [paths.get(each, each) for each in more]
     argv = ["report", paths["MATRIX"], "--no-pictures", "-o", str(out), *more]
-    assert main.main(argv) == 2
+    assert cli.main(argv) == 2
     assert words in capsys.readouterr().err
     assert out.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["page.html"]

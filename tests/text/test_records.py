@@ -29,8 +29,8 @@ from imatrix import (
     Mixture,
     Source,
     TextSource,
+    cli,
 )
-from imatrix.cli import main
 from imatrix.text.chats import Renderer
 from imatrix.text.chunks import Chunks
 
@@ -376,7 +376,7 @@ def test_side_files(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
         tools.write_bytes(tools_data)
         files = ["-f", tmp_path / "chat.jsonl", "-o", tmp_path / "out.gguf", "--restart"]
         side = ["--chat-template-file", template, "--chat-tools", tools]
-        status = main.main(
+        status = cli.main(
             ["collect", "-m", str(model), "-c", "32", "-t", "1", "--no-ppl"]
             + [str(each) for each in (*files, *side)]
         )
@@ -691,11 +691,11 @@ def test_the_command(
     path = holed(tmp_path, prose)
     command = ["collect", "-m", str(model), "-c", "32", "-b", "32", "-t", "1", "--no-ppl"]
     command += ["-f", str(path), "-o", str(tmp_path / "out.gguf")]
-    assert main.main(command) == 2
+    assert cli.main(command) == 2
     assert f"{path}, line 6: no field" in capfd.readouterr().err
-    assert main.main([*command, "--on-bad-record", "skip"]) == 0
+    assert cli.main([*command, "--on-bad-record", "skip"]) == 0
     err = capfd.readouterr().err
     assert f"{path}: 2 of 15 record(s) (13.3%) skipped" in err
     assert f"the first of them: {path}, line 6: no field" in err
-    assert main.main(["show", str(tmp_path / "out.gguf")]) == 0
+    assert cli.main(["show", str(tmp_path / "out.gguf")]) == 0
     assert "1 empty document, 2 bad records skipped" in capfd.readouterr().out

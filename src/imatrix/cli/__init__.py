@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from imatrix.cli.main import entry, main
+from imatrix.cli.program import entry, main
 
 __all__ = ["entry", "main"]

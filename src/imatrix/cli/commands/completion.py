@@ -46,9 +46,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace, _terminal: Terminal) -> int:
     """Do what `add_parser` describes; the exit status."""
-    from imatrix.cli.main import _parser
+    from imatrix.cli.program import build_parser
 
-    sys.stdout.write(script(_parser(), args.shell))
+    sys.stdout.write(script(build_parser(), args.shell))
     sys.stdout.flush()
     return 0
 

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, see the module.
     """
-    parser = _parser()
+    parser = build_parser()
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has told the user
@@ -135,7 +135,7 @@ def _status(error: Exception) -> int:
 # --- arguments ---------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="imatrix",
         description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
