@@ -22,12 +22,8 @@ from helpers.running import EngineTool, Forged, run_tool
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix
-<<<<<<< HEAD
-from imatrix.cli.main import main
-from imatrix.native import engine
-=======
 from imatrix.cli.program import main
->>>>>>> 783f1b9 (The command line's module is cli/program.py: imatrix.cli.main stays a function; tests follow the moves)
+from imatrix.native import engine
 
 N_CTX = 128
 N_CHUNKS = 3
@@ -70,14 +66,7 @@ def without_slot_0(monkeypatch: pytest.MonkeyPatch) -> None:
         def open(self, **settings: Any) -> None:
             super().open(**settings, first_slot="absent")
 
-<<<<<<< HEAD
     monkeypatch.setattr(engine, "Session", Session)
-=======
-    def absent(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**settings(*args, **kwargs), "first_slot": "absent"}
-
-    monkeypatch.setattr("imatrix.collect.collector.session_settings", absent)
->>>>>>> 783f1b9 (The command line's module is cli/program.py: imatrix.cli.main stays a function; tests follow the moves)
 
 
 def assert_same_counts(got: ImportanceMatrix, want: ImportanceMatrix) -> None:
