@@ -12,6 +12,7 @@ from typing import TypeAlias
 from imatrix.engine.settings import ALL, Layers
 from imatrix.model.header import ModelFile
 from imatrix.native import engine
+from imatrix.tensors import n_entry_values
 
 __all__ = ["MARGIN", "choose", "sums_size"]
 
@@ -86,7 +87,7 @@ def sums_size(*files: ModelFile) -> int:
     """Bytes of float32 sums of squares of all weights of these models, at most: weights that share
     their rows share their sums."""
     return sum(
-        4 * shape[0] * (shape[2] if len(shape) > 2 else 1)
+        4 * n_entry_values(shape)
         for file in files
         for name, shape in file.tensors.items()
         if name.startswith("blk.") and len(shape) > 1

@@ -12,7 +12,6 @@ count; of all experts that saw a row, one after the other. A weight without sign
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -22,8 +21,9 @@ from numpy.typing import NDArray
 
 from imatrix.entries import Entry
 from imatrix.formats.single import Stored, stored
+from imatrix.matrix.experts import layer_rows
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.tensors import block_of
+from imatrix.tensors import block_of, kind_of
 
 __all__ = [
     "SCHEMA",
@@ -338,8 +338,8 @@ def _earlier(name: str, known: Mapping[str, Any], start: int | None) -> str | No
     if block is None:
         return None
     first = start if start is not None and block >= start else 0
-    rest = name.removeprefix(f"blk.{block}.")
-    names = (f"blk.{number}.{rest}" for number in range(block - 1, first - 1, -1))
+    kind = kind_of(name)
+    names = (f"blk.{number}.{kind}" for number in range(block - 1, first - 1, -1))
     return next((each for each in names if each in known), None)
 
 
@@ -451,24 +451,6 @@ def _of_layer(
     )
 
 
-def layer_rows(names: Sequence[str], matrix: ImportanceMatrix) -> dict[str, int]:
-    """Rows of a block's experts, those of gate, up and down taken together, or of its weights:
-    n_experts, unseen, rows_min and rows_max, as LayerActivations has them."""
-    of_experts = [name for name in names if matrix[name].n_counts > 1]
-    most = max((matrix[name].n_counts for name in of_experts), default=0)
-    fewest = np.full(most, np.iinfo(np.int64).max)
-    for name in of_experts:
-        counts = matrix[name].counts
-        fewest[: len(counts)] = np.minimum(fewest[: len(counts)], counts)
-    told = [matrix[name].counts for name in of_experts or names]
-    return {
-        "n_experts": most,
-        "unseen": int(np.count_nonzero(fewest == 0)),
-        "rows_min": min(int(counts.min()) for counts in told),
-        "rows_max": max(int(counts.max()) for counts in told),
-    }
-
-
 # --- names -------------------------------------------------------------------
 
 
@@ -491,5 +473,6 @@ def _order(each: ActivationStatistics) -> tuple[float, bytes]:
         block = each.block
     elif "output" not in each.name:
         block = 2**31 - 2  # INT_MAX - 1
-    match = re.fullmatch(r"blk\.[0-9]+\.(.+\..+)\.weight", each.name)
-    return block, (match[1] if match else each.name).encode()
+    kind = kind_of(each.name).removesuffix(".weight")
+    shortened = kind != kind_of(each.name) and "." in kind[1:-1] and each.block is not None
+    return block, (kind if shortened else each.name).encode()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.tensors import block_of
 
 __all__ = ["MatrixComparison", "WeightComparison", "compare_matrices"]
 
@@ -186,8 +187,7 @@ def compare_matrices(
         for each in (a, b)
     )
     blocks = first.head_blocks | second.head_blocks
-    prefixes = tuple(f"blk.{block}." for block in blocks)
-    head = frozenset(name for name in (*first, *second) if name.startswith(prefixes))
+    head = frozenset(name for name in (*first, *second) if block_of(name) in blocks)
     weights, mismatched = [], {}
     for name in (name for name in first if name in second):
         pair = same_shapes(first[name], second[name])

@@ -1,38 +1,97 @@
-"""TODO."""
+"""Rows of the experts of a matrix: what each of them saw, and which of them saw little."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.tensors import REPORTED_BLOCK, SHOWN_BLOCK, pictured_block_of
+from imatrix.entries import Entry
+from imatrix.tensors import block_label, block_of
 from imatrix.words import plural
 
-__all__ = ["ExpertCoverage", "coverage_of"]
+__all__ = [
+    "ExpertCoverage",
+    "Experts",
+    "coverage_of",
+    "describe_experts",
+    "expert_rows",
+    "experts",
+    "fewest_rows",
+    "layer_rows",
+]
 
-# --- experts -----------------------------------------------------------------
+_Block = TypeVar("_Block", bound=Hashable)
 
 
-def expert_rows(matrix: ImportanceMatrix) -> dict[int, NDArray[np.int64]]:
-    """[n_expert] by block: rows that each expert saw, of its weight (gate, up, down) with the
-    fewest. Blocks without experts are left out."""
-    rows: dict[int, NDArray[np.int64]] = {}
-    for name, entry in matrix.items():
-        block = pictured_block_of(name)
-        if block is None or entry.n_counts == 1:
+def fewest_rows(
+    counts: Iterable[tuple[_Block, NDArray[np.int64]]],
+) -> dict[_Block, NDArray[np.int64]]:
+    """Rows that the experts of each block saw.
+
+    An expert has several weights (gate, up, down). Its rows are those of the weight that saw the
+    fewest of them, since that is the one whose mean is the least certain.
+
+    If the weights of a block have different numbers of experts, those of the largest number are
+    the block's experts, and weights with fewer are left aside: expert 5 of 64 is another one than
+    expert 5 of 128. GroveMoE has such blocks: each of its chunk experts (ffn_up_chexps) stands for
+    a group of the others, and sees the rows of that group (src/models/grovemoe.cpp).
+
+    Args:
+        counts: (block, [n_counts]) of each weight; one with a single count has no experts.
+
+    Returns:
+        [n_expert] by block, in the order in which the blocks come up; without those that have no
+        experts.
+    """
+    rows: dict[_Block, NDArray[np.int64]] = {}
+    for block, found in counts:
+        if len(found) == 1:
             continue
         have = rows.get(block)
-        if have is None or len(have) < entry.n_counts:
-            rows[block] = entry.counts
-        elif len(have) == entry.n_counts:
-            rows[block] = np.minimum(have, entry.counts)
+        if have is None or len(have) < len(found):
+            rows[block] = found
+        elif len(have) == len(found):
+            rows[block] = np.minimum(have, found)
+    return rows
+
+
+def expert_rows(matrix: Mapping[str, Entry]) -> dict[int, NDArray[np.int64]]:
+    """[n_expert] by block, in the order of the blocks, see fewest_rows; weights outside the blocks
+    are left out."""
+    rows = fewest_rows(
+        (block, entry.counts)
+        for name, entry in matrix.items()
+        if (block := block_of(name)) is not None
+    )
     return dict(sorted(rows.items()))
+
+
+def layer_rows(names: Sequence[str], matrix: Mapping[str, Entry]) -> dict[str, int]:
+    """Rows of the experts of one block, or of its weights if it has no experts.
+
+    Args:
+        names: the weights of the block.
+
+    Returns:
+        n_experts: experts of the block; 0 without.
+        unseen: experts without a row.
+        rows_min, rows_max: rows of an expert in a weight, the fewest and the most; of a weight if
+            the block has no experts.
+    """
+    of_experts = [name for name in names if matrix[name].n_counts > 1]
+    rows = fewest_rows(("", matrix[name].counts) for name in of_experts).get("")
+    counted = [matrix[name].counts for name in of_experts or names]
+    return {
+        "n_experts": 0 if rows is None else len(rows),
+        "unseen": 0 if rows is None else int(np.count_nonzero(rows == 0)),
+        "rows_min": min(int(counts.min()) for counts in counted),
+        "rows_max": max(int(counts.max()) for counts in counted),
+    }
 
 
 @dataclass(frozen=True)
@@ -52,27 +111,16 @@ class Experts:
     thinnest: tuple[int, int, int] | None
 
 
-def experts(matrix: ImportanceMatrix) -> Experts:
-    """Rows of the experts, the weights of one block (gate, up, down) taken together."""
-    counts: dict[int, np.ndarray[Any, np.dtype[np.int64]]] = {}
-    for name, entry in matrix.items():
-        block = SHOWN_BLOCK.match(name)
-        if block is None or entry.n_counts == 1:
-            continue
-        have = counts.get(int(block[1]))
-        if have is None or len(have) != entry.n_counts:
-            counts[int(block[1])] = entry.counts
-        else:
-            counts[int(block[1])] = np.minimum(have, entry.counts)
+def experts(matrix: Mapping[str, Entry]) -> Experts:
+    """Rows of the experts, the weights of one block taken together, see fewest_rows."""
+    by_block = expert_rows(matrix)
     rows = [
-        (int(n), block, expert)
-        for block, seen in sorted(counts.items())
-        for expert, n in enumerate(seen)
+        (int(n), block, expert) for block, seen in by_block.items() for expert, n in enumerate(seen)
     ]
     thinnest = min((row for row in rows if row[0] > 0), default=None)
     return Experts(
         n_experts=len(rows),
-        n_blocks=len(counts),
+        n_blocks=len(by_block),
         unseen=tuple((block, expert) for n, block, expert in rows if n == 0),
         thinnest=None if thinnest is None else (thinnest[1], thinnest[2], thinnest[0]),
     )
@@ -153,14 +201,9 @@ def coverage_of(counts: Mapping[str, NDArray[np.int64]], wanted: int) -> ExpertC
     Returns:
         None where no weight has experts.
     """
-    blocks: dict[str, NDArray[np.int64]] = {}
-    for name, found in counts.items():
-        block = REPORTED_BLOCK.match(name)
-        if block is None or len(found) == 1:
-            continue
-        # a block has one set of experts (and another width would be another set, unheard of)
-        have = blocks.get(block[0])
-        blocks[block[0]] = found if have is None else np.minimum(have, found)
+    blocks = fewest_rows(
+        (block, found) for name, found in counts.items() if (block := block_label(name)) is not None
+    )
     if not blocks:
         return None
     rows = [

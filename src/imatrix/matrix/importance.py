@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from imatrix.entries import Entry, Provenance
 from imatrix.matrix.merging import add_entries, chunks_of, merged_provenance
-from imatrix.tensors import HEAD_BLOCK, block_of, natural_order
+from imatrix.tensors import block_of, marks_head, natural_order
 
 if TYPE_CHECKING:
     import pandas
@@ -68,10 +68,12 @@ class ImportanceMatrix(Mapping[str, Entry]):
         self._datasets = tuple(datasets)
         self._chunk_count = int(chunk_count)
         self._chunk_size = int(chunk_size)
-        matches = (HEAD_BLOCK.match(name) for name in self._entries)
-        named = {int(match[1]) for match in matches if match}
-        there = {block_of(name) for name in self._entries}
-        self._head_blocks = frozenset(named | (set(head_blocks) & there))
+        known = frozenset(head_blocks)
+        self._head_blocks = frozenset(
+            block
+            for name in self._entries
+            if (block := block_of(name)) is not None and (block in known or marks_head(name))
+        )
         # One spelling for "nothing known", so that equality does not tell two apart.
         self._provenance = None if provenance == Provenance() else provenance
 

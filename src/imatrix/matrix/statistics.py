@@ -13,7 +13,6 @@ sums / counts, of all experts that saw a row, one expert after the other.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.entries import Entry
+from imatrix.matrix.experts import layer_rows
 from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.tensors import listed_place, name_in_block, parsed_name
 
 if TYPE_CHECKING:
     import pandas
@@ -43,9 +44,6 @@ Part: TypeAlias = Literal["trunk", "head"]
 
 _F32: TypeAlias = NDArray[np.float32]
 _F64: TypeAlias = NDArray[np.float64]
-
-# compute_cossim looks for the block's number anywhere in a name
-_BLOCK = re.compile(r"blk\.([0-9]+)\.")
 
 # A channel with a mean squared activation up to here counts as inactive (compute_statistics).
 _INACTIVE = 1e-5
@@ -233,7 +231,7 @@ class Statistics:
             without_rows=tuple(
                 name
                 for name in self.without_rows
-                if (_place(name)[0] in self.head_blocks) == (part == "head")
+                if (listed_place(name)[0] in self.head_blocks) == (part == "head")
             ),
         )
 
@@ -285,7 +283,7 @@ def expert_statistics(matrix: ImportanceMatrix) -> tuple[ExpertStatistics, ...]:
         if entry.n_counts == 1:
             continue
         part: Part = "head" if name in head else "trunk"
-        block, tensor = _place(name)
+        block, tensor = listed_place(name)
         seen = entry.counts > 0
         figures = _exact_figures(entry.importance[seen])
         table = np.full((entry.n_counts, len(_FIGURES)), np.nan)
@@ -366,7 +364,7 @@ def _without_figures(name: str, entry: Entry, part: Part) -> dict[str, Any]:
 
 def _described(name: str, entry: Entry, part: Part) -> dict[str, Any]:
     counts = entry.counts
-    block, tensor = _place(name)
+    block, tensor = listed_place(name)
     seen = np.flatnonzero(counts)
     return {
         "name": name,
@@ -381,19 +379,6 @@ def _described(name: str, entry: Entry, part: Part) -> dict[str, Any]:
         "unseen": int(np.count_nonzero(counts == 0)),
         "thinnest": int(seen[counts[seen].argmin()]) if len(counts) > 1 and len(seen) else None,
     }
-
-
-def _place(name: str) -> tuple[int | None, str]:
-    """(block, kind) as process_tensor_name tells them."""
-    items = name.split(".")
-    # a name that ends in a point has no item after it there
-    after = items.index("blk") + 1 if "blk" in items else len(items)
-    block = items[after] if after < len(items) else ""
-    last = items.index("weight") - 1 if "weight" in items[1:] else -1
-    return (
-        int(block) if re.fullmatch("[0-9]+", block) else None,
-        items[last] if last >= 0 and items[last] else name,
-    )
 
 
 def _activations(entry: Entry) -> _F32:
@@ -497,11 +482,9 @@ def _with_cossim(
 
 
 def _before(name: str) -> str | None:
-    """The weight's name in the block before."""
-    match = _BLOCK.search(name)
-    if match is None:
-        return None
-    return f"{name[: match.start(1)]}{int(match[1]) - 1}{name[match.end(1) :]}"
+    """The weight's name in the block before. compute_cossim looks for the number anywhere in it."""
+    found = parsed_name(name)
+    return None if found is None else name_in_block(name, found.block - 1)
 
 
 def _engine_cosine(a: _F64, b: _F64) -> float:
@@ -581,17 +564,4 @@ def _weighted(weights: Sequence[WeightStatistics], exact: bool) -> dict[str, Any
 
 
 def _rows(weights: Sequence[WeightStatistics], matrix: ImportanceMatrix) -> dict[str, int]:
-    """Rows of a block's experts, those of gate, up and down taken together, or of its weights."""
-    of_experts = [each for each in weights if each.n_counts > 1]
-    most = max((each.n_counts for each in of_experts), default=0)
-    fewest = np.full(most, np.iinfo(np.int64).max)
-    for each in of_experts:
-        counts = matrix[each.name].counts
-        fewest[: len(counts)] = np.minimum(fewest[: len(counts)], counts)
-    told = of_experts or weights
-    return {
-        "n_experts": most,
-        "unseen": int(np.count_nonzero(fewest == 0)),
-        "rows_min": min(each.rows_min for each in told),
-        "rows_max": max(each.rows_max for each in told),
-    }
+    return layer_rows([each.name for each in weights], matrix)

@@ -12,7 +12,7 @@ from imatrix.entries import Entry, LeftOut, TextSource
 from imatrix.formats import Format
 from imatrix.matrix.experts import experts
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.tensors import SHOWN_BLOCK
+from imatrix.tensors import name_in_block
 from imatrix.words import plural
 
 
@@ -45,7 +45,7 @@ def lines(matrix: ImportanceMatrix, *, every_weight: bool = False) -> list[Line]
     """A line a weight, or one a kind of weight ("blk.*.attn_q.weight")."""
     groups: dict[str, list[str]] = {}
     for name in matrix:
-        kind = name if every_weight else SHOWN_BLOCK.sub("blk.*.", name, count=1)
+        kind = name if every_weight else name_in_block(name, "*") or name
         groups.setdefault(kind, []).append(name)
     return [
         _line(names[0] if len(names) == 1 else kind, [matrix[name] for name in names])

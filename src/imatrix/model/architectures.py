@@ -13,6 +13,7 @@ import numpy as np
 
 from imatrix.errors import ModelError
 from imatrix.model.header import ModelFile, ModelHeader
+from imatrix.tensors import apart_expert, block_of
 
 # Architectures whose graph for a head runs one head block only: GGML_ASSERT(n_layer_nextn == 1)
 # in the graph_mtp of src/models/<architecture>.cpp. hy_v3, mimo2 and step35 run several.
@@ -37,14 +38,6 @@ _HYBRIDS = {
     "qwen3next": ".attn_q_norm.",
     "qwen4exp": ".attn_q_norm.",
 }
-
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.", re.ASCII)
-
-
-def block_of(name: str) -> int | None:
-    """The number in `blk.<number>.`; None for a tensor outside the blocks."""
-    found = _BLOCK.match(name)
-    return int(found[1]) if found else None
 
 
 def check_trunk(file: ModelFile) -> None:
@@ -160,16 +153,13 @@ def lacks_head(file: ModelFile) -> str:
     )
 
 
-_APART = re.compile(r"blk\.\d+\.ffn_(?:gate|up|down)\.\d+\.weight", re.ASCII)
-
-
 def loads_alone(file: ModelFile) -> bool:
     """Whether the engine is meant to load a file by itself.
 
     Not a head that it has no graph for, in a file of its own. Nor an old conversion with a tensor
     an expert, which this engine has given up and ik_llama.cpp still loads.
     """
-    if any(_APART.fullmatch(name) for name in file.tensors):
+    if any(apart_expert(name) for name in file.tensors):
         return False
     return file.architecture not in _NO_HEAD_GRAPH or any(block_of(t) == 0 for t in file.tensors)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from imatrix.errors import ModelError
 from imatrix.files.names import decoded, encoded
+from imatrix.tensors import block_of
 
 __all__ = [
     "STRING",
@@ -39,8 +39,6 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # one layout; the engine refuses version 1 (ggml/src/gguf.cpp)
@@ -124,8 +122,7 @@ class Tensor:
     @property
     def block(self) -> int | None:
         """The number in `blk.<number>.`; None for a tensor outside the blocks."""
-        found = _BLOCK.match(self.name)
-        return int(found[1]) if found else None
+        return block_of(self.name)
 
 
 class _Cursor:

@@ -17,7 +17,7 @@ from imatrix.entries import Entry
 from imatrix.matrix.comparison import same_shapes
 from imatrix.matrix.experts import expert_rows
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.tensors import PICTURED_BLOCK, pictured_block_of
+from imatrix.tensors import block_of, kind_of
 
 __all__ = [
     "DIFFERENCES",
@@ -223,9 +223,11 @@ STATISTICS: dict[str, Quantity] = {
 }
 
 
-def _kind(name: str) -> str:
-    match = PICTURED_BLOCK.fullmatch(name)
-    return match[2] if match else name
+def _place(name: str) -> tuple[int | None, str]:
+    """(block, kind) of a weight; a name without a kind after its block is outside the blocks, since
+    a row of the grid needs a label."""
+    kind = kind_of(name)
+    return (block_of(name), kind) if kind else (None, name)
 
 
 def _kind_key(kind: str) -> tuple[int, str]:
@@ -255,15 +257,15 @@ def weight_grid(
         head_blocks: which blocks are the head's.
         cell: state and value of a weight.
     """
-    names = list(names)
-    inside = [name for name in names if pictured_block_of(name) is not None]
-    outside = [name for name in names if pictured_block_of(name) is None]
+    places = {name: _place(name) for name in names}
+    inside = {name: (block, kind) for name, (block, kind) in places.items() if block is not None}
+    outside = [name for name in places if name not in inside]
     kinds = [
-        *sorted({_kind(name) for name in inside}, key=_kind_key),
-        *sorted(set(outside) - {_kind(name) for name in inside}),
+        *sorted({kind for _, kind in inside.values()}, key=_kind_key),
+        *sorted(set(outside) - {kind for _, kind in inside.values()}),
     ]
     row = {kind: n for n, kind in enumerate(kinds)}
-    blocks = {b for name in inside if (b := pictured_block_of(name)) is not None}
+    blocks = {block for block, _ in inside.values()}
     parts = []
     for label, columns in (
         ("trunk", _with_gaps(blocks - head_blocks)),
@@ -273,9 +275,9 @@ def weight_grid(
             continue
         column = {block: n for n, block in enumerate(columns)}
         members = [
-            (row[_kind(name)], column[block], name)
-            for name in inside
-            if (block := pictured_block_of(name)) in column
+            (row[kind], column[block], name)
+            for name, (block, kind) in inside.items()
+            if block in column
         ]
         parts.append(_part(label, tuple(map(str, columns)), len(kinds), members, cell))
     if outside:

@@ -35,7 +35,7 @@ import numpy as np
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.header import ModelFile
-from imatrix.tensors import row_and_matrices
+from imatrix.tensors import apart_expert, natural_order, parsed_name, row_and_matrices
 
 __all__ = ["Adapted", "Placed", "Step", "adapt"]
 
@@ -57,9 +57,6 @@ _NOT_SHARED = {
     "attn_kv_b": "it multiplies the compressed key-value rows, attn_k_b the queries and attn_v_b "
     "attention's result",
 }
-
-_NAME = re.compile(r"blk\.(\d+)\.(.+)\.weight")
-_APART = re.compile(r"(ffn_(?:gate|up|down))\.(\d+)")
 
 # What llama-quantize leaves as it is (tensor_allows_quantization in src/llama-quant.cpp), then the
 # tables that rows are looked up in, and the output, which is rarely collected.
@@ -228,7 +225,7 @@ class _Adaptation:
         return Adapted(
             matrix=adapted,
             placed=tuple(placed[name] for name in adapted),
-            missing={name: missing[name] for name in sorted(missing, key=_natural)},
+            missing={name: missing[name] for name in sorted(missing, key=natural_order)},
             unplaced={
                 name: unfit.get(name) or self._why_unplaced(name)
                 for name in self._matrix
@@ -240,12 +237,12 @@ class _Adaptation:
 
     def _weight(self, name: str, n_in: int, n_mat: int) -> _Found | None:
         """Data for a weight: its own entry, or what is known to be the same."""
-        parsed = _NAME.fullmatch(name)
+        parsed = _block_and_kind(name)
         if parsed is None or name in self._matrix:
             return self._own(name, n_in, n_mat)
-        block, kind = parsed.groups()
-        if apart := _APART.fullmatch(kind):
-            base, expert = apart[1], int(apart[2])
+        block, kind = parsed
+        if apart := apart_expert(name):
+            base, expert = apart
             n_expert = self._experts[block, base]
             found = self._derived(block, f"{base}_exps", n_in, n_expert, stack=False)
             if found is not None:
@@ -327,10 +324,10 @@ class _Adaptation:
     # --- what is told ---------------------------------------------------------------------------
 
     def _why_missing(self, name: str) -> str:
-        parsed = _NAME.fullmatch(name)
+        parsed = _block_and_kind(name)
         if parsed is None:
             return ""
-        block, kind = parsed.groups()
+        block, kind = parsed
         if kind in _LATENT and self._has_latent(block, kind):
             return f"{_NOT_SHARED[kind]}: collect from a conversion that has it"
         return ""
@@ -340,10 +337,10 @@ class _Adaptation:
         return any(f"blk.{block}.{other}.weight" in self._matrix for other in others)
 
     def _why_unplaced(self, name: str) -> str:
-        parsed = _NAME.fullmatch(name)
+        parsed = _block_and_kind(name)
         if parsed is None:
             return "the model has no such weight"
-        block, kind = parsed.groups()
+        block, kind = parsed
         prefix = f"blk.{block}."
         if not any(weight.startswith(prefix) for weight in self._file.tensors):
             return f"the model has no block {block}"
@@ -433,11 +430,10 @@ def _experts_apart(tensors: Mapping[str, object]) -> dict[tuple[str, str], int]:
     """How many experts a block has, (block, "ffn_gate") -> experts, where they are apart."""
     found: dict[tuple[str, str], int] = {}
     for name in tensors:
-        parsed = _NAME.fullmatch(name)
-        apart = _APART.fullmatch(parsed[2]) if parsed else None
+        parsed, apart = _block_and_kind(name), apart_expert(name)
         if parsed and apart:
-            key = (parsed[1], apart[1])
-            found[key] = max(found.get(key, 0), int(apart[2]) + 1)
+            key = (parsed[0], apart[0])
+            found[key] = max(found.get(key, 0), apart[1] + 1)
     return found
 
 
@@ -456,10 +452,15 @@ def _check_depth(matrix: ImportanceMatrix, file: ModelFile) -> None:
 
 def _blocks(names: Mapping[str, object]) -> Iterator[int]:
     for name in names:
-        if parsed := _NAME.fullmatch(name):
-            yield int(parsed[1])
+        if parsed := _block_and_kind(name):
+            yield int(parsed[0])
 
 
-def _natural(name: str) -> tuple[int, str]:
-    parsed = _NAME.fullmatch(name)
-    return (int(parsed[1]) if parsed else 2**31, name)
+def _block_and_kind(name: str) -> tuple[str, str] | None:
+    """("3", "attn_q") of "blk.3.attn_q.weight"; None for any other name. The number is as the name
+    has it, so that names of the same block can be made with it."""
+    place = parsed_name(name)
+    if place is None or place.before or not place.kind.endswith(".weight"):
+        return None
+    kind = place.kind.removesuffix(".weight")
+    return (place.number, kind) if kind else None

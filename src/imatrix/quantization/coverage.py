@@ -29,7 +29,7 @@ from imatrix.quantization.adaptation import Placed, adapt
 from imatrix.quantization.rehearsal import rehearse_quantize
 from imatrix.quantization.rules import Rule, RuleUse, TensorTypes, near, request, rules_of, uses
 from imatrix.quantization.types import FTYPES, UNASKED
-from imatrix.tensors import count_values, n_entry_values
+from imatrix.tensors import apart_expert, block_of, n_entry_values, n_values
 
 if TYPE_CHECKING:
     from imatrix.engine.plan import Plan
@@ -83,10 +83,6 @@ _ASKING = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
 _INDIFFERENT = frozenset(
     {"f32", "f16", "bf16", "q8_0", "q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"}
 )
-
-# An expert's own weight, as old conversions have it (LLM_TENSOR_FFN_GATE_EXP and its like in
-# src/llama-arch.cpp); no graph of the engine runs them any more.
-_EXPERT_APART = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 _COLLECT: tuple[Cure, ...] = ("collect", "collect the head", "collect the output")
 
@@ -313,7 +309,7 @@ def coverage(
         unused=unused,
         overrides=overrides,
         fixes=tuple(check.fixes(tensors, overrides, unused)),
-        n_values=sum(count_values(shape) for shape in file.tensors.values()),
+        n_values=sum(n_values(shape) for shape in file.tensors.values()),
         rules=used,
         warnings=tuple(check.warnings(used)),
     )
@@ -362,7 +358,8 @@ class _Check:
         self._lm_head = "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
         # whether the matrix has data of the trunk, of the head
         self._covered = {self._in_head(name) for name in matrix or () if name in file.tensors}
-        self._experts_apart = any(_EXPERT_APART.fullmatch(name) for name in file.tensors)
+        # no graph of the engine runs the experts of old conversions any more
+        self._experts_apart = any(apart_expert(name) for name in file.tensors)
 
     def _dry_run(self, ftype: str, pure: bool, rules: Sequence[Rule]) -> list[tuple[str, str, str]]:
         """(name, source type, target type) of every tensor."""
@@ -498,13 +495,13 @@ class _Check:
 
     def _bytes(self, shape: tuple[int, ...], type_: str) -> int:
         values, size = self._blocks[type_]
-        return count_values(shape) // values * size
+        return n_values(shape) // values * size
 
     def _in_head(self, name: str) -> bool:
-        block = re.match(r"blk\.(\d+)\.", name)
+        block = block_of(name)
         if block is None:
             return name.startswith("nextn.")
-        return int(block[1]) >= self.file.n_trunk and self.file.n_nextn > 0
+        return block >= self.file.n_trunk and self.file.n_nextn > 0
 
     def _collectable(self, name: str) -> bool | None:
         if self._plan is not None and name.startswith("blk."):

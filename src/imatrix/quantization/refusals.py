@@ -10,6 +10,7 @@ from imatrix.errors import EngineError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.header import ModelFile
 from imatrix.quantization.types import UNASKED
+from imatrix.tensors import block_of
 
 if TYPE_CHECKING:
     from imatrix.quantization.coverage import Coverage, TensorCoverage
@@ -95,9 +96,9 @@ def explained(
 def _cure(tensor: TensorCoverage, found: Coverage) -> str:
     """What to do about a tensor that lacks data."""
     if tensor.cure == "collect the head":
-        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "nextn"
+        block = block_of(tensor.name)
         return (
-            f"Block {block} is the model's MTP head, which the importance matrix does not "
+            f"Block {'nextn' if block is None else block} is the model's MTP head, which the importance matrix does not "
             "cover: collect it with mtp (imatrix collect --mtp)."
         )
     fixes = found.fixes

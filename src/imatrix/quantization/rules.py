@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix.native import quantizer
+from imatrix.tensors import parsed_name
 
 __all__ = ["Request", "Rule", "RuleUse", "TensorTypes", "read_rules", "request", "rules_of", "uses"]
 
@@ -316,16 +317,15 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_FEW]) + more
 
 
-_BLOCK = re.compile(r"^\D*\.?blk\.(\d+)\.")
-
-
 def _near_misses(pattern: str, names: Sequence[str]) -> str:
     """What may have been meant, in the words that a pattern would have."""
     lowered = parsed(f"{pattern}=f32")[0]
     if lowered != pattern and any(quantizer.matching(lowered, names)):
         return f": names are matched with their case, and {lowered} matches some"
     plain = re.sub(r"\\(.)", r"\1", pattern).strip("^$").lower().removesuffix(".weight")
-    blocks = {int(found[1]) for name in names if (found := _BLOCK.match(name))}
+    places = {name: parsed_name(name) for name in names}
+    blocks = {place.block for place in places.values() if place is not None}
+    kind_of = {name: name if place is None else place.kind for name, place in places.items()}
     number = re.search(r"blk\.(\d+)", plain)
     if number is not None and blocks and int(number[1]) not in blocks:
         return f": its blocks are {min(blocks)} to {max(blocks)}"
@@ -333,7 +333,7 @@ def _near_misses(pattern: str, names: Sequence[str]) -> str:
         return ": it has no output.weight, its output is token_embd.weight"
     # a kind of tensor, or one of them if the pattern names a block
     kinds = {
-        (name if number is not None else _BLOCK.sub("", name)).removesuffix(".weight").lower(): name
+        (name if number is not None else kind_of[name]).removesuffix(".weight").lower(): name
         for name in names
     }
     close = difflib.get_close_matches(plain, kinds, n=_FEW)
@@ -344,5 +344,5 @@ def _near_misses(pattern: str, names: Sequence[str]) -> str:
         )
     if not close:
         return "; `imatrix check --json` lists their names"
-    shown = [k if k in kinds[k] else _BLOCK.sub("", kinds[k]) for k in close]
+    shown = [k if k in kinds[k] else kind_of[kinds[k]] for k in close]
     return f"; near: {', '.join(shown)}"

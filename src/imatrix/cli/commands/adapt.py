@@ -17,12 +17,10 @@ from imatrix.formats import Format
 from imatrix.matrix.conversion import format_of
 from imatrix.matrix.summary import describe_weights
 from imatrix.quantization.adaptation import Adapted, Placed, adapt
+from imatrix.tensors import apart_expert, block_of, kind_of
 from imatrix.words import plural
 
 __all__ = ["add_parser"]
-
-_BLOCK = re.compile(r"blk\.(\d+)\.")
-_EXPERT = re.compile(r"(ffn_(?:gate|up|down)\.)\d+(\.weight)$")
 
 _LIST = 12  # of what has no data or no place, unless all is asked for
 
@@ -139,11 +137,12 @@ def _reasons(names: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _kind(name: str) -> str:
     """Without the block and the expert: attn_q.weight, ffn_gate.*.weight."""
-    return _EXPERT.sub(r"\1*\2", _BLOCK.sub("", name, count=1))
+    expert = apart_expert(name)
+    return kind_of(name) if expert is None else f"{expert[0]}.*.weight"
 
 
 def _ranged(kind: str, names: Sequence[str]) -> str:
-    blocks = sorted({int(match[1]) for name in names if (match := _BLOCK.match(name))})
+    blocks = sorted({block for name in names if (block := block_of(name)) is not None})
     if not blocks:
         return kind
     runs = []
