@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # no test measures time, and a busy machine takes more than Hypothesis allows an example
 settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
+
+
+# What a test may need that a machine or a build has or has not, for the mark `needs`.
+HAS = {
+    "gpu": lambda: any(device.gpu for device in imatrix.backends().devices),
+    "no rpc": lambda: "RPC" not in imatrix.backends().built,
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this machine cannot run. A skipped test looks like one that was forgotten;
+    where IMATRIX_NO_SKIPS is set it fails, see pytest_runtest_makereport."""
+    here = {what: has() for what, has in HAS.items()}
+    left_out = [
+        item for item in items if not all(here[mark.args[0]] for mark in item.iter_markers("needs"))
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("IMATRIX_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing is to be: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,13 @@ def made(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
     return capfd.readouterr().out
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+# bash is wherever these tests run
+@pytest.mark.parametrize(
+    "shell", [shell for shell in SHELLS if shell == "bash" or shutil.which(shell)]
+)
 def test_the_shell_takes_it(shell: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = shutil.which(shell)
-    if program is None:
-        assert shell != "bash", "there is no bash"
-        pytest.skip(f"no {shell} on this machine")
+    assert program is not None
     path = tmp_path / "script"
     path.write_text(made(shell, capfd), encoding="utf-8")
     done = subprocess.run([program, "-n", path], capture_output=True, text=True, check=False)

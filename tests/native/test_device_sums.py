@@ -56,7 +56,6 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 # neither (docs/backends.md).
 ON_GPUS = [model for model in MODELS if model[0] != "deepseek2"]
 
-GPUS = [device.name for device in imatrix.backends().devices if device.gpu]
 # Layers that are not on the device are not computed there either (offload_op in ggml-vulkan.cpp).
 KEPT_HERE = {"GGML_OP_OFFLOAD_MIN_BATCH": "1000000"}
 
@@ -167,7 +166,7 @@ def test_sums_made_there_are_those_made_here(
         assert beyond(TOLERANCE, run.matrix, want.matrix) == {}
 
 
-@pytest.mark.skipif(GPUS == [], reason="the build or the machine has no GPU")
+@pytest.mark.needs("gpu")
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(("arch", "options"), ON_GPUS, ids=[arch for arch, _ in ON_GPUS])
 def test_sums_made_on_a_gpu(
@@ -180,7 +179,7 @@ def test_sums_made_on_a_gpu(
     assert beyond(TOLERANCE, there.matrix, copied.matrix) == {}
 
 
-@pytest.mark.skipif(GPUS == [], reason="the build or the machine has no GPU")
+@pytest.mark.needs("gpu")
 @pytest.mark.parametrize(("arch", "options"), ON_GPUS, ids=[arch for arch, _ in ON_GPUS])
 def test_a_gpus_rows_are_llama_imatrix_s(
     arch: Arch, options: dict[str, Any], forged: Forged, engine_tool: EngineTool, tmp_path: Path
@@ -216,7 +215,7 @@ def test_what_is_no_endpoint(bad: str) -> None:
         imatrix.add_rpc_server(bad)
 
 
-@pytest.mark.skipif("RPC" in imatrix.backends().built, reason="the engine has the RPC backend")
+@pytest.mark.needs("no rpc")
 def test_a_build_without_rpc_says_so() -> None:
     with pytest.raises(EngineError, match="GGML_RPC=ON"):
         imatrix.add_rpc_server("127.0.0.1:50052")
