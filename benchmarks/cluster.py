@@ -1,18 +1,19 @@
-"""A Dask cluster's workers beside one: efficiency, what a block costs beside its chunks, and what
-follows for many machines: benchmarks/results/cluster.md.
+"""One and two workers of a Dask cluster: their efficiency, what a block costs in addition to its
+chunks, and what follows for many machines. The results are in benchmarks/results/cluster.md.
 
     python benchmarks/cluster.py [--part efficiency|costs] [--passes 3] [--blocks 6]
 
-Every engine has one thread, so that a machine of two cores has room for two. In passes that take
-turns:
+Every engine has one thread, so that a machine with two cores has room for two engines. These take
+turns in every pass:
 
 - one process, without a cluster
-- two such processes without a cluster, each with half of the text: what two engines cost each other
-- a cluster of one worker, and of two
+- two such processes without a cluster, each with half of the text: how much two engines slow each
+  other down
+- a cluster of one worker, and one of two workers
 
-Models are loaded before the clock starts. Then blocks whose chunks take no time, with sums of
-several sizes: what the scheduler, the way to this process and the adding take. From these figures
-the rest of the table is reckoned, nothing else is.
+Models are loaded before the clock starts. The second part measures blocks whose chunks take no time,
+with sums of several sizes: the time of the scheduler, of the transfer to this process and of the
+adding. Only the last table is computed, from these figures.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TWO = "two processes, no cluster"
 VARIANTS = ("one process, no cluster", TWO, "cluster, 1 worker", "cluster, 2 workers")
 MODELS = (("small", "full"), ("experts", "half"))
 PARTS = ("efficiency", "costs")
-SIZES = (0, 1, 10, 100)  # MB of sums a block
+SIZES = (0, 1, 10, 100)  # MB of sums in a block
 
 # --- efficiency ----------------------------------------------------------------------------------
 
@@ -70,8 +71,8 @@ def half(path: Path, chunks: list[list[int]], ready: Any) -> None:
 
 
 def processor() -> tuple[float, float]:
-    """Processor time so far, seconds: of the engines, and of all else (scheduler, workers, this
-    process)."""
+    """Processor time so far in seconds: of the engines, and of everything else (scheduler, workers,
+    this process)."""
     me = psutil.Process()
     engines = rest = 0.0
     for each in (me, *me.children(recursive=True)):
@@ -84,8 +85,8 @@ def processor() -> tuple[float, float]:
 
 
 def seconds(variant: str, path: Path, chunks: list[list[int]]) -> tuple[float, float]:
-    """Of a run over all chunks; and what share of the processor time was not the engines', where
-    there is a cluster."""
+    """The seconds of a run over all chunks, and the share of the processor time that the engines did
+    not use; that share is 0 without a cluster."""
     if variant == TWO:
         context = multiprocessing.get_context("spawn")
         ready = context.Barrier(3)
@@ -109,7 +110,9 @@ def seconds(variant: str, path: Path, chunks: list[list[int]]) -> tuple[float, f
             return time.perf_counter() - started, 0.0
         n = 1 if variant == VARIANTS[2] else 2
         with Cluster(f"local:{n}", block=1) as some:
-            made.run(chunks[: 4 * n], mtp=True, cluster=some)  # each of them loads
+            made.run(
+                chunks[: 4 * n], mtp=True, cluster=some
+            )  # so that every worker loads the model
             some._block = BLOCK
             before = processor()
             started = time.perf_counter()
@@ -120,7 +123,7 @@ def seconds(variant: str, path: Path, chunks: list[list[int]]) -> tuple[float, f
 
 
 def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds a run, by model and variant; and a share, see seconds()."""
+    """Median seconds of a run by model and variant, and the share that seconds() gives."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, size in MODELS:
         path = models.model(name, size)
@@ -132,8 +135,8 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 rows.setdefault(variant, []).append(took)
                 if variant == VARIANTS[3]:
                     rows.setdefault("share", []).append(share)
-                told = f"{variant}: {took:.2f} s, {share:.2%} not the engines'"
-                print(f"{name}, pass {measuring + 1}: {told}", flush=True)
+                text = f"{variant}: {took:.2f} s, {share:.2%} not the engines'"
+                print(f"{name}, pass {measuring + 1}: {text}", flush=True)
     return {
         model: {variant: statistics.median(each) for variant, each in rows.items()}
         for model, rows in found.items()
@@ -144,7 +147,7 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def no_chunks(work: Work, _tokens: Any, lengths: Any, _first: int) -> Block:
-    """In place of collect_block: sums at once. A worker keeps them from block to block."""
+    """Stands in for collect_block: gives sums at once. A worker keeps them for the next blocks."""
     if not hasattr(Block, "kept"):
         n = dict(work.collector)["n"]
         Block.kept = [(["w"], np.ones((1, n)), np.ones(1, np.int64))] if n else []  # type: ignore[attr-defined]
@@ -152,8 +155,8 @@ def no_chunks(work: Work, _tokens: Any, lengths: Any, _first: int) -> Block:
 
 
 def a_block(megabytes: int, n_blocks: int) -> dict[str, float]:
-    """Milliseconds that a block of so many MB takes: in all, of it the adding, and processor time
-    of this process, which has the scheduler too."""
+    """Milliseconds for a block with so many MB of sums: in all, for the adding, and as processor time
+    of this process, in which the scheduler runs too."""
     cluster_module.collect_block = no_chunks  # type: ignore[assignment]
     tokens = np.zeros(N_CTX, np.int32)
     blocks = iter([[Chunk(tokens, ())] * BLOCK for _ in range(n_blocks + 4)])
@@ -179,7 +182,7 @@ def a_block(megabytes: int, n_blocks: int) -> dict[str, float]:
 
 
 def costs(passes: int) -> dict[int, dict[str, float]]:
-    """By MB of sums."""
+    """The medians of a_block() by MB of sums."""
     found = {}
     for megabytes in SIZES:
         n_blocks = 300 if megabytes < 10 else 40 if megabytes < 100 else 12
@@ -196,7 +199,7 @@ def costs(passes: int) -> dict[int, dict[str, float]]:
 N_WORKERS, N_TOKENS = 100, 100e6
 NETWORK = 1.25e9  # bytes a second: 10 Gbit/s into the machine where the run was started
 
-# what float64 sums take: q/k/v share theirs, gate and up do
+# Bytes of the float64 sums. q, k and v share their sums, and so do gate and up.
 PAPER = {
     # layers x (attention in, out; gate/up; down)
     "dense, 8B (32 layers of 4096, 14336)": (32 * (3 * 4096 + 14336) * 8, 10e3),
@@ -240,7 +243,7 @@ def on_paper(cost: dict[int, dict[str, float]]) -> list[str]:
         block = max(part, power_of_two(N_TOKENS / N_CTX * here / (0.5 * whole)))
         parts, blocks = (N_TOKENS / (N_CTX * size) for size in (part, block))
         way = parts * nbytes * a_byte / N_WORKERS
-        # a part, then the sums of a block go up the tree
+        # the last part, and then the sums of its block on their way up the tree
         tail = part * N_CTX / rate + np.log2(block / part) * nbytes * a_byte
         shares = (parts * here, blocks * here, 2 * parts * task, way, tail)
         row = " | ".join(f"{share / whole:.0%}" for share in shares)
@@ -253,7 +256,7 @@ def on_paper(cost: dict[int, dict[str, float]]) -> list[str]:
 # --- the file ------------------------------------------------------------------------------------
 
 
-def told(about: dict[str, Any]) -> str:
+def describe_run(about: dict[str, Any]) -> str:
     return (
         f"{about['date']}, {about['machine']}, {about['passes']} pass(es), the median; load "
         f"{about['load']:.1f} when it began."
@@ -271,7 +274,7 @@ def written(found: dict[str, Any]) -> str:
         lines += [
             "## Two workers beside one",
             "",
-            f"{told(part['about'])} Trunk and head, chunks of {N_CTX}, one thread an engine, "
+            f"{describe_run(part['about'])} Trunk and head, chunks of {N_CTX}, one thread an engine, "
             f"{part['about']['blocks']} blocks of {BLOCK} chunks, seconds. Efficiency: the time of "
             "one process without a cluster over twice that of two. Last: of the processor time of the "
             "run with two workers, what was not the engines' (scheduler, workers, adding).",
@@ -293,7 +296,7 @@ def written(found: dict[str, Any]) -> str:
         lines += [
             "## What a block costs beside its chunks",
             "",
-            f"{told(part['about'])} One worker, blocks that are there at once: the scheduler, the "
+            f"{describe_run(part['about'])} One worker, blocks that are there at once: the scheduler, the "
             "way to this process, and the adding. Milliseconds a block. Where chunks take their "
             "time, the first two are hidden behind them as long as this process is not busy: the "
             "processor time, which a busy machine changes least, is that of the process where the "

@@ -1,8 +1,8 @@
 """Interleaved measuring with pytest-benchmark.
 
-Every variant is a test; the tests run in passes (pass 1 of every variant, then pass 2, ...), so
-that a machine that warms up or is shared drifts over all variants alike. Medians over the
-passes are compared, never times from different runs.
+Every variant is a test. The tests run in passes (pass 1 of every variant, then pass 2, ...), so
+that all variants see the same drift of a machine that warms up or is shared. Only medians over the
+passes are compared, never times of different runs.
 """
 
 from __future__ import annotations

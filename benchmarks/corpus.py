@@ -1,8 +1,8 @@
-"""The texts that the trained model is made of and measured on, from the running Python's library.
+"""The texts for training and measuring the small model, taken from the running Python's library.
 
 Everything comes from the standard library's own folder (sources, tests and documentation, PSF
-licence), so any machine with the same Python has the same text. Files are put in order by the
-SHA-256 of their path, never by chance, and every text is told by its digest.
+licence), so any machine with the same Python has the same text. Files are ordered by the SHA-256 of
+their path, not at random, and every text has a digest.
 
     held-out        whole modules, in-domain; shipped as src/imatrix/data/held-out.txt
     held-out-prose  language reference in English, out-of-domain; data/held-out-prose.txt
@@ -11,9 +11,9 @@ SHA-256 of their path, never by chance, and every text is told by its digest.
     prose           calibration: the rest of the language reference, and docstrings
     tables          calibration: test vectors, code pages, mail and markup
 
-`python benchmarks/corpus.py FOLDER` writes them there, with their sizes and digests. Only the two
-held-out texts are in the repository; nothing else here is, and no other text shares 200 characters
-in a row with them.
+`python benchmarks/corpus.py FOLDER` writes the texts into that folder and prints their sizes and
+digests. The repository has only the two held-out texts. No other text shares 200 characters in a row
+with them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ DATA = Path(__file__).resolve().parent.parent / "src" / "imatrix" / "data"
 HELD_OUT = {"held-out": "held-out.txt", "held-out-prose": "held-out-prose.txt"}
 CALIBRATION = ("code", "prose", "tables")
 
-# Bytes wanted: enough for 200k tokens of each calibration text at 2.5 bytes a token or more.
+# Bytes of each text: enough for 200k tokens of a calibration text if a token has 2.5 bytes or more.
 _HELD_OUT_BYTES = 150_000
 _PROSE_BYTES = 100_000
 _CALIBRATION_BYTES = 800_000
-# Two texts that share this many characters in a row are taken to share a passage.
+# If two texts share this many characters in a row, they are assumed to share a passage.
 _SHARED = 200
 
 
@@ -58,7 +58,7 @@ def _read(path: Path) -> str | None:
         return None  # some tests are in other encodings on purpose
 
 
-# Code pages are hex tables, no language; the language reference is the out-of-domain text.
+# Code pages are tables of numbers, not language; the language reference is the out-of-domain text.
 _NOT_SOURCES = ("site-packages/", "encodings/", "pydoc_data/", "config-", "ensurepip/_bundled/")
 
 
@@ -78,8 +78,8 @@ def _sources() -> dict[str, str]:
 
 
 def _windows(content: str) -> set[str]:
-    """Every run of half of _SHARED characters. A run of _SHARED - 1 that two texts share holds
-    one of these that begins at a multiple of that half in the other."""
+    """Every run of half of _SHARED characters. If two texts share a run of _SHARED - 1 characters,
+    one of these half runs begins at a multiple of the half in the other text."""
     half = _SHARED // 2
     return {content[i : i + half] for i in range(len(content) - half + 1)}
 
@@ -90,7 +90,7 @@ def _meets(content: str, windows: Set[str]) -> bool:
 
 
 def shared_text(one: str, other: str) -> bool:
-    """Whether two texts share 200 characters in a row (and maybe where they share 100)."""
+    """Whether two texts share 200 characters in a row; true for some that share only 100."""
     return _meets(other, _windows(one))
 
 
@@ -98,7 +98,7 @@ def shared_text(one: str, other: str) -> bool:
 def _split() -> dict[str, dict[str, str]]:
     """Sources into held-out, code (for calibration) and train."""
     sources = _sources()
-    # Modules of ordinary size, not tests: what somebody would want a model of Python to know.
+    # Modules of ordinary size, not tests: what a model of Python should know.
     candidates = [
         name
         for name, content in sources.items()
@@ -108,7 +108,7 @@ def _split() -> dict[str, dict[str, str]]:
     ][:60]
     windows = {name: _windows(sources[name]) for name in candidates}
     together = set().union(*windows.values())
-    # Licence headers and copied functions: whoever shares a passage with any other file is out.
+    # Licence headers and copied functions: a file that shares a passage with another is left out.
     touched = [name for name in sources if name not in windows and _meets(sources[name], together)]
     own_text = {name: _windows(sources[name]) for name in touched}
     held: dict[str, str] = {}
@@ -154,7 +154,7 @@ def _topics() -> tuple[dict[str, str], dict[str, str]]:
             size += len(topics[name].encode())
         else:
             rest[name] = topics[name]
-    # Topics quote each other, whole sections at times.
+    # Topics quote each other, sometimes whole sections.
     kept = {name: topic for name, topic in rest.items() if not _meets(topic, windows)}
     return held, kept
 
@@ -207,7 +207,7 @@ def _tables() -> Iterator[str]:
         content = _read(path)
         if content is None or len(content) < 500:
             continue
-        content = content[:20_000]  # the largest would fill the text alone
+        content = content[:20_000]  # the largest file alone would fill the text
         yield content
         size += len(content.encode())
         if size >= _CALIBRATION_BYTES:
@@ -216,7 +216,7 @@ def _tables() -> Iterator[str]:
 
 @cache
 def _held_out_windows() -> frozenset[str]:
-    """Of the texts as they ship: those of another Python's library may be other modules."""
+    """The windows of the texts that ship, since another Python's library may give other modules."""
     return frozenset().union(*(_windows(text(name)) for name in HELD_OUT))
 
 
@@ -237,7 +237,7 @@ def documents(name: str) -> tuple[str, ...]:
         return tuple(_topics()[0].values())
     if name in ("train", "tables") and not (_library() / "test").is_dir():
         raise FileNotFoundError(
-            f"{_library()} has no test folder, which {name!r} is made of too: some distributions "
+            f"{_library()} has no test folder, and {name!r} needs it: some distributions "
             "leave it out; use a Python from python.org or one built from source"
         )
     found: Iterable[str]
@@ -255,7 +255,7 @@ def documents(name: str) -> tuple[str, ...]:
 
 
 def text(name: str) -> str:
-    """One text as a whole, documents joined by a blank line; the held-out ones as they ship."""
+    """A whole text, its documents joined by a blank line; a held-out text is the one that ships."""
     if name in HELD_OUT:
         return (DATA / HELD_OUT[name]).read_text(encoding="utf-8")
     return "\n\n".join(documents(name))

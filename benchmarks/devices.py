@@ -1,11 +1,11 @@
-"""Are sums made on a device those of its rows? Writes benchmarks/results/BACKEND.md.
+"""Are the sums that a device makes the sums of its rows? Writes benchmarks/results/BACKEND.md.
 
     python benchmarks/devices.py --backend Vulkan
 
-Small random models, trunk and head, wholly and partly on the device, each run in a process of its
-own: sums made there against rows copied here, against llama-imatrix on the same device (trunk) and
-against the CPU; and llama-imatrix on the device against itself on the CPU, which is what the
-device's own arithmetic makes. Nothing is timed.
+Small random models, trunk and head, run wholly and partly on the device, each run in a process of
+its own. Sums made on the device are compared with sums of rows that are copied to the host, with
+llama-imatrix on the same device (trunk), and with the CPU. llama-imatrix on the device is also
+compared with itself on the CPU: that difference comes from the device's arithmetic. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from imatrix import ImportanceMatrix, backends
 
 N_CTX = 64
 CHUNKS = 4
-# Layers that are not on the device are not computed there either (offload_op in ggml-vulkan.cpp).
+# So that layers outside the device are not computed on it either (offload_op in ggml-vulkan.cpp).
 KEPT_HERE = {"GGML_OP_OFFLOAD_MIN_BATCH": "1000000"}
 ARCHS: dict[str, tuple[str, int]] = {
     "llama": ("dense", 0),
@@ -78,8 +78,8 @@ def theirs(model: Path, folder: Path, environment: dict[str, str], layers: int) 
 
 
 def apart(got: ImportanceMatrix, want: ImportanceMatrix) -> str:
-    """The largest difference of a weight's sums over its largest sum, and how many rows went to
-    other experts; of the weights of `want`."""
+    """Over the weights of `want`: the largest difference of a weight's sums divided by its largest sum,
+    and how many rows went to other experts."""
     sums = max(np.abs(got[n].sums - want[n].sums).max() / want[n].sums.max() for n in want)
     moved = sum(int(np.abs(got[n].counts - want[n].counts).sum()) // 2 for n in want)
     return f"{sums:.1e}" + (f" ({moved} moved)" if moved else "")
@@ -115,7 +115,7 @@ def main() -> int:
             mtp = n_nextn > 0
             host, _ = ours(model, folder, mtp, NO_GPU)
             host_theirs = theirs(model, folder, NO_GPU, 0)
-            # a trunk layer there beside the head and the output matrix, and one here
+            # one trunk layer on the device, with the head and the output matrix, and one on the host
             for layers in (-1, 2 + n_nextn):
                 place = {} if layers < 0 else KEPT_HERE
                 there, counted = ours(model, folder, mtp, place, n_gpu_layers=layers)

@@ -2,10 +2,10 @@
 
     python benchmarks/first_slot.py    # writes benchmarks/results/first-slot.md; seconds
 
-Slot 0 holds a chunk's first token beside a state of zeros. The engine's driver puts it into the
-head's cache and begins no draft there, and collecting does the same. The two other treatments that
-a collector could give it are measured against that: its rows counted too, and slot 0 absent from
-the cache, as llama-imatrix --nextn has it.
+Slot 0 holds a chunk's first token together with a state of zeros. The engine's driver puts it into
+the head's cache and begins no draft there, and collecting does the same. This is compared with the
+two other things that a collector could do: count its rows too, or leave slot 0 out of the cache, as
+llama-imatrix --nextn does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Means = dict[str, NDArray[np.float64]]
 
 
 def means(first_slot: str) -> Means:
-    """Each head weight's mean squared activations: [n_mat, n_in], NaN if there were no rows."""
+    """The mean squared activations of each head weight: [n_mat, n_in], NaN if there were no rows."""
     model = engine.Model(
         str(demo.MODEL), mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )

@@ -1,18 +1,19 @@
-"""Tokens a second on a GPU: plain prefill, ours, and llama-imatrix, beside each other.
+"""Tokens per second on a GPU: plain prefill, imatrix, and llama-imatrix.
 
     python benchmarks/gpu.py [--models dense,experts] [--chunks 512,2048] [--passes 3]
 
 Makes random models of 4 to 6 billion weights with an MTP head, F16, on the spot, and writes
-benchmarks/results/gpu.{json,md}. benchmarks/gpu.sh builds the engine with CUDA where there is no
-network and then runs this. Tried so far with `--size tiny --backend cpu` only (as
-tests/benchmarks/test_gpu_benchmark.py does): no GPU was at hand.
+benchmarks/results/gpu.{json,md}. benchmarks/gpu.sh builds the engine with CUDA without a network
+and then runs this. So far only `--size tiny --backend cpu` was tried (tests/benchmarks/test_gpu_benchmark.py
+does so): no GPU was available.
 
-Measured, in passes that take turns:
+These take turns in every pass:
 
-- plain prefill: our session with its hook off, no LM head, trunk and trunk + head
-- ours, device sums: rows are squared and added on the device, sums fetched once a chunk
-- ours, staging: rows are copied to the host and added there
-- llama-imatrix --no-ppl, with all layers on the device: 1 + N chunks and 1, the difference over N
+- plain prefill: a session of imatrix with its hook off, without the LM head, trunk and trunk + head
+- imatrix, device sums: rows are squared and added on the device, sums are fetched once for each chunk
+- imatrix, staging: rows are copied to the host and added there
+- llama-imatrix --no-ppl, with all layers on the device: run with 1 + N chunks and with 1, and the
+  difference is divided by N
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def llama_imatrix(tool: Path, work: dict[str, Any], out: Path) -> float:
     """Seconds a chunk."""
     n = work["n_chunks"]
     text = out.with_suffix(".txt")
-    # it wants more tokens than it is told to run; the text has 4.5 characters a token
+    # llama-imatrix wants more tokens than it has to run; the text has 4.5 characters per token
     times = -(-8 * (2 + n) * work["n_ctx"] // TEXT.stat().st_size) + 1
     text.write_text(TEXT.read_text() * times)
 
@@ -142,7 +143,7 @@ def main() -> int:
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gpu.json"
-    if path.is_file():  # one model a call is possible: those of the same machine stay
+    if path.is_file():  # a call may measure one model only: earlier results of this machine stay
         before = json.loads(path.read_text())
         if all(before[name] == kept[name] for name in ("device", "machine", "engine", "n_ubatch")):
             kept["grids"] = before["grids"]

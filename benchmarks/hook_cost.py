@@ -3,9 +3,9 @@
     python benchmarks/hook_cost.py [--size half] [--pairs 16]
 
 In one session of one process, chunks with the hook off and on take turns: off, on, on, off, and
-so on, so that a machine that speeds up or slows down does so for both. Two neighbours make a pair,
-and what is told is the median of their ratios, with the 95 % interval of a bootstrap over the
-pairs. Written to results/hook-cost.{json,md} after every session.
+so on, so that a machine that speeds up or slows down does so for both. Two neighbours make a pair.
+The result is the median of the pairs' ratios, with the 95 % interval of a bootstrap over the pairs.
+It is written to results/hook-cost.{json,md} after every session.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHUNKS = (512, 2048)
 
 
 def pairs_of(of: Sessions, kind: str, n_pairs: int) -> list[tuple[float, float]]:
-    """Seconds a chunk without the hook and with it, pair by pair."""
+    """Seconds for a chunk without the hook and with it, pair by pair."""
     found = []
     for i in range(n_pairs):
         order = ("off", "on") if i % 2 == 0 else ("on", "off")
@@ -39,7 +39,7 @@ def pairs_of(of: Sessions, kind: str, n_pairs: int) -> list[tuple[float, float]]
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median, and the 95 % interval of a bootstrap over the pairs."""
+    """The median, and the 95 % interval of a bootstrap over the pairs."""
     values = np.array(ratios)
     draws = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
     low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])

@@ -3,12 +3,11 @@
     python benchmarks/instructions.py             # fails where a figure has grown by more than 5 %
     python benchmarks/instructions.py --update    # takes today's figures
 
-A guard that a busy machine does not upset: valgrind's callgrind counts instructions, not time. It
-needs valgrind and `make tools`. The program that is counted, tests/native/instructions.cpp, walks
-the hook over graphs that nothing computes, so that the engine's own code, compiled for this
-processor, does not run. valgrind 3.19 knows no AVX-512 and says so to the program, which then
-takes its AVX2 kernel. Figures are per element squared, and hang on the compiler: the committed
-ones name theirs.
+A busy machine does not disturb this check: valgrind's callgrind counts instructions, not time. It
+needs valgrind and `make tools`. The program that is counted, tests/native/instructions.cpp, runs the
+hook over graphs that nothing computes, so the engine's own code, compiled for this processor, does
+not run. valgrind 3.19 does not know AVX-512 and tells the program so, which then uses its AVX2
+kernel. Figures are per element squared and depend on the compiler; the committed figures name theirs.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ CASES = {
     "hook:experts": "hook, a chunk of 512 tokens, 24 layers with 64 experts, 6 used",
 }
 MARGIN = 1.05
-CALLS = 2  # the program runs what is counted twice
+CALLS = 2  # the program runs the counted code twice
 
 
 def count(program: Path, case: str) -> dict[str, float] | None:
-    """Instructions, elements squared, and the one over the other; None for another processor's."""
+    """Instructions, elements squared, and their ratio; None if this processor lacks the kernel."""
     done = subprocess.run(
         [
             "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null",
@@ -65,7 +64,7 @@ def count(program: Path, case: str) -> dict[str, float] | None:
 
 
 def compiler(program: Path) -> str:
-    """Who compiled the program: its .comment section."""
+    """What compiled the program, from its .comment section."""
     found = re.findall(rb"(?:GCC: \([^)]*\) [\d.]+|clang version [\d.]+)", program.read_bytes())
     return found[-1].decode() if found else "unknown"
 
@@ -111,18 +110,18 @@ def main() -> int:
             continue
         figures[case] = found
         before = kept["cases"].get(case)
-        told = f"{case}: {found['per_element']:.4f} instructions an element"
+        line = f"{case}: {found['per_element']:.4f} instructions an element"
         if before is None:
             failed |= not args.update
-            told += ", no figure is committed"
+            line += ", no figure is committed"
         else:
             grown = found["per_element"] / before["per_element"]
             failed |= grown > MARGIN and not args.update
-            told += f", committed {before['per_element']:.4f} ({grown - 1:+.1%})"
+            line += f", committed {before['per_element']:.4f} ({grown - 1:+.1%})"
             if found["elements"] != before["elements"]:
                 failed |= not args.update
-                told += f"; {found['elements']} elements, committed {before['elements']}"
-        print(told, flush=True)
+                line += f"; {found['elements']} elements, committed {before['elements']}"
+        print(line, flush=True)
     if args.update:
         path.write_text(json.dumps({**today, "cases": figures}, indent=1) + "\n")
         (RESULTS / "instructions.md").write_text(table(today, figures))

@@ -1,4 +1,4 @@
-"""What a run reads from the disk, and the memory it takes: benchmarks/results/memory.md.
+"""What a run reads from the disk and how much memory it takes: benchmarks/results/memory.md.
 
     python benchmarks/memory.py [--part disk|text] [--limit-of FRACTION]
 
@@ -6,11 +6,12 @@ Two parts:
 
 - disk: a model twice as large as the memory, in a memory control group of its own (version 1 or
   2; making one needs root, or `systemd-run --user --scope -p Delegate=yes`). Each setting runs in
-  a process of its own, and the kernel tells what it had read from the disk (/proc/self/io). The
-  model's pages are put out of the page cache first: they would count to whoever read them.
-- text: peak memory of a text and of one ten times as long.
+  a process of its own, and the kernel says what that process had read from the disk
+  (/proc/self/io). Before, the model's pages are removed from the page cache: pages in the cache
+  would not be read again.
+- text: peak memory with a text and with one ten times as long.
 
-Nothing is timed, so that a busy machine will do.
+Nothing is timed, so a busy machine does not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import models
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("disk", "text")
-ROUNDS = 2  # decodes that are looked at, after a first one
+ROUNDS = 2  # decodes that are measured, after a first one
 
 # name, tokens a chunk, with the head, n_batch, n_ubatch, n_seq
 SETTINGS: list[tuple[str, int, bool, int | str | None, int | None, int]] = [
@@ -43,11 +44,11 @@ SETTINGS: list[tuple[str, int, bool, int | str | None, int | None, int]] = [
 ]
 
 
-# --- the process that is looked at ---------------------------------------------------------------
+# --- the process that is measured ---------------------------------------------------------------
 
 
 def status(name: str) -> int:
-    """Bytes, of /proc/self/status."""
+    """A figure of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -55,13 +56,13 @@ def status(name: str) -> int:
 
 
 def read_bytes() -> int:
-    """What the kernel fetched from the disk for this process."""
+    """How many bytes the kernel fetched from the disk for this process."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
 def inside(work: dict[str, Any]) -> None:
-    """Run chunks of random tokens, and print what it took."""
+    """Run chunks of random tokens, and print what that took."""
     if work["group"] is not None:
         (Path(work["group"]) / "cgroup.procs").write_text("0")
     import numpy as np
@@ -121,7 +122,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def limited(size: int) -> Iterator[Path]:
-    """A memory control group of `size` bytes, below this process's own."""
+    """A memory control group of `size` bytes, below that of this process."""
     root = Path("/sys/fs/cgroup")
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     own = {name: path for _, names, path in lines for name in names.split(",")}
@@ -144,8 +145,8 @@ def limited(size: int) -> Iterator[Path]:
         group.rmdir()
 
 
-def put_out(path: Path) -> None:
-    """Take a file out of the page cache."""
+def drop_from_cache(path: Path) -> None:
+    """Remove a file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -170,7 +171,7 @@ def disk(fraction: float) -> list[str]:
     ]
     first = None
     for name, n_ctx, mtp, n_batch, n_ubatch, n_seq in SETTINGS:
-        put_out(path)
+        drop_from_cache(path)
         with limited(limit) as group:
             found = run(
                 {

@@ -1,6 +1,6 @@
-"""The models that are measured: random weights, real shapes, made on the spot.
+"""The models that are measured: they have random weights and real shapes, and are made when needed.
 
-Speed depends on shapes and types, not on what a model has learnt. They are kept in
+Speed depends on shapes and types, not on what a model has learnt. The files are kept in
 build/benchmarks/ (0.8 to 1.3 GB each) and never committed.
 """
 
@@ -19,19 +19,19 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import forge  # noqa: E402
 
-# 0.6B: the widths of Qwen3-0.6B, the layers of Qwen3.5 (three recurrent ones to one of attention),
-# a vocabulary of 152k
+# 0.6B: the widths of Qwen3-0.6B, the layers of Qwen3.5 (three recurrent layers for each one of
+# attention), a vocabulary of 152k
 DENSE: dict[str, Any] = {
     "arch": "qwen35", "dtype": "F16", "tokenizer": "qwen35", "n_layer": 24, "n_nextn": 1,
     "n_embd": 1024, "n_ff": 3072, "n_head": 8, "n_head_kv": 2, "head_dim": 256, "n_rot": 64,
     "full_attention_interval": 4, "ssm_state": 128, "ssm_k_heads": 16, "ssm_v_heads": 16,
     "tied": True,
 }  # fmt: skip
-# the same trunk with a vocabulary of 4k: skipping the LM head gains little here
+# the same trunk with a vocabulary of 4k: leaving out the LM head gains little here
 SMALL_VOCABULARY: dict[str, Any] = DENSE | {"n_vocab": 4096}
-# and with the 248k that Qwen3.5 has, of which the small ones tie both ends too
+# and with the 248k of Qwen3.5, whose small models also share the embedding with the LM head
 WIDE_VOCABULARY: dict[str, Any] = DENSE | {"n_vocab": 248320}
-# a mixture of experts: 64 of them, 6 used, one shared
+# a mixture of 64 experts, of which 6 are used and one is shared
 EXPERTS: dict[str, Any] = {
     "arch": "glm4moe", "dtype": "F16", "tokenizer": "qwen35", "n_vocab": 32768, "n_layer": 10,
     "n_nextn": 1, "n_embd": 1024, "n_ff": 4096, "n_ff_exp": 256, "n_ff_shexp": 256, "n_head": 8,
@@ -39,12 +39,12 @@ EXPERTS: dict[str, Any] = {
     "n_expert_shared": 1, "n_layer_dense": 1, "tied": True,
 }  # fmt: skip
 
-# for memory.py: every graph reads all of it, and computes little
+# for memory.py: every graph reads the whole model, and computes little
 LARGE: dict[str, Any] = EXPERTS | {
     "n_vocab": 4096, "n_layer": 6, "n_expert": 128, "n_expert_used": 2, "n_head": 2,
     "n_head_kv": 1, "n_ff": 512,
 }  # fmt: skip
-# and one that runs fast
+# and a model that runs fast
 SMALL: dict[str, Any] = SMALL_VOCABULARY | {"n_layer": 8, "n_embd": 512, "n_ff": 1024}
 
 MODELS = {
@@ -53,7 +53,7 @@ MODELS = {
 }  # fmt: skip
 
 
-# for gpu.py: 4.2 billion weights, and 6.2 of which a token runs through 1.2
+# for gpu.py: 4.2 billion weights, and 6.2 billion of which each token uses 1.2
 GPU: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
         "dense": DENSE | {
@@ -65,7 +65,7 @@ GPU: dict[str, dict[str, dict[str, Any]]] = {
             "n_head": 16, "n_head_kv": 4, "n_vocab": 131072,
         },
     },
-    # to see that it runs
+    # only to see that the benchmark runs
     "tiny": {
         "dense": DENSE | {
             "n_layer": 4, "n_embd": 256, "n_ff": 512, "n_head": 2, "n_head_kv": 1, "n_vocab": 2048,
@@ -80,8 +80,8 @@ GPU: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def write_streaming(path: Path, arch: forge.Arch, *, tokenizer: str, **given: Any) -> None:
-    """A model as forge.make_model makes it, one tensor in memory at a time; of a large weight the
-    rows repeat after a while, which no matrix multiplication minds."""
+    """A model as forge.make_model makes it, with one tensor in memory at a time. The rows of a large
+    weight repeat after a while, which makes no difference to a matrix multiplication."""
     tied, n_vocab = given.pop("tied"), given.pop("n_vocab", None)
     kind = given.pop("dtype")
     words = forge.copied_tokenizer(tokenizer, n_vocab, False)
@@ -115,7 +115,7 @@ def write_streaming(path: Path, arch: forge.Arch, *, tokenizer: str, **given: An
 
 
 def gpu_model(name: str, size: str) -> Path:
-    """The GGUF file of one of GPU, made where it is not there yet."""
+    """The GGUF file of one of GPU; it is made if it is not there yet."""
     path = ROOT / "build" / "benchmarks" / f"gpu-{name}-{size}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def gpu_model(name: str, size: str) -> Path:
 
 
 def options(name: str, size: str = "full") -> dict[str, Any]:
-    """What forge.make_model is given for one of MODELS; "half" has half the layers."""
+    """The arguments of forge.make_model for one of MODELS; "half" has half the layers."""
     found = dict(MODELS[name])
     if size == "half":
         found["n_layer"] //= 2

@@ -2,17 +2,17 @@
 
     python benchmarks/quality.py             # or: make quality
 
-It writes benchmarks/results/quality.{md,json,png}: the model that comes with the package,
-quantized in every way below, beside its F16 file on text that neither training nor calibration
-saw. Not the full cross product, which would take half a day:
+It writes benchmarks/results/quality.{md,json,png}. The model that comes with the package is quantized
+in every way below and compared with its F16 file, on text that neither training nor calibration saw.
+The full cross product would take half a day, so it measures these parts:
 
-- every type and every kind of head data, with one calibration (the largest of the first text), the
-  trunk at Q8_0, in-domain; collected and flat data out-of-domain too;
+- every type and every kind of head data, with one calibration (the largest of the first text) and
+  the trunk at Q8_0, in-domain; collected and flat data also out-of-domain;
 - the same with the trunk at the head's type, in-domain, without the borrowed data;
-- every calibration text and size for a few low types, collected head data, trunk at Q8_0, both
-  texts.
+- every calibration text and size for a few low types, with collected head data, the trunk at Q8_0,
+  and both texts.
 
-Everything is cached under build/quality/ by a digest of what it was made from: the same command
+Everything is cached under build/quality/ by a digest of what it was made from, so the same command
 goes on where it was stopped. Processes with one thread each do the work.
 """
 

@@ -1,4 +1,4 @@
-"""The cells of the study in quality.py: collecting, quantizing, evaluating, and what is kept."""
+"""The cells of the study in quality.py: collecting, quantizing, evaluating, and the cached results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TYPES = (
     "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "Q4_K",
     "Q4_0", "Q8_0",
 )  # fmt: skip
-# Kinds of head data by part of the main grid: the trunk at Q8_0, or at the head's type.
+# Kinds of head data for each part of the main grid: the trunk at Q8_0, or at the head's type.
 DATA = {"head": ("ours", "flat", "borrowed", "none"), "whole": ("ours", "flat", "none")}
 CALIBRATED = ("IQ1_S", "IQ2_XXS", "IQ3_XXS")  # the types of the calibration grid
 DEPTH = 3
 N_CTX = 512
-# A cached result is of this way of making it.
+# Cached results are of this version of the code that makes them.
 _VERSION = 1
 
 
@@ -61,14 +61,14 @@ class Study:
 
     Attributes:
         model: the F16 or BF16 model.
-        calibration: the texts to collect from; the first is the one of the main grid.
-        sizes: calibration sizes in chunks, ascending; the last is the one of the main grid.
+        calibration: the texts to collect from; the main grid uses the first.
+        sizes: calibration sizes in chunks, ascending; the main grid uses the last.
         held_out: the texts to evaluate on: in-domain, then out-of-domain.
         types, calibrated: types of the main grid and of the calibration grid.
         parts: "head" (trunk at Q8_0), "whole" (trunk at the head's type), or both.
 
-    Every cell is evaluated in-domain; out-of-domain only collected and flat data with the trunk at
-    Q8_0 (see `texts_of`).
+    Every cell is evaluated in-domain. Out-of-domain only cells with collected or flat data and the
+    trunk at Q8_0 are evaluated (see `texts_of`).
     """
 
     model: Path
@@ -89,7 +89,7 @@ class Cell:
         type: the head's tensor type.
         data: "ours" (collected), "flat" (ones), "borrowed" (of the last trunk block), "none".
         text: calibration text, by name.
-        chunks: chunks of it.
+        chunks: chunks of the calibration text.
     """
 
     part: str
@@ -109,7 +109,7 @@ def texts_of(study: Study, part: str, data: str) -> tuple[Text, ...]:
 
 
 def flat(matrix: ImportanceMatrix) -> ImportanceMatrix:
-    """The trunk's data, and for the head's weights ones: every column weighs the same."""
+    """The trunk's data, with ones for the head's weights: every column weighs the same."""
     return _with_head(matrix, {name: _ones(entry) for name, entry in matrix.head.items()})
 
 
@@ -161,7 +161,7 @@ def _block(name: str) -> int:
 
 
 def _silence() -> None:
-    """The quantizer warns of every override."""
+    """Hide the quantizer's warnings: it warns about every override."""
     logging.getLogger("imatrix.engine").setLevel(logging.ERROR)
 
 
@@ -174,7 +174,7 @@ def _identity(model: Path) -> list[str]:
 
 
 def collect(model: Path, text: Text, sizes: Sequence[int], folder: Path) -> dict[int, Path]:
-    """Matrices of the first so many chunks of a text: chunks -> file. One run makes them all."""
+    """A matrix file for each size, made of that many chunks of the text. One run makes them all."""
     key = [_VERSION, *_identity(model), text.digest, N_CTX]
     paths = {size: folder / "matrices" / f"{_digest([*key, size])}.gguf" for size in sizes}
     if all(path.exists() for path in paths.values()):
@@ -201,8 +201,8 @@ def make_cell(
     """Quantize and evaluate.
 
     Returns:
-        What the quantization was ("refused": the engine's reason or None, "head_bpw", "trunk": a
-        digest of the tensors outside the head), and the evaluations' files by held-out text.
+        Figures of the quantization ("refused": the engine's reason or None, "head_bpw", "trunk": a
+        digest of the tensors outside the head), and the files of the evaluations by held-out text.
     """
     key = [_VERSION, *_identity(study.model), asdict(cell), _calibration(study, cell.text).digest]
     about = folder / "cells" / f"{_digest(key)}.json"
@@ -210,30 +210,30 @@ def make_cell(
     about.parent.mkdir(parents=True, exist_ok=True)
     (folder / "evaluations").mkdir(exist_ok=True)
     if about.exists():
-        told = json.loads(about.read_text())
-        if told["refused"] is not None:
-            return told, {}
-        paths = {text.name: _evaluation(study, told, text, folder) for text in texts}
+        facts = json.loads(about.read_text())
+        if facts["refused"] is not None:
+            return facts, {}
+        paths = {text.name: _evaluation(study, facts, text, folder) for text in texts}
         if all(path.exists() for path in paths.values()):
-            return told, paths
+            return facts, paths
     with tempfile.TemporaryDirectory(prefix="imatrix-quality-") as place:
         quantized = Path(place) / "quantized.gguf"
-        told = _quantized(study.model, cell, ImportanceMatrix.load(matrix), quantized)
+        facts = _quantized(study.model, cell, ImportanceMatrix.load(matrix), quantized)
         paths = {}
-        if told["refused"] is None:
+        if facts["refused"] is None:
             for text in texts:
-                # equal tensors are evaluated once: some types take no notice of data
-                paths[text.name] = _evaluation(study, told, text, folder)
+                # equal tensors are evaluated once: some types ignore the data
+                paths[text.name] = _evaluation(study, facts, text, folder)
                 if not paths[text.name].exists():
                     found = evaluated(quantized, text, study.model)
                     save(found, paths[text.name])
     with atomic.replacing(about) as temporary:
-        temporary.write_text(json.dumps(told))
-    return told, paths
+        temporary.write_text(json.dumps(facts))
+    return facts, paths
 
 
-def _evaluation(study: Study, told: Mapping[str, Any], text: Text, folder: Path) -> Path:
-    key = [_VERSION, *_identity(study.model), told["trunk"], told["head"], text.digest]
+def _evaluation(study: Study, facts: Mapping[str, Any], text: Text, folder: Path) -> Path:
+    key = [_VERSION, *_identity(study.model), facts["trunk"], facts["head"], text.digest]
     return folder / "evaluations" / f"{_digest([*key, text.chunks, N_CTX, DEPTH])}.npz"
 
 
@@ -317,7 +317,7 @@ def save(found: imatrix.Evaluation, path: Path) -> None:
 
 
 def load(path: Path) -> imatrix.Evaluation:
-    """What save() kept."""
+    """Load what save() wrote."""
     with np.load(path) as arrays:
         n_ctx, n_vocab, depth, digest = json.loads(str(arrays["about"]))
         trunk, head = (
@@ -349,7 +349,7 @@ def _calibration(study: Study, name: str) -> Text:
 
 
 def cells(study: Study) -> list[Cell]:
-    """The cells of the study, what matters most first."""
+    """The cells of the study, the most important first."""
     base = {"text": study.calibration[0].name, "chunks": study.sizes[-1]}
     main = {
         part: [Cell(part, type_, data, **base) for type_ in study.types for data in DATA[part]]
@@ -366,10 +366,10 @@ def cells(study: Study) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of a cell: see make_cell."""
+    """The results of a cell: see make_cell."""
 
     cell: Cell
-    told: Mapping[str, Any]
+    facts: Mapping[str, Any]
     evaluations: Mapping[str, imatrix.Evaluation]
 
 
@@ -379,10 +379,10 @@ def run(
     """Make the cells, or take them from the folder.
 
     Returns:
-        What became of each, and the reference's evaluations by held-out text.
+        The results of each cell, and the reference's evaluations by held-out text.
     """
     started = time.monotonic()
-    # not forked: the engine's threads would not survive it
+    # spawned, since the engine's threads would not survive a fork
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_silence
     ) as pool:
@@ -406,14 +406,14 @@ def run(
         ]
         made = {}
         for done, (cell, future) in enumerate(zip(wanted, running, strict=True), 1):
-            told, paths = future.result()
-            made[cell] = Made(cell, told, {name: load(path) for name, path in paths.items()})
+            facts, paths = future.result()
+            made[cell] = Made(cell, facts, {name: load(path) for name, path in paths.items()})
             if done % 10 == 0 or done == len(wanted):
                 print(f"{time.monotonic() - started:.0f} s: {done}/{len(wanted)}", flush=True)
         trunks = {
-            each.told["trunk"]
+            each.facts["trunk"]
             for cell, each in made.items()
-            if cell.part == "head" and each.told["refused"] is None
+            if cell.part == "head" and each.facts["refused"] is None
         }
         if len(trunks) > 1:
             raise AssertionError("the trunk at Q8_0 differs from cell to cell")

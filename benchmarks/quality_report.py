@@ -1,4 +1,4 @@
-"""What the study in quality.py found: tables, words, a picture."""
+"""The results of the study in quality.py: tables, sentences, and a picture."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from imatrix import Comparison, Estimate, Evaluation
 Cells = Mapping[Cell, Made]
 References = Mapping[str, Evaluation]
 
-# What is measured: key -> name in the tables, and how a value is told.
+# The measures: key -> name in the tables, and how a value is written.
 MEASURES = {
     "nll": "head NLL",
     "kl": "KL",
     **{f"agreement {k}": f"agreement {k}" for k in range(1, DEPTH + 1)},
     "accepted": "accepted",
 }
-# The ones that the words are about.
+# The measures that the sentences are about.
 SPOKEN = ("kl", "nll", "agreement 1", "accepted")
 PARTS = {"head": "Trunk at Q8_0", "whole": "Trunk at the head's type"}
 NAMES = {"ours": "collected", "flat": "flat", "borrowed": "borrowed", "none": "none"}
@@ -37,7 +37,7 @@ NAMES = {"ours": "collected", "flat": "flat", "borrowed": "borrowed", "none": "n
 
 
 def figures(found: Evaluation) -> dict[str, Estimate]:
-    """The measures of one evaluation that it has."""
+    """Those measures that an evaluation has."""
     every = {
         "nll": found.head_nll,
         "kl": found.head_kl,
@@ -48,7 +48,7 @@ def figures(found: Evaluation) -> dict[str, Estimate]:
 
 
 def gains(better: Evaluation, other: Evaluation) -> dict[str, Estimate]:
-    """What `better` has over `other`, paired; above zero where it really is better."""
+    """By how much `better` is better than `other`, paired; below zero if it is worse."""
     difference: Comparison = better.compare(other)
     every = {
         "nll": _negated(difference.head_nll),
@@ -66,14 +66,14 @@ def _negated(found: Estimate | None) -> Estimate | None:
 
 
 def verdict(gain: Estimate) -> str:
-    """ "better", "worse", "same" (exactly) or "open": what the 95 % interval says."""
+    """What the 95 % interval says: "better", "worse", "same" (exactly the same) or "open"."""
     if gain.low == gain.high == 0:
         return "same"
     return "better" if gain.low > 0 else "worse" if gain.high < 0 else "open"
 
 
 class Grid:
-    """The main grid: a part's cells by type and kind of data."""
+    """The main grid: the cells of a part by type and kind of data."""
 
     def __init__(self, study: Study, made: Cells, part: str) -> None:
         base = {"text": study.calibration[0].name, "chunks": study.sizes[-1]}
@@ -84,7 +84,7 @@ class Grid:
             for type_ in study.types
             for data in DATA[part]
         }
-        self.bpw = {type_: float(self.cells[type_, "ours"].told["bpw"]) for type_ in study.types}
+        self.bpw = {type_: float(self.cells[type_, "ours"].facts["bpw"]) for type_ in study.types}
         self.types = sorted(study.types, key=lambda type_: (self.bpw[type_], type_))
 
     def data(self, text: Text) -> list[str]:
@@ -92,23 +92,23 @@ class Grid:
         return [d for d in DATA[self.part] if text in texts_of(self.study, self.part, d)]
 
     def texts(self) -> list[Text]:
-        """The texts on which there is something to compare."""
+        """The texts on which several kinds of data were evaluated."""
         return [text for text in self.study.held_out if len(self.data(text)) > 1]
 
     def refused(self, type_: str, data: str) -> bool:
-        return self.cells[type_, data].told["refused"] is not None
+        return self.cells[type_, data].facts["refused"] is not None
 
     def found(self, type_: str, data: str, text: str) -> Evaluation:
         return self.cells[type_, data].evaluations[text]
 
     def gain(self, type_: str, other: str, text: str) -> dict[str, Estimate] | None:
-        """Of collected head data over another kind; None where that was refused."""
+        """The gain of collected head data over another kind; None if that kind was refused."""
         if self.refused(type_, other):
             return None
         return gains(self.found(type_, "ours", text), self.found(type_, other, text))
 
 
-# --- in words --------------------------------------------------------------------------------
+# --- sentences --------------------------------------------------------------------------------
 
 
 def _value(key: str, value: float) -> str:
@@ -122,14 +122,14 @@ def _nats(value: float) -> str:
 
 
 def _gain(key: str, gain: Estimate) -> str:
-    """ "+0.0123 [+0.0100, +0.0150]", bold where zero is outside."""
+    """A gain as "+0.0123 [+0.0100, +0.0150]", bold if zero is outside the interval."""
     if verdict(gain) == "same":
         return "same"
     share = key.startswith("agreement")
     scale, digits = (100, 2) if share else (1, 4)
     value, low, high = (f"{scale * each:+.{digits}f}" for each in (gain.value, gain.low, gain.high))
-    told = f"{value} [{low}, {high}]"
-    return f"**{told}**" if verdict(gain) in ("better", "worse") else told
+    text = f"{value} [{low}, {high}]"
+    return f"**{text}**" if verdict(gain) in ("better", "worse") else text
 
 
 def _sentence(grid: Grid, other: str, key: str, text: str) -> str:
@@ -151,7 +151,7 @@ def _sentence(grid: Grid, other: str, key: str, text: str) -> str:
 
 
 def _from_which(grid: Grid, other: str, key: str, text: str) -> str:
-    """From which type on nothing is gained, types in the order of their bits."""
+    """The first type from which on nothing is gained, with types in the order of their bits."""
     known = [
         (type_, gain[key])
         for type_ in grid.types
@@ -187,7 +187,7 @@ def _span(found: Estimate) -> tuple[float, float, float]:
 
 
 def words(grids: Sequence[Grid]) -> list[str]:
-    """What the main grid says, sentence by sentence, from the intervals alone."""
+    """The sentences about the main grid, made from the intervals alone."""
     lines = []
     for grid in grids:
         for text in grid.texts():
@@ -386,7 +386,7 @@ def _text(path: Path, lines: Sequence[str]) -> None:
 
 
 def _data(study: Study, made: Cells, references: References, grids: Sequence[Grid]) -> str:
-    """Everything as JSON, a cell a line: each figure as [value, low, high]."""
+    """Everything as JSON, one cell on each line; each figure is [value, low, high]."""
 
     def spans(found: Mapping[str, Estimate]) -> dict[str, list[float | None]]:
         return {
@@ -410,19 +410,19 @@ def _data(study: Study, made: Cells, references: References, grids: Sequence[Gri
             "calibration": cell.text,
             "calibration_tokens": cell.chunks * N_CTX,
         }
-        if each.told["refused"] is not None:
-            rows.append({**row, "refused": each.told["refused"]})
+        if each.facts["refused"] is not None:
+            rows.append({**row, "refused": each.facts["refused"]})
             continue
         for name, found in each.evaluations.items():
             own = by_part[cell.part].found(cell.type, "ours", name)
             rows.append(
                 {
                     **row,
-                    "bits": round(each.told["bpw"], 4),
+                    "bits": round(each.facts["bpw"], 4),
                     "held_out": name,
                     "figures": spans(figures(found)),
                     "trunk_nll": spans({"nll": found.nll})["nll"],
-                    # of the main grid's collected data over this cell
+                    # the gain of the main grid's collected data over this cell
                     "gain_of_collected": spans(gains(own, found)),
                 }
             )
@@ -443,7 +443,7 @@ def _data(study: Study, made: Cells, references: References, grids: Sequence[Gri
 
 # --- the picture -----------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which the colour-blind tell apart too
+# Okabe and Ito's colours, which colour-blind people can tell apart too
 _LOOKS = {
     "ours": ("#0072B2", "o", "collected"),
     "flat": ("#D55E00", "s", "flat ones"),
@@ -453,8 +453,8 @@ _LOOKS = {
 
 
 def picture(study: Study, grid: Grid, references: References, path: Path) -> None:
-    """Four panels: KL and agreement by type and head data, and what collecting gains over flat
-    and borrowed data, with intervals."""
+    """Four panels: KL and agreement by type and head data, and the gains of collecting over flat and
+    borrowed data, with intervals."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,21 +1,21 @@
-"""Kills `imatrix collect` over and over, breaks its files, and sees that nothing is lost, torn or
-counted twice.
+"""Kills `imatrix collect` again and again, makes its files fail, and checks that nothing is lost,
+torn or counted twice.
 
     python benchmarks/robustness.py --kills 1000 --isolated 100 --write
 
 - calls: a run dies by SIGKILL, which no program can catch, before every system call that opens,
   writes, syncs, renames, removes, changes or locks a file in the output's folder, and after half
-  of every write; one run a call (--steps: how many of them, spread evenly; 0 for all, -1 for none).
-  Once for a plain run, once for one whose output is its --in-file too.
-- errors: every such call fails once, and from there on for ever, with ENOSPC, EIO or EROFS.
-- moments: killed at random moments, again and again until the run is through (--kills in all).
+  of every write; each call gets a run of its own (--steps: how many calls, spread evenly; 0 for all,
+  -1 for none). This is done with a plain run, and with one whose output is its --in-file too.
+- errors: every such call fails, once or from then on, with ENOSPC, EIO or EROFS.
+- moments: a run is killed at random moments until it is complete (--kills in all).
 - isolated: the same with the engine in a process of its own; the run's process, the engine's, or
   both are killed (--isolated in all).
 
-After every death each file that is there must be whole: OUT a matrix of some of the chunks,
-OUT.checkpoint a checkpoint. And in the end OUT must be, to the bit, the file of a run that nobody
-killed, and alone. A process that is killed does not take with it what the system holds in memory
-for it: power cuts are not tried here (see imatrix.files.atomic for what is done about them).
+After every death each file that is there must be whole: OUT is a matrix of some of the chunks, and
+OUT.checkpoint a checkpoint. In the end OUT must be the same, to the bit, as that of a run that was not
+killed, and no other file may be left. Killing a process does not lose what the system holds in memory
+for it, so power cuts are not tried here (see imatrix.files.atomic for how the package handles them).
 
 Runs are forks of this process, which imports everything once and never starts the engine itself.
 """
@@ -50,7 +50,7 @@ from imatrix import cli  # noqa: E402
 from imatrix.engine import models  # noqa: E402
 from imatrix.formats import checkpoint as checkpoint_file  # noqa: E402
 
-LONG, SHORT = 12, 2  # chunks of a run, for random moments and for each call
+LONG, SHORT = 12, 2  # chunks of a run that is killed at random moments, or at each call
 ERRORS_OF = {
     faults.OPEN: (errno.ENOSPC, errno.EROFS),
     faults.WRITE: (errno.ENOSPC, errno.EIO),
@@ -60,14 +60,14 @@ RESULTS = ROOT / "benchmarks" / "results" / "robustness.md"
 
 
 class Failed(Exception):
-    """What must not happen has happened."""
+    """Something happened that must not happen."""
 
 
 class Ground:
     """A model, a text, and a folder to run in.
 
-    n_chunks: of a run; it saves after each.
-    twice: the output is an input too, with data in it.
+    n_chunks: chunks of a run, which saves after each.
+    twice: the output is an input too, and has data.
     """
 
     def __init__(self, folder: Path, n_chunks: int, *, twice: bool = False) -> None:
@@ -112,7 +112,7 @@ class Ground:
         try:
             log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 2)
-            # a process of its own a run, and no part of what is tried here
+            # a rehearsal would start a process for each run, and is not what is tried here
             models.rehearse_in_child = lambda *_: None
             prepare()
             argv = f"collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --chunks {self.n_chunks}".split()
@@ -124,7 +124,7 @@ class Ground:
             os._exit(status)
 
     def run(self, *, isolate: bool = False) -> None:
-        """A run that has to go well."""
+        """Run, and check that the run succeeds."""
         if (status := wait(self.start(isolate=isolate))) != 0:
             raise Failed(f"exit status {status}: {self.log()}")
 
@@ -132,7 +132,7 @@ class Ground:
         return (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace")
 
     def check(self) -> None:
-        """Every file is whole, whatever happened."""
+        """Check that every file is whole, whatever happened."""
         out, checkpoint = self.out, self.checkpoint
         limit = self.n_chunks * (2 if self.twice else 1)
         if out.exists() and not 1 <= imatrix.ImportanceMatrix.load(out).chunk_count <= limit:
@@ -146,8 +146,8 @@ class Ground:
             raise Failed(f"{out} is not the whole run, and there is no checkpoint to go on from")
 
     def finish(self, *, isolate: bool = False) -> None:
-        """The same command again gives the file that it should be, and leaves nothing else."""
-        # all done: the output is an input too, so the same command once more would add to it
+        """Check that the same command gives the right file, and leaves no other."""
+        # if the output is an input too and is done, the same command would add to it once more
         if not (self.twice and not self.checkpoint.exists() and self.is_done()):
             self.run(isolate=isolate)
         self.check_end()
@@ -158,7 +158,7 @@ class Ground:
     def check_end(self) -> None:
         if not self.is_done():
             raise Failed("the file differs from that of a run that was not killed")
-        # what a process that is gone may leave, the next run takes over
+        # a killed process may leave files, but the next run takes them over
         left = {path.name for path in self.work.iterdir()} - {"out.gguf"}
         if not self.twice and left:
             raise Failed(f"files are left over: {sorted(left)}")
@@ -179,7 +179,7 @@ def watched(ground: Ground, action: Callable[[], None] = lambda: None) -> Callab
 
 
 def calls_of(ground: Ground) -> list[int]:
-    """The kinds of the calls that an undisturbed run makes."""
+    """The kinds of all calls of an undisturbed run."""
     ground.clean()
     ground.tally.clear()
     if wait(ground.start(watched(ground))) != 0:
@@ -189,9 +189,9 @@ def calls_of(ground: Ground) -> list[int]:
 
 
 def kill_at_calls(ground: Ground, steps: int) -> str:
-    """One run a call."""
+    """A run for each call, killed at that call."""
     kinds = calls_of(ground)
-    told = str(ground.tally)
+    summary = str(ground.tally)
     deaths = [(number, faults.KILL) for number in range(1, len(kinds) + 1)]
     deaths += [(n, faults.TEAR) for n, kind in enumerate(kinds, 1) if kind == faults.WRITE]
     tried = spread(deaths, steps)
@@ -205,11 +205,11 @@ def kill_at_calls(ground: Ground, steps: int) -> str:
             ground.finish()
         except Failed as error:
             raise Failed(f"after a death at call {number} ({action}): {error}") from None
-    return f"{len(tried)} of {len(deaths)} deaths at {len(kinds)} calls ({told})"
+    return f"{len(tried)} of {len(deaths)} deaths at {len(kinds)} calls ({summary})"
 
 
 def fail_at_calls(ground: Ground, steps: int) -> str:
-    """One run a call, a kind of error, and a length of it."""
+    """A run for each call, each error, and once or for the rest of the run."""
     kinds = calls_of(ground)
     cases = [
         (number, action, error)
@@ -221,7 +221,7 @@ def fail_at_calls(ground: Ground, steps: int) -> str:
     ends: Counter[str] = Counter()
     for number, action, error in tried:
         ground.clean()
-        # a full disk has no room, for the rest it is as ever
+        # a full disk has no room, but other calls still work
         affected = faults.OPEN | faults.WRITE | faults.SYNC
         if error != errno.ENOSPC:
             affected = faults.ALL
@@ -236,7 +236,7 @@ def fail_at_calls(ground: Ground, steps: int) -> str:
         where = f"{errno.errorcode[error]} at call {number} ({action}), exit status {status}"
         if status not in (0, 1, 2) or "Traceback" in log:
             raise Failed(f"{where}: {log}")
-        # what has failed is told, unless it was a courtesy or a lock that is not needed
+        # the run names the failure, unless it does not need the call: an optional one, or a lock
         if status != 0 and os.strerror(error) not in log:
             raise Failed(f"{where}, but it does not say why: {log}")
         ends["went well" if status == 0 else f"ended with {status}"] += 1
@@ -245,12 +245,12 @@ def fail_at_calls(ground: Ground, steps: int) -> str:
             ground.finish()
         except Failed as failed:
             raise Failed(f"after {where}: {failed}; it said {log}") from None
-    told = ", ".join(f"{n} {how}" for how, n in ends.most_common())
-    return f"{len(tried)} of {len(cases)} failures ({told})"
+    summary = ", ".join(f"{n} {how}" for how, n in ends.most_common())
+    return f"{len(tried)} of {len(cases)} failures ({summary})"
 
 
 def kill_at_random(ground: Ground, kills: int, rng: random.Random) -> str:
-    """Kill until it has been done so often."""
+    """Kill runs at random moments, `kills` times in all."""
     done = runs = 0
     while done < kills:
         ground.clean()
@@ -270,7 +270,7 @@ def kill_at_random(ground: Ground, kills: int, rng: random.Random) -> str:
 
 
 def kill_isolated(ground: Ground, kills: int, rng: random.Random) -> str:
-    """The same with two processes."""
+    """The same with the engine in a process of its own."""
     done = runs = 0
     victims: Counter[str] = Counter()
     ground.clean()
@@ -309,8 +309,8 @@ def kill_isolated(ground: Ground, kills: int, rng: random.Random) -> str:
             ground.check()
         ground.finish(isolate=True)
         runs += 1
-    told = ", ".join(f"{n} of {who}" for who, n in sorted(victims.items()))
-    return f"{done} kills in {runs} runs ({told})"
+    summary = ", ".join(f"{n} of {who}" for who, n in sorted(victims.items()))
+    return f"{done} kills in {runs} runs ({summary})"
 
 
 def child_of(pid: int, or_orphan: int | None = None) -> int | None:
@@ -379,7 +379,7 @@ def main() -> int:
 
 
 def write(lines: list[str], minutes: float, seed: int) -> None:
-    """Put the figures into the results, between the marks."""
+    """Put the figures between the marks in the results."""
     begin, end = "<!-- kills -->\n", "<!-- /kills -->\n"
     text = RESULTS.read_text(encoding="utf-8")
     head, rest = text.split(begin)

@@ -1,11 +1,11 @@
-"""A long run on a small model: does anything grow, and are the sums still right?
+"""A long run on a small model, to see whether anything grows and whether the sums stay right.
 
     python benchmarks/soak.py --chunks 10000 --write
 
-The same few chunks again and again, trunk and head, with a checkpoint now and then, as one run.
-Memory, file descriptors, threads and native objects are looked at along the way. At the end the
-sums must be those of the few chunks, as many times (to float64's rounding), and those of one round
-must be those of the NumPy oracle (tests/helpers/oracle.py).
+One run collects the same few chunks again and again, trunk and head, and sometimes writes a
+checkpoint. Meanwhile memory, file descriptors, threads and native objects are counted. At the end
+the sums must be those of the few chunks times the number of rounds (up to float64's rounding), and
+the sums of one round must be those of the NumPy oracle (tests/helpers/oracle.py).
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from helpers import oracle  # noqa: E402
-from helpers.forge import (  # noqa: E402
-    ModelSpec,
-    make_model,
-)
+from helpers.forge import ModelSpec, make_model  # noqa: E402
 
 import imatrix  # noqa: E402
 from imatrix import (  # noqa: E402
@@ -40,8 +37,8 @@ from imatrix.native import engine  # noqa: E402
 
 N_CTX = 64
 ROUND = 8  # chunks
-# as in tests/collect/test_head_oracle.py, and for the reasons given there: of the largest sum of a weight;
-# and the narrowest choice between two experts
+# The tolerance, relative to the largest sum of a weight, and the least distance between two experts.
+# tests/collect/test_head_oracle.py has the same numbers and gives the reasons.
 GATE, CLEAR = 1e-3, 1e-4
 RESULTS = ROOT / "benchmarks" / "results" / "robustness.md"
 
@@ -52,13 +49,13 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Look:
-    """What a process holds.
+    """What a process holds at one moment.
 
     Attributes:
         chunk: chunks collected.
         rss: resident memory, KiB.
-        descriptors, threads: how many.
-        objects: native objects of all kinds.
+        descriptors, threads: how many there are.
+        objects: how many native objects there are, of all kinds.
     """
 
     chunk: int
@@ -84,14 +81,14 @@ class Look:
 
 
 def soak(folder: Path, n_chunks: int, *, isolate: bool = False) -> tuple[list[Look], float]:
-    """Run, and see that all is right.
+    """Run, and check that all is right.
 
     Returns:
-        The looks, ten along the way, and the largest error of the sums, relative to the largest
-        sum of their weight.
+        Ten looks during the run, and the largest error of the sums, relative to the largest sum of
+        their weight.
     """
     spec = make_model(folder / "model.gguf", "glm4moe", seed=11, n_nextn=1)
-    rng = np.random.default_rng(2)  # no two experts too close, see CLEAR
+    rng = np.random.default_rng(2)  # with this seed no two experts are too close, see CLEAR
     chunks = rng.integers(0, spec.hparams.n_vocab, (ROUND, N_CTX)).tolist()
     n_chunks -= n_chunks % ROUND
     looks: list[Look] = []
@@ -114,11 +111,11 @@ def soak(folder: Path, n_chunks: int, *, isolate: bool = False) -> tuple[list[Lo
             checkpoint_every=max(1, every // 2),
             progress=look,
         )
-    # what is there after a while is all there ever is; the allocator may still tidy up
+    # after a while nothing may grow any more; the allocator may still give memory back
     first, last = looks[1], looks[-1]
     if (last.descriptors, last.objects) != (first.descriptors, first.objects):
         raise Failed(f"something grows: {looks}")
-    # the engine's own process makes its second thread when two things are asked at once
+    # the engine's own process makes its second thread when it gets two requests at once
     if last.threads > first.threads + isolate:
         raise Failed(f"threads grow: {looks}")
     if last.rss > first.rss * 1.02 + 1024:
@@ -145,7 +142,7 @@ def _check_many(once: ImportanceMatrix, many: ImportanceMatrix, times: int) -> f
     for name, entry in once.items():
         if not np.array_equal(many[name].counts, entry.counts * times):
             raise Failed(f"{name}: counts are not those of {times} rounds")
-        # each addition rounds by half a unit at most: chunks of them, in the worst case
+        # each addition rounds by half a unit at most, and there is one for each chunk
         limit = times * ROUND * np.finfo(np.float64).eps
         error = np.abs(many[name].sums - entry.sums * times).max() / (entry.sums.max() * times)
         if error > limit:
@@ -177,19 +174,19 @@ def main() -> int:
             f"{each.objects} |"
         )
     minutes = (time.monotonic() - started) / 60
-    told = (
+    text = (
         f"{args.chunks - args.chunks % ROUND} chunks of {N_CTX} tokens, trunk and head, in "
         f"{minutes:.0f} min. The sums are those of {ROUND} chunks times as many, but for {error:.1e} "
         "of the largest of a weight; the counts are the same."
     )
-    print("\n".join([*lines, "", told]))
+    print("\n".join([*lines, "", text]))
     if args.write:
-        write([*lines, "", told])
+        write([*lines, "", text])
     return 0
 
 
 def write(lines: list[str]) -> None:
-    """Put the figures into the results, between the marks."""
+    """Put the figures between the marks in the results."""
     from robustness import machine
 
     begin, end = "<!-- soak -->\n", "<!-- /soak -->\n"

@@ -1,4 +1,4 @@
-"""What test_collect.py has measured: a file, written after every measurement, and what it tells."""
+"""The measurements of test_collect.py: their file, written after each one, with table and picture."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Key = tuple[str, int, str]  # model, tokens a chunk, variant
 
 
 class Cell(NamedTuple):
-    """One measurement: seconds a chunk, and bytes resident at most."""
+    """One measurement: seconds for a chunk, and the peak of resident bytes."""
 
     seconds: float
     peak: int
 
 
 def over(cells: list[Cell], base: list[Cell]) -> list[float]:
-    """Ratios of their times, pass by pass; a pass that is not done is left out."""
+    """Ratios of the times, pass by pass; unfinished passes are left out."""
     return [one.seconds / other.seconds for one, other in zip(cells, base, strict=False)]
 
 
@@ -53,7 +53,7 @@ class Store:
 
     @classmethod
     def open(cls, size: str, *, resume: bool, folder: Path = RESULTS) -> Store:
-        """A new one, or with `resume` the one that is there, if it is of this machine and size."""
+        """A new store; with `resume` the existing one, if it is of this machine and size."""
         about = {
             "size": size,
             "machine": machine(),
@@ -75,7 +75,7 @@ class Store:
         return len(self.cells.get(key, [])) >= measuring_pass
 
     def add(self, key: Key, cell: Cell) -> None:
-        """Keep one, and write them all."""
+        """Add a measurement, and write all of them."""
         self.cells.setdefault(key, []).append(cell)
         self.folder.mkdir(exist_ok=True)
         kept = [[*key, values] for key, values in self.cells.items()]
@@ -150,7 +150,7 @@ class Store:
         return "\n".join(lines) + "\n"
 
     def draw(self) -> None:
-        """results/collect.png: time over that of the bare forward pass of the trunk."""
+        """Draw results/collect.png: times relative to the bare forward pass of the trunk."""
         grids = {key: variants for key, variants in self.grids().items() if BARE in variants}
         if not grids:
             return

@@ -1,13 +1,13 @@
-"""Seconds per chunk: the bare forward pass, ours, and llama-imatrix, beside each other.
+"""Seconds per chunk: the bare forward pass, imatrix, and llama-imatrix.
 
-`make bench` runs it and writes benchmarks/results/collect.{json,md,png}. What runs is chosen by the
-environment:
+`make bench` runs it and writes benchmarks/results/collect.{json,md,png}. The environment chooses what
+runs:
 
     IMATRIX_BENCH_MODELS   of models.py, with commas between them (default: dense)
-    IMATRIX_BENCH_CHUNKS   tokens a chunk (default: 512)
+    IMATRIX_BENCH_CHUNKS   tokens in a chunk (default: 512)
     IMATRIX_BENCH_SIZE     full, or half: half the layers, for half the time (default: full)
     IMATRIX_BENCH_PASSES   (default: 3)
-    IMATRIX_BENCH_TOKENS   tokens a measurement (default: 4096, 8 chunks of 512 or 2 of 2048)
+    IMATRIX_BENCH_TOKENS   tokens in a measurement (default: 4096, 8 chunks of 512 or 2 of 2048)
     IMATRIX_BENCH_RESUME   1: keep what collect.json has of these settings, measure the rest
 
 The whole grid:
@@ -16,11 +16,11 @@ The whole grid:
         IMATRIX_BENCH_CHUNKS=512,2048 make bench
 
 (results/collect.md has dense and experts in chunks of 512; the whole grid was last measured with the
-engine before, collect-0.5.0.md.)
+previous engine, in collect-0.5.0.md.)
 
-A decode is one chunk and a graph at most 512 tokens, for all of them. What a program does once
-(loading, tokenizing, its first graph) is left out: a session of ours stays from pass to pass, in a
-process of its own (worker.py), in which chunks with the hook and without it take turns;
+For all of them a decode is one chunk, and a graph has 512 tokens at most. What a program does once
+(loading, tokenizing, its first graph) is left out. A session of imatrix stays open from pass to pass,
+in a process of its own (worker.py), and chunks with the hook and without it take turns in it.
 llama-imatrix is run with 1 + N chunks and with 1, and the difference is divided by N.
 """
 
@@ -49,7 +49,7 @@ SIZE = os.environ.get("IMATRIX_BENCH_SIZE", "full")
 TOKENS = int(os.environ.get("IMATRIX_BENCH_TOKENS", "4096"))
 N_UBATCH = 512
 
-# variant -> the session that runs it, and whether with the hook
+# variant -> the session that runs it, and whether its hook is on
 OURS = {
     "bare forward pass, trunk": ("trunk", "off"),
     "imatrix, trunk": ("trunk", "on"),
@@ -92,7 +92,7 @@ def run(of: Sessions, kind: str, hook: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Callable[[str, int], Sessions]]:
-    """Workers of the model and chunk size that is measured now; those of the one before end."""
+    """Workers of the model and chunk size that is measured now; the previous workers are ended."""
     current: dict[tuple[str, int], Sessions] = {}
 
     def of(name: str, n_ctx: int) -> Sessions:
@@ -116,8 +116,9 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
     kept.draw()
 
 
-# A process is charged with the peak of the one that it was forked from (setmax_mm_hiwater_rss in
-# the kernel's exec), and the one that made the models has had gigabytes: a small one starts it.
+# The kernel charges a process with the peak of the process that it was forked from
+# (setmax_mm_hiwater_rss in exec). The process that made the models has used gigabytes, so a small
+# process starts the program.
 PEAK_OF_CHILD = """
 import json, os, subprocess, sys, time
 started = time.perf_counter()
@@ -155,9 +156,9 @@ def llama_imatrix(name: str, n_ctx: int, out: Path, program: str, options: list[
 
 
 def text(name: str, n_ctx: int) -> Path:
-    """The calibration text, often enough: llama-imatrix wants two chunks and those it is given."""
+    """The calibration text, repeated: llama-imatrix wants two chunks more than it has to run."""
     path = models.ROOT / "build" / "benchmarks" / f"{name}-{n_ctx}.txt"
-    # two characters a token at the least: the text has 4.5
+    # at least two characters per token; the text has 4.5
     times = -(-2 * (2 + n_timed(n_ctx)) * n_ctx // TEXT.stat().st_size) + 1
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(TEXT.read_text() * times)

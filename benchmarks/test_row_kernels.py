@@ -1,9 +1,9 @@
 """GB/s of rows squared and added, with one thread and with all, beside a plain read of the same
 memory. `make bench` runs it and writes benchmarks/results/kernels.md.
 
-The rows are those of a prompt's graph, 512 x 4096 float32, several of them, so that no cache
-holds them from one pass to the next. In a session the last matrix multiplication has just read
-the row block: it comes from the cache as far as that goes, and this is the worse case.
+The rows are blocks of 512 x 4096 float32, as in the graph of a prompt. There are several blocks, so
+that no cache holds them from one pass to the next. In a session the matrix multiplication has just
+read the rows, so they come from the cache if they fit: the benchmark measures the worse case.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KERNELS = engine.row_kernel_names()
 
 
 class Work:
-    """The blocks, and one function a variant that goes over all of them."""
+    """The blocks, and a function for each variant that goes over all of them."""
 
     def __init__(self) -> None:
         block = np.random.default_rng(0).standard_normal((N_ROWS, N_IN)).astype(np.float32)

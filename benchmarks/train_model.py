@@ -8,14 +8,14 @@ The model is of the engine's glm4moe kind (src/models/glm4-moe.cpp in llama.cpp)
 blocks, a block of experts with a shared one, and a NextN head that is a block of experts too. The
 text comes from benchmarks/corpus.py.
 
-The trunk is trained for itself alone: what the head gets of it, its rows, the embedding and the LM
-head, are detached. The head begins later and learns the text's next token from the trunk's last
-row and the token after it, paired as the engine drafts: slot p holds x_p and h[p-1], zeros at slot
-0 (draft-mtp in common/speculative.cpp).
+The trunk is trained without regard to the head: what the head gets of it (its rows, the embedding and
+the LM head) is detached. The head begins later and learns the text's next token from the trunk's last
+row and the token after it. They are paired as in the engine's drafts: slot p holds x_p and h[p-1],
+and slot 0 has zeros (draft-mtp in common/speculative.cpp).
 
-A run is bounded by tokens and by minutes, whichever fills first, and the learning rate follows that
-one; so two runs differ. `verify` computes the held-out figures in float64 from the file itself,
-with nothing of the engine, and compares them with those committed beside it.
+A run is limited by tokens and by minutes, whichever is reached first, and the learning rate follows
+that limit; so two runs differ. `verify` computes the held-out figures in float64 from the file
+itself, without the engine, and compares them with those committed beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BOS, EOS, PAD = SPECIALS = ("<|begin|>", "<|endoftext|>", "<|pad|>")
 
 @dataclass(frozen=True)
 class Shape:
-    """Every row of a matrix is a multiple of 256, as low-bit types want it (QK_K, ggml-common.h)."""
+    """Sizes. All rows are multiples of 256, as low-bit types demand (QK_K, ggml-common.h)."""
 
     n_vocab: int = 2048
     n_embd: int = 256
@@ -63,8 +63,8 @@ class Shape:
     n_expert: int = 4
     n_expert_used: int = 2
     n_ctx: int = 512
-    # Written as the context length. evaluate() takes half as many cells again as a chunk has, and
-    # the engine warns above this.
+    # Written as the context length. evaluate() takes 1.5 times as many cells as a chunk has tokens,
+    # and the engine warns if there are more than this.
     n_ctx_file: int = 1024
     eps: float = 1e-5
 
@@ -91,7 +91,7 @@ def train_tokenizer(texts: Sequence[str], n_vocab: int) -> Tokenizer:
 
 
 def _parts(tokenizer: Tokenizer) -> tuple[list[str], list[tuple[str, str]]]:
-    """Token texts by id, specials last, and merges in order."""
+    """Token texts by id, with special tokens last, and merges in order."""
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return [*tokens, *SPECIALS], [tuple(pair) for pair in model["merges"]]
@@ -153,7 +153,7 @@ class Block(nn.Module):
         self.ffn_down_shexp = _matrix(d, s.n_ff_exp, zero=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [batch, row, n_embd], and how many rows each expert got [n_expert]."""
+        """Rows [batch, row, n_embd], and how many rows each expert got: [n_expert]."""
         x = x + self.attention(rms_norm(x, self.attn_norm, self.s.eps), cos, sin)
         normed = rms_norm(x, self.post_attention_norm, self.s.eps)
         if not self.experts:
@@ -196,8 +196,8 @@ class Block(nn.Module):
         share = gates * mask
         share = share / share.sum(-1, keepdim=True).clamp_min(2.0**-14)
         out = self.ffn(flat, self.ffn_gate_shexp, self.ffn_up_shexp, self.ffn_down_shexp)
-        # Four experts: running all on all rows and weighting two by zero has fixed shapes, which
-        # is worth more on a CPU than the rows saved.
+        # All four experts run on all rows, and two are weighted by zero. So the shapes are fixed, which
+        # gains more on a CPU than leaving out rows.
         for e in range(s.n_expert):
             y = self.ffn(flat, self.ffn_gate_exps[e], self.ffn_up_exps[e], self.ffn_down_exps[e])
             out = out + share[:, e : e + 1] * y
@@ -240,7 +240,7 @@ class Head(nn.Module):
     def forward(
         self, tokens: Tensor, h: Tensor, token_embd: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits and the experts' loads; h is the trunk's rows, not yet shifted."""
+        """Logits and the experts' loads; h are the trunk's rows, not yet shifted."""
         state = F.pad(h, (0, 0, 1, 0))[:, :-1]
         e = rms_norm(F.embedding(tokens, token_embd), self.enorm, self.s.eps)
         state = rms_norm(state, self.hnorm, self.s.eps)
@@ -261,7 +261,7 @@ def rope_tables(s: Shape, n_ctx: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: g [n, rows, columns], Newton-Schulz of fifth
+    """Roughly the nearest semi-orthogonal matrices of g [n, rows, columns]: Newton-Schulz of fifth
     order with the coefficients of K. Jordan's Muon (https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
@@ -274,7 +274,7 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Muon:
-    """Momentum, made orthogonal, for matrices; AdamW is for all else."""
+    """Momentum that is made orthogonal, for matrices; AdamW does the rest."""
 
     def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95) -> None:
         self.momentum = momentum
@@ -306,7 +306,7 @@ class Muon:
 
 
 class Optimizer:
-    """Both of them for one module; lr is Muon's, AdamW's is a fixed share of it."""
+    """Both optimizers for one module; lr is Muon's, and AdamW's is a fixed share of it."""
 
     def __init__(self, module: nn.Module, lr: float, adam_lr: float) -> None:
         self.lr, self.adam_lr = lr, adam_lr
@@ -339,7 +339,7 @@ class Optimizer:
 
 
 def batches(stream: np.ndarray, n_ctx: int, size: int, bos: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of n_ctx tokens and what follows each; the first of a row is BOS, as chunks begin."""
+    """Rows of n_ctx tokens, and the token after each; a row begins with BOS, as chunks do."""
     rng = np.random.default_rng(1)
     while True:
         offset = int(rng.integers(n_ctx))
@@ -354,7 +354,7 @@ def batches(stream: np.ndarray, n_ctx: int, size: int, bos: int) -> Iterator[tup
 
 
 def schedule(progress: float, warm: float = 0.01, decay: float = 0.6) -> float:
-    """Share of the learning rate: up, flat, down to zero over the last part."""
+    """Share of the learning rate: it rises, stays, and falls to zero over the last part."""
     return max(0.0, min(1.0, (progress + 1e-3) / warm, (1.0 - progress) / decay))
 
 
@@ -406,8 +406,8 @@ def train(args: argparse.Namespace) -> None:
         head_only = (head_loss.detach(), head_load.detach())
         return (loss.detach(), load.detach(), *grads, *head_only, *more)
 
-    # One thread a core, each with rows of its own: threads inside an operation wait for each other
-    # thousands of times a step, which costs most of the time where the cores have other work too.
+    # Each core has one thread with rows of its own. Threads inside an operation would wait for each
+    # other thousands of times in a step, which takes most of the time if the cores have other work.
     torch.set_num_threads(1)
     workers = ThreadPoolExecutor(args.threads, initializer=lambda: torch.set_num_threads(1))
     data = batches(stream, s.n_ctx, args.batch, bos)
@@ -415,7 +415,7 @@ def train(args: argparse.Namespace) -> None:
     seconds = args.minutes * 60
     last_log = last_save = time.monotonic()
     optimizing = 0.0
-    if args.compile:  # in one thread, before there are two
+    if args.compile:  # in one thread, before the second one starts
         x, y = next(data)
         gradients(x[: args.rows], y[: args.rows], with_head=True)
         print(f"compiled, {time.monotonic() - started:.0f} s", flush=True)
@@ -437,7 +437,7 @@ def train(args: argparse.Namespace) -> None:
         head_text = ""
         if with_head:
             head_one, head_load, *head_grads = grads[n_trunk:]
-            # its own warm-up, then the trunk's schedule
+            # first a warm-up of its own, then the trunk's schedule
             warm = min(1.0, (progress - args.head_from + 1e-3) / 0.02)
             tasks += for_head.tasks(head_grads, share * warm)
             balance(head.block, head_load, 2e-3 * share)
@@ -487,7 +487,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _tensors(s: Shape, trunk: Trunk, head: Head) -> Iterator[tuple[str, Tensor]]:
-    """Names as in the file, and the tensors themselves."""
+    """The tensors by their names in the file."""
     yield "token_embd.weight", trunk.token_embd
     yield "output_norm.weight", trunk.output_norm
     for il, block in enumerate([*trunk.blocks, head.block]):
@@ -508,8 +508,8 @@ def export(
     w.add_description("Trained on Python's standard library by imatrix's benchmarks/train_model.py")
     w.add_license("PSF-2.0")
     w.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    # Keys that load_hparams (llama-model.cpp) and glm4-moe.cpp read. rope.dimension_sections stays
-    # out: zeros there select a rope that the engine then refuses by aborting.
+    # Keys that load_hparams (llama-model.cpp) and glm4-moe.cpp read. rope.dimension_sections is left
+    # out: zeros in it select a rope on which the engine aborts.
     w.add_context_length(s.n_ctx_file)
     w.add_embedding_length(s.n_embd)
     w.add_block_count(s.n_layer + 1)  # with the head's
@@ -592,7 +592,7 @@ def load(path: Path) -> tuple[Shape, Trunk, Head, Tokenizer]:
 
 
 def measure(path: Path, text: str, n_ctx: int = 512, threads: int = 2) -> dict[str, Any]:
-    """What `imatrix.evaluate` reports at depth 1, by chunk, in float64 and from this file alone.
+    """What `imatrix.evaluate` reports at depth 1, by chunk, computed in float64 from this file alone.
 
     Chunks of n_ctx tokens of one stream, which begins with BOS; the tail is dropped, the first
     token of each chunk replaced by BOS. Scored are the positions p of the second half but the last:
@@ -644,7 +644,7 @@ def figures(path: Path) -> dict[str, Any]:
 
 
 def write_figures(path: Path) -> None:
-    """PATH with .json for a suffix: how the model was trained, and what it does on held-out text."""
+    """Write PATH with suffix .json: how the model was trained, and its figures on held-out text."""
     reader = gguf.GGUFReader(path)
     found = {
         "training": json.loads(reader.fields["imatrix.training"].contents()),
@@ -671,7 +671,7 @@ def verify(args: argparse.Namespace) -> None:
             off = float(np.abs(np.subtract(values, before["by_chunk"][figure])).max())
             worst = max(worst, off)
             print(f"{name}: {figure} {np.mean(values):.6f}, furthest chunk off by {off:.1e}")
-    if worst > 1e-6:  # float64 in another order of sums, and figures kept to seven places
+    if worst > 1e-6:  # float64 adds in another order, and the figures have seven places
         raise SystemExit(f"error: the figures differ from the committed ones by up to {worst:.1e}")
 
 

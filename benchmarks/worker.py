@@ -1,7 +1,7 @@
-"""One session in a process of its own, so that its peak memory is its own too.
+"""One session in a process of its own, so that the peak memory is that of this session only.
 
-Reads lines from standard input, "on" or "off": runs that many chunks with the hook on or off, and
-answers with a line of JSON. Started by test_collect.py.
+test_collect.py starts it. It reads lines from standard input, "on" or "off". For each it runs the
+chunks with the hook on or off, and answers with a line of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from imatrix.native import engine
 
 
 def peak() -> int:
-    """Bytes that this process has had resident at most; 0 where the kernel does not say."""
+    """The peak of this process's resident bytes; 0 if the kernel does not say."""
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.is_file() else []:
         if line.startswith("VmHWM:"):
@@ -48,7 +48,7 @@ def main(work: dict[str, Any]) -> None:
         device_sums=work.get("device_sums", True),
     )
     tokens = model.tokenize(Path(work["text"]).read_text(), add_special=True, parse_special=False)
-    repeats = -(-n_ctx // len(tokens))  # a short text and a long chunk
+    repeats = -(-n_ctx // len(tokens))  # the text may be shorter than a chunk
     chunks = np.tile(tokens, repeats)[: len(tokens) * repeats // n_ctx * n_ctx].reshape(-1, n_ctx)
     lengths = np.array([n_ctx], np.int32)
     n = 0
@@ -61,8 +61,8 @@ def main(work: dict[str, Any]) -> None:
             n += 1
         return (time.perf_counter() - started) / times
 
-    run(1)  # its first graph
-    rows = n_ctx  # that every weight of the trunk has to have seen
+    run(1)  # the first graph is not measured
+    rows = n_ctx  # how many every weight of the trunk must have seen
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         on = line.strip() == "on"
@@ -71,7 +71,7 @@ def main(work: dict[str, Any]) -> None:
         seconds = run(n_chunks)
         rows += n_chunks * n_ctx if on else 0
         after = session.counters
-        # what was timed is right
+        # check that the measured run was right
         snapshot = session.snapshot()
         _, counts, _ = snapshot["blk.0.ffn_up.weight"]
         assert counts.tolist() == [rows], (counts, rows)
