@@ -413,7 +413,7 @@ def test_other_workers_are_refused(
             pytest.raises(ClusterError, match=r"model_fingerprint is \w+ there and \w+ here"),
         ):
             made.run(chunks, cluster=some)
-        monkeypatch.setattr("imatrix.collect.collector.__version__", "0.0.7")
+        monkeypatch.setattr("imatrix.engine.identity.__version__", "0.0.7")
         with (
             Cluster(workers) as some,
             pytest.raises(ClusterError, match=r"is installed there, .* with imatrix 0\.0\.7"),

@@ -259,7 +259,7 @@ def test_another_model(headed: ModelSpec, interrupted: Path, tmp_path: Path) -> 
 def test_another_version(
     headed: ModelSpec, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imatrix.collect.collector.__version__", "99.0")
+    monkeypatch.setattr("imatrix.engine.identity.__version__", "99.0")
     with (
         collector(headed) as made,
         pytest.raises(CheckpointError, match=r"collector is imatrix \S+ there and imatrix 99\.0"),

@@ -19,7 +19,6 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix._version import __version__
 from imatrix.cluster.cluster import Cluster
 from imatrix.collect.driver import locked_checkpoint, settle
 from imatrix.collect.keeper import Keeper, batch_in
@@ -28,8 +27,11 @@ from imatrix.collect.options import RunOptions
 from imatrix.collect.run import Run
 from imatrix.engine.background import NativeThread, end_at_exit, ended_at_exit
 from imatrix.engine.cores import physical_cores
-from imatrix.engine.devices import engine_name
-from imatrix.engine.identity import differing, text_settings
+from imatrix.engine.identity import (
+    describe_differences_of_work,
+    identity_of_run,
+    identity_of_work,
+)
 from imatrix.engine.interface import FOREIGN_HEAD, NativeModel, NativeSession
 from imatrix.engine.models import Models
 from imatrix.engine.placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
@@ -54,10 +56,9 @@ from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import lacks_head
 from imatrix.text.chats import ChatOptions
 from imatrix.text.chunks import Chunk, Chunks
-from imatrix.text.cutting import cut, dataset_names, in_groups, source_names, weights_of
+from imatrix.text.cutting import TextFacts, cut, in_groups
 from imatrix.text.documents import OnBadRecord
 from imatrix.text.inputs import Texts, text_inputs
-from imatrix.text.mixtures import Mixture
 from imatrix.text.progress import Perplexity, Progress, Report
 from imatrix.text.template import ChatTemplate
 from imatrix.text.tokens import Packing
@@ -620,19 +621,21 @@ class Collector:
             block, part = asked.cluster._sizes(self._batch.n_seq)
             asked = replace(asked, block=block, part=part)
         self._let_go()
+        facts = TextFacts.of(texts)
         run = self._run = Run(
-            dataset_names(texts),
+            list(facts.datasets),
             self._n_ctx,
             with_head,
             asked.skip_chunks,
             asked.on_nonfinite == "skip",
         )
         render = self._models.renderer(ChatOptions() if asked.chat is None else asked.chat)
-        chunks, total, text = cut(
-            self._models,
+        text = cut(
             texts,
+            self._models.tokenizer(),
             self._n_ctx,
             packing=asked.packing,
+            chat=asked.chat,
             render=render,
             parse_special=asked.parse_special,
             skip_chunks=asked.skip_chunks,
@@ -649,23 +652,26 @@ class Collector:
                 taken = batch_in(asked.checkpoint)
                 if with_head and taken is not None and taken.n_seq != 1:
                     taken = None  # of a run without the head: the keeper refuses it
-            self._batch = taken or self._chosen(settings, total)
+            self._batch = taken or self._chosen(settings, text.total)
             settings = replace(settings, batch=self._batch)
             self._models.rehearse(settings)
         run.packing = asked.packing
         run.min_expert_rows = asked.min_expert_rows
-        run.seed = texts.seed if isinstance(texts, Mixture) else None
-        run.begin_text(source_names(texts, chunks.names), weights_of(texts))
-        same: dict[str, Setting] = {
-            **self._identity(with_head),
-            **asked.settings(with_head),
-            **text_settings(
-                texts, asked.packing, asked.chat, asked.min_expert_rows, asked.on_bad_record
-            ),
-            **text,
-        }
+        run.seed = facts.seed
+        run.begin_text(facts.names, facts.weights)
+        same = identity_of_run(
+            self._models,
+            settings,
+            text.settings,
+            parse_special=asked.parse_special,
+            skip_chunks=asked.skip_chunks,
+            max_chunks=asked.max_chunks,
+            min_expert_rows=asked.min_expert_rows,
+            block=asked.block,
+            part=asked.part,
+        )
         try:
-            return self._run_chunks(run, chunks, total, asked, settings, same)
+            return self._run_chunks(run, text.chunks, text.total, asked, settings, same)
         finally:
             render.close()
 
@@ -845,18 +851,6 @@ class Collector:
             )
         return mtp and file.n_nextn > 0
 
-    def _identity(self, with_head: bool) -> dict[str, Setting]:
-        """What decides the numbers, apart from the arguments of run()."""
-        return {
-            "collector": f"imatrix {__version__}",
-            "engine": engine_name(),
-            **self._models.identity(with_head),
-            "n_ctx": self._n_ctx,
-            "n_batch": self._batch.n_batch,
-            "n_ubatch": self._batch.n_ubatch,
-            "n_seq": self._batch.n_seq,
-        }
-
     def _drive(
         self,
         run: Run,
@@ -918,7 +912,9 @@ class Collector:
             process_output=asked.process_output,
             signed_sums=asked.signed_sums,
             perplexity=bool(asked.perplexity),
-            identity=tuple(self._identity(run.with_head).items()),
+            identity=tuple(
+                identity_of_work(self._models, self._settings(run.with_head, False, False)).items()
+            ),
         )
 
         def look(ahead: int) -> None:
@@ -961,13 +957,14 @@ class Collector:
         """For a worker of a cluster: load the model, and open a session on it.
 
         Args:
-            wanted: _identity() where the run is.
+            wanted: identity_of_work() where the run is.
 
         Raises:
             ModelError: this is another model than there.
         """
         self._batch = self._models.batch(self._wanted)
-        if told := differing(wanted, self._identity(mtp)):
+        here = identity_of_work(self._models, self._settings(mtp, process_output, perplexity))
+        if told := describe_differences_of_work(here, wanted):
             raise ModelError(
                 f"{self._models.trunk_file.path} is not what the run was started with: {told}"
             )

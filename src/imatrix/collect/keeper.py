@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from imatrix.engine.identity import describe_differences_of_runs, differences_of_runs
 from imatrix.engine.settings import Batch
 from imatrix.errors import CheckpointError
 from imatrix.formats import FormatError, checkpoint
@@ -57,17 +58,7 @@ class Keeper:
             raise CheckpointError(
                 f"cannot go on from {error}. Pass restart=True (--restart) to start from zero."
             ) from error
-        names = [
-            name
-            # a text can be known as a whole to one run and as a stream to the other: the chunks
-            # that are done are compared in any case
-            for name in {**found.settings, **settings}
-            if found.settings.get(name) != settings.get(name)
-            and not (name.startswith("text_") and (name in settings) != (name in found.settings))
-            # a run that ends at a bad record has met none before, so that what it did is what one
-            # that skips them would have done; the other way round the text differs
-            and not (name == "on_bad_record" and name not in found.settings)
-        ]
+        names = differences_of_runs(found.settings, settings)
         if names == ["signed_sums"] and settings["signed_sums"]:
             raise CheckpointError(
                 f"{self.path} holds no signed sums (sums of the activations themselves), so that "
@@ -75,15 +66,9 @@ class Keeper:
                 "(--no-signed-sums) to go on from it without, or restart=True (--restart) to start "
                 "from zero."
             )
-        differing = [
-            f"{name} is {_describe_setting(found.settings.get(name))} there and {_describe_setting(settings.get(name))} "
-            "here"
-            for name in names
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{self.path} is of another run: {'; '.join(differing)}. {OTHER_RUN}"
-            )
+        if names:
+            told = describe_differences_of_runs(names, found.settings, settings)
+            raise CheckpointError(f"{self.path} is of another run: {told}. {OTHER_RUN}")
         self.saved = found.done
         return found
 
@@ -118,10 +103,3 @@ def batch_in(path: str | os.PathLike[str]) -> Batch | None:
     if not (isinstance(n_seq, int) and isinstance(n_batch, int) and isinstance(n_ubatch, int)):
         return None
     return Batch(n_seq, n_batch, n_ubatch) if 0 < n_seq <= n_batch and n_ubatch > 0 else None
-
-
-def _describe_setting(value: Setting | None) -> str:
-    if value is None:
-        return "absent"
-    text = str(value)
-    return f"{text[:16]}..." if len(text) > 48 else text

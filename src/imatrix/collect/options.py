@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from imatrix.cluster.cluster import Cluster
-from imatrix.formats.checkpoint import Setting
 from imatrix.text.chats import ChatOptions
 from imatrix.text.documents import OnBadRecord
 from imatrix.text.progress import Progress
@@ -38,17 +37,3 @@ class RunOptions:
     cluster: Cluster | None
     block: int | None  # chunks of a cluster's block, and of a part of it
     part: int | None
-
-    def settings(self, with_head: bool) -> dict[str, Setting]:
-        """What must be the same to go on from a checkpoint, beside the text."""
-        return {
-            "mtp": with_head,
-            "process_output": self.process_output,
-            "signed_sums": self.signed_sums,
-            "parse_special": self.parse_special,
-            "perplexity": bool(self.perplexity),
-            "skip_chunks": self.skip_chunks,
-            "max_chunks": -1 if self.max_chunks is None else self.max_chunks,
-            **({} if self.block is None else {"block": self.block}),
-            **({} if self.part in (None, self.block) else {"part": self.part}),
-        }

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from imatrix.engine import devices
 from imatrix.engine.children import run_on_model
+from imatrix.engine.interface import MemoryUses
 from imatrix.engine.memory import available_memory
 from imatrix.engine.settings import MAX_SEQ, USUAL_UBATCH, Batch, SessionSettings, usual
 from imatrix.errors import EngineError
@@ -40,12 +40,9 @@ class Room:
     devices: Mapping[str, int]
 
 
-Uses: TypeAlias = "Sequence[engine.MemoryUse]"
-
-
 def choose(
     n_ctx: int,
-    need: Callable[[Batch], Uses | None],
+    need: Callable[[Batch], MemoryUses | None],
     room: Room,
     *,
     mapped: bool,
@@ -104,7 +101,7 @@ def _in_pages(use: engine.MemoryUse) -> bool:
     return use["host"] and use["plain"]
 
 
-def _on_host(uses: Uses) -> int:
+def _on_host(uses: MemoryUses) -> int:
     """Bytes of the system's memory that contexts take."""
     return sum(use["context"] + use["compute"] for use in uses if use["host"])
 

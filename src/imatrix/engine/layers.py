@@ -6,12 +6,11 @@ engine, which plans both without taking any memory (llama_model_params.no_alloc)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
 
+from imatrix.engine.interface import MemoryUses
 from imatrix.engine.settings import ALL, Layers
 from imatrix.model.header import ModelFile
-from imatrix.native import engine
 from imatrix.tensors import n_entry_values
 
 __all__ = ["MARGIN", "choose", "sums_size"]
@@ -19,12 +18,11 @@ __all__ = ["MARGIN", "choose", "sums_size"]
 # Bytes that are left free on each device: llama.cpp's default too (fit_params_target in
 # common/common.h).
 MARGIN = 1 << 30
-Uses: TypeAlias = "Sequence[engine.MemoryUse]"
 
 
 def choose(
     n_blocks: int,
-    need: Callable[[Layers], Uses | None],
+    need: Callable[[Layers], MemoryUses | None],
     free: Mapping[str, int],
     *,
     experts: bool,

@@ -13,9 +13,9 @@ from pathlib import Path
 from imatrix.engine import process
 from imatrix.engine.background import ended_at_exit
 from imatrix.engine.batch import choose_in_child
-from imatrix.engine.interface import NativeModel, NativeSession
-from imatrix.engine.layers import Uses, sums_size
+from imatrix.engine.interface import MemoryUses, NativeModel, NativeSession
 from imatrix.engine.layers import choose as choose_layers
+from imatrix.engine.layers import sums_size
 from imatrix.engine.placement import Placement, on_cpu
 from imatrix.engine.rehearsal import Rehearsal
 from imatrix.engine.rehearsal import rehearse as rehearse_in_child
@@ -28,6 +28,7 @@ from imatrix.engine.settings import (
     Wanted,
     usual,
 )
+from imatrix.engine.tokenizer import ModelTokenizer
 from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.formats.checkpoint import Setting
 from imatrix.model.architectures import (
@@ -291,13 +292,14 @@ class Models:
     def _opened(
         self, trunk: NativeModel, head: NativeModel | None, settings: SessionSettings
     ) -> NativeSession:
-        session: NativeSession
+        session: engine.Session | process.Session
         with self._dropping_engine():
             if isinstance(trunk, process.Model):
-                assert not isinstance(head, engine.Model)
+                assert head is None or isinstance(head, process.Model)
                 session = process.Session(trunk, head)
             else:
-                assert not isinstance(head, process.Model)
+                assert isinstance(trunk, engine.Model)
+                assert head is None or isinstance(head, engine.Model)
                 session = engine.Session(trunk, head)
             session.open(**settings.as_data())
         return session
@@ -313,6 +315,10 @@ class Models:
         if self.engine is not None:
             self.engine.close()
             self.engine = None
+
+    def tokenizer(self) -> ModelTokenizer:
+        """The model as a tokenizer; it loads the model if nothing is loaded."""
+        return ModelTokenizer(self.loaded(), self.check_tokenizer)
 
     def check_tokenizer(self) -> None:
         """That text can be tokenized.
@@ -420,7 +426,7 @@ class Models:
                 taken = use["context"] + use["compute"]
                 self.contexts[use["device"]] = self.contexts.get(use["device"], 0) + taken
 
-    def _need(self, settings: SessionSettings, layers: Layers) -> Uses | None:
+    def _need(self, settings: SessionSettings, layers: Layers) -> MemoryUses | None:
         """What the models and a session on them would take; None if there can be none."""
         try:
             bundled = settings.mtp and self.bundled

@@ -20,7 +20,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.engine import process
 from imatrix.engine.background import NativeThread, Work, ended_at_exit
 from imatrix.engine.cores import physical_cores
 from imatrix.engine.models import Models
@@ -179,7 +178,7 @@ def evaluate(
             batches.append(models.batch(wanted))
             trunk = models.load(replace(settings, batch=batches[-1]), beside)
             assert isinstance(trunk, engine.Model)
-            assert not isinstance(models.head, process.Model)
+            assert models.head is None or isinstance(models.head, engine.Model)
             return trunk, models.head
 
         ours = opened(model, mtp_model)
@@ -193,9 +192,9 @@ def evaluate(
         own, own_head = loaded(ours, {})
         render = ours.renderer(ChatOptions() if chat is None else chat)
         stack.callback(render.close)
-        cut_chunks, total, _ = cut(
-            ours,
+        text = cut(
             texts,
+            ours.tokenizer(),
             n_ctx,
             packing=packing,
             render=render,
@@ -204,7 +203,7 @@ def evaluate(
             max_chunks=max_chunks,
             on_bad_record=on_bad_record,
         )
-        chunks = (chunk.tokens for chunk in cut_chunks)
+        chunks = (chunk.tokens for chunk in text.chunks)
         first = next(chunks)  # bad text is an error before any context is made
         beside = beside_head = None
         if theirs is not None:
@@ -221,8 +220,8 @@ def evaluate(
             )
         except ModelError as error:
             raise ModelError(f"{os.fspath(model)}: {error}") from None
-        found, lengths, digest = _drive(work, evaluator, first, chunks, total, progress)
-        for tally in cut_chunks.tallies:
+        found, lengths, digest = _drive(work, evaluator, first, chunks, text.total, progress)
+        for tally in text.chunks.tallies:
             if tally.skipped:
                 warnings.warn(
                     f"{tally.skipped} record(s) could not be used and were skipped, the first: "

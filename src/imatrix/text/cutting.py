@@ -5,54 +5,144 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.engine.interface import NativeModel
-from imatrix.engine.models import Models
 from imatrix.formats.checkpoint import Setting
-from imatrix.text.chats import Renderer
+from imatrix.text.chats import ChatOptions, Renderer
 from imatrix.text.chunks import Chunk, Chunks
 from imatrix.text.chunks import chunks as cut_tokens
 from imatrix.text.documents import OnBadRecord
 from imatrix.text.inputs import TextFile, Texts
 from imatrix.text.mixtures import Mixture
 from imatrix.text.sources import Source
-from imatrix.text.tokens import Packing, pieces
+from imatrix.text.tokens import Packing, Tokenizer, pieces
 
-__all__ = ["cut", "dataset_names", "in_groups", "source_names", "tokens_of", "weights_of"]
+__all__ = ["CheckedTokenizer", "Cut", "TextFacts", "cut", "in_groups", "tokens_of"]
+
+
+class CheckedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that refuses any text if its model can tokenize none. Token ids still pass."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Token ids are below it."""
+
+    def check(self) -> None:
+        """That text can be tokenized.
+
+        Raises:
+            ModelError: it cannot.
+        """
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a caller's texts say of themselves before they are read.
+
+    Attributes:
+        datasets: what imatrix.datasets names in a file.
+        names: of the sources; a text that is no source is called what its data set is, or "".
+        weights: the share of each source, None if none was given.
+        seed: of the shuffle, None without one.
+    """
+
+    datasets: tuple[str, ...]
+    names: tuple[str, ...]
+    weights: tuple[float | None, ...]
+    seed: int | None
+
+    @classmethod
+    def of(cls, texts: Texts) -> TextFacts:
+        """Read nothing, and say what is known."""
+        if isinstance(texts, Mixture):
+            datasets = tuple(dict.fromkeys(name for name in texts.names if name))
+            weights = texts.weights or (None,) * len(texts.sources)
+            return cls(datasets, texts.names, weights, texts.seed)
+        if isinstance(texts, os.PathLike):
+            name = os.fspath(texts)
+            return cls((name,), (name,), (None,), None)
+        named = getattr(texts, "name", None)  # a Source has one, and so may an open file
+        name = named if isinstance(named, str) else ""
+        is_named = bool(name) if isinstance(texts, Source) else isinstance(named, str)
+        return cls((name,) if is_named else (), (name,), (None,), None)
+
+    def settings(self) -> dict[str, Setting]:
+        """What decides the chunks of several sources, if it is not the default."""
+        found: dict[str, Setting] = {}
+        if self.seed is not None:
+            found["seed"] = self.seed
+        shares = [repr(weight) for weight in self.weights if weight is not None]
+        if shares:
+            found["weights"] = " ".join(shares)
+        return found
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text that was cut into chunks.
+
+    Attributes:
+        chunks: to be read once.
+        total: how many there will be; None if only reading the text can tell.
+        settings: what decides the chunks: of the text itself as far as that can be known before it
+            is read, and what is not the default.
+    """
+
+    chunks: Chunks
+    total: int | None
+    settings: Mapping[str, Setting]
 
 
 def cut(
-    models: Models,
     texts: Texts,
+    tokenizer: CheckedTokenizer,
     n_ctx: int,
     *,
     packing: Packing = "stream",
+    chat: ChatOptions | None = None,
     render: Renderer | None = None,
     parse_special: bool,
     skip_chunks: int,
     max_chunks: int | None,
     on_bad_record: OnBadRecord = "stop",
-) -> tuple[Chunks, int | None, dict[str, Setting]]:
-    """The chunks; how many there will be, and what tells the text from another, as far as that
-    can be known before it is read. The model must be loaded."""
+) -> Cut:
+    """Cut texts into chunks of n_ctx tokens. A text that is one string or one file is tokenized
+    here, everything else as its chunks are read.
+
+    Args:
+        texts, packing, chat, parse_special, skip_chunks, max_chunks, on_bad_record: as
+            Collector.run has them.
+        render: renders chats as `chat` says.
+
+    Raises:
+        ModelError: it is one text, and the model cannot tokenize.
+        ValueError: a bad number, or the text cannot be understood.
+        OSError: the text cannot be read.
+    """
+    settings: dict[str, Setting] = {}
+    if packing != "stream":
+        settings["packing"] = packing
+    if on_bad_record != "stop":
+        settings["on_bad_record"] = on_bad_record
+    settings |= TextFacts.of(texts).settings()
+    if chat is not None:
+        settings["chat"] = chat.digest()
     total = None
-    text: dict[str, Setting] = {}
-    model = models.loaded()
-    tokenizer = _Tokenizing(model, models.check_tokenizer)
     if isinstance(texts, (str, os.PathLike, TextFile)):
-        models.check_tokenizer()
+        tokenizer.check()
         tokens = np.concatenate([np.empty(0, np.int32), *pieces(texts, tokenizer, parse_special)])
         texts = [tokens]
-        text["text_tokens"] = len(tokens)
-        text["text_digest"] = hashlib.sha256(tokens_of(tokens)).hexdigest()
+        settings["text_tokens"] = len(tokens)
+        settings["text_digest"] = hashlib.sha256(tokens_of(tokens)).hexdigest()
         if packing == "stream":
             total = max(1, len(tokens) // n_ctx) - skip_chunks
         else:  # a single document; a BOS in front of each chunk takes a token's place
-            total = sum(1 for _ in cut_tokens(texts, model, n_ctx, packing=packing))
+            total = sum(1 for _ in cut_tokens(texts, tokenizer, n_ctx, packing=packing))
             total -= skip_chunks
         total = total if max_chunks is None else min(total, max_chunks)
     chunks = Chunks(
@@ -66,26 +156,7 @@ def cut(
         render=render,
         on_bad_record=on_bad_record,
     )
-    return chunks, total, text
-
-
-class _Tokenizing:
-    """The model as a tokenizer that refuses text where there is none; token lists still pass."""
-
-    def __init__(self, model: NativeModel, check: Callable[[], None]) -> None:
-        self._model = model
-        self._check = check
-        self.add_bos = model.add_bos
-        self.bos = model.bos
-        self.n_vocab = model.n_vocab
-
-    def check(self) -> None:
-        """Raises the ModelError that any text would, if there is no tokenizer."""
-        self._check()
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> NDArray[np.int32]:
-        self._check()
-        return self._model.tokenize(text, add_special=add_special, parse_special=parse_special)
+    return Cut(chunks, total, settings)
 
 
 def tokens_of(tokens: NDArray[np.int32]) -> bytes:
@@ -96,7 +167,7 @@ def tokens_of(tokens: NDArray[np.int32]) -> bytes:
 def in_groups(chunks: Iterator[Chunk], n_seq: int, done: int) -> Iterator[list[Chunk]]:
     """Chunks in groups of n_seq, the last one shorter.
 
-    Where `done` ends inside a group, that group had a chunk with a NaN and ran chunk by chunk:
+    If `done` ends inside a group, that group had a chunk with a NaN and ran chunk by chunk:
     so does the rest of it.
     """
     for chunk in itertools.islice(chunks, -done % n_seq):
@@ -109,27 +180,3 @@ def in_groups(chunks: Iterator[Chunk], n_seq: int, done: int) -> Iterator[list[C
             group = []
     if group:
         yield group
-
-
-def dataset_names(texts: Texts) -> list[str]:
-    """What imatrix.datasets names in a file."""
-    if isinstance(texts, Source):
-        return [texts.name] if texts.name else []
-    if isinstance(texts, Mixture):
-        return list(dict.fromkeys(name for name in texts.names if name))
-    if isinstance(texts, os.PathLike):
-        return [os.fspath(texts)]
-    name = getattr(texts, "name", None)
-    return [name] if isinstance(name, str) else []
-
-
-def source_names(texts: Texts, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the sources; a text that is no source is called what its data set is."""
-    return names if isinstance(texts, (Source, Mixture)) else (*dataset_names(texts), "")[:1]
-
-
-def weights_of(texts: Texts) -> tuple[float | None, ...]:
-    """The share of each source, None where none was given."""
-    if not isinstance(texts, Mixture):
-        return (None,)
-    return texts.weights or (None,) * len(texts.sources)
