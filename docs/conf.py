@@ -30,11 +30,11 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = ["docs/*.md", "benchmarks/results/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-# walked through otherwise
+# folders that Sphinx would search too
 exclude_patterns = [".*", "build", "dist", "src", "tests", "vendor"]
 
 myst_heading_anchors = 4  # page.md#heading, as on a forge
-smartquotes = False  # -- is a flag's
+smartquotes = False  # flags begin with --
 default_role = "literal"  # `x` in docstrings is code
 
 autodoc_member_order = "bysource"
@@ -61,8 +61,8 @@ copybutton_here_doc_delimiter = "END"
 
 
 def _navigation(_app: Sphinx, name: str, source: list[str]) -> None:
-    """Gives docs/index.md its tables of contents: one for each heading with a list of links below
-    it, with those links. One list serves the readers of a forge and the site's navigation."""
+    """Gives docs/index.md its tables of contents: each heading with a list of links below it gets one
+    with these links. So one list serves the readers of a forge and the site's navigation."""
     if name != root_doc:
         return
     captions: dict[str, list[str]] = {}
@@ -89,14 +89,14 @@ def _document(target: str) -> str:
     return "/" + path.with_suffix("").as_posix()
 
 
-# what reStructuredText would take for markup
+# characters that reStructuredText would take for markup
 _MARKUP = re.compile(r"(?<![\\`\w])[*|](?=\S)|(?<=\S)[*|]|(?<=\w)_(?=\W|$)")
 
 
 def _docstring(
     _app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]
 ) -> None:
-    """Docstrings are plain text: a star or a trailing underscore stands for itself."""
+    """Docstrings are plain text, so stars and trailing underscores are escaped."""
     if what in ("property", "attribute"):
         lines.insert(0, "")  # napoleon takes "Trunk blocks: …" on a first line for a type
     for i, line in enumerate(lines):
@@ -106,14 +106,14 @@ def _docstring(
 
 
 def _dashes(_app: Sphinx, tree: nodes.document) -> None:
-    """Sphinx writes " -- " behind the name of an argument."""
+    """Puts a dash in place of the " -- " that Sphinx writes behind the name of an argument."""
     for text in list(tree.findall(nodes.Text)):
         if text.astext() == " -- ":
             text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
 def setup(app: Sphinx) -> None:
-    """What Sphinx calls."""
+    """Sphinx calls this function."""
     app.connect("source-read", _navigation)
     app.connect("doctree-read", _dashes)
     app.connect("autodoc-process-docstring", _docstring, priority=100)  # before napoleon

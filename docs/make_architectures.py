@@ -2,7 +2,7 @@
 
     python docs/make_architectures.py
 
-All but the two columns of names and notes is measured on forged models, by the functions that
+Everything except the columns of names and notes is measured on forged models, by the functions that
 tests/model/test_architectures.py checks against a reading of the engine's graphs. It needs what the
 tests need (make tools).
 """
@@ -66,7 +66,7 @@ NOTES: Mapping[str, str] = {
     "qwen4exp": "its trunk needs a layer of each kind, recurrent and attention",
 }
 
-_LOOKUP = "nextn.embed_tokens.weight"  # the same everywhere: said once, above the table
+_LOOKUP = "nextn.embed_tokens.weight"  # the same for all, so it stands once, above the table
 
 _HEADER = """\
 # Architectures
@@ -74,28 +74,28 @@ _HEADER = """\
 <!-- Written by docs/make_architectures.py from what the tests measure; a test compares. -->
 
 The engine has a graph for the MTP head of {n} architectures. This is what `imatrix` collects of
-each, measured on small models with random weights: a trunk of two blocks (three where it has that
-many kinds), one head, and three heads where the graph takes several.
+each, measured on small models with random weights: a trunk of two blocks (three if it has that
+many kinds), one head, and three heads if the graph takes several.
 
 - **Weights** are matrices in blocks, and vectors that are multiplied as one; "24 of 28" means that
-  four of them are never multiplied. Each of the 24 has a row for every token (experts: as many
-  rows in sum as tokens times experts used), unless the notes say otherwise. The second figure of
+  four of them are never multiplied. Each of the 24 has a row for every token (experts: in sum as
+  many rows as tokens times experts used), unless the notes say otherwise. The second figure of
   the head is for a file with `nextn.embed_tokens` and `nextn.shared_head_head`.
 - **Never multiplied**: no data can reach these. `Collector.plan(mtp=True).never` names them for a
-  given file. `nextn.embed_tokens`, where a file has it, is one of them everywhere: it is looked up
-  by token.
-- **Outputs**: rows for which logits have to be asked, and the LM head be run, because the graph
+  given file. If a file has `nextn.embed_tokens`, it is always one of them: it is looked up by
+  token.
+- **Outputs**: rows for which the run must ask for logits, and so run the LM head, because the graph
   keeps no others at its end. `imatrix` finds out by looking at the graph; no block of a trunk
   needs any, only a weight behind the blocks does.
-- **IQ2_XXS**: whether `llama-quantize` goes through with the matrix of trunk and head, and what has
-  to get a larger type by name because there can be no data; `nextn.embed_tokens` is one of these
-  too. With the trunk's alone it ends at a weight of the head, for every architecture here.
+- **IQ2_XXS**: whether `llama-quantize` succeeds with the matrix of trunk and head, and which weights
+  must get a larger type by name because there can be no data; `nextn.embed_tokens` is one of these
+  too. With the trunk's matrix alone it ends at a weight of the head, for every architecture here.
 
 """
 
 
 def _matrices(measured: Measured) -> tuple[str, str]:
-    """Collected of all, in the trunk and in the head."""
+    """How many weights are collected and how many there are, in the trunk and in the head."""
     n_layer = measured.model.n_layer
     idle = [int(name.split(".")[1]) < n_layer for name in measured.never]
     trunk, head = len(measured.trunk), len(measured.head)
@@ -111,7 +111,7 @@ def _plain(names: Iterable[str]) -> list[str]:
 
 
 def _short(names: Iterable[str], n_layer: int) -> list[str]:
-    """Names without the number of the block, each once; the head's marked as such."""
+    """Names without the number of the block, each once; those of the head are marked."""
     found = []
     for name in names:
         match = re.match(r"blk\.(\d+)\.(.*?)(?:\.weight)?$", name)
@@ -181,7 +181,7 @@ def page(found: Mapping[str, tuple[Mapping[str, Measured], list[str]]]) -> str:
     """The text of the page.
 
     Args:
-        found: by architecture what measure() gives, and the weights that need a larger type
+        found: for each architecture what measure() gives, and the weights that need a larger type
             (iq2_xxs_of_most).
     """
     columns = [

@@ -25,8 +25,8 @@ def page() -> str:
     """The whole page."""
     lines = [HEAD]
     commands = _commands(build_parser())
-    for name, command, told in commands:
-        lines += [f"## imatrix {name}", "", command.description or _sentence(told), ""]
+    for name, command, text in commands:
+        lines += [f"## imatrix {name}", "", command.description or _sentence(text), ""]
         lines += ["```text", _usage(name, command), "```", ""]
         lines += [*_table(command), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -35,8 +35,8 @@ def page() -> str:
 def _commands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser, str]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            told = {choice.dest: choice.help or "" for choice in action._choices_actions}
-            return [(name, each, told.get(name, "")) for name, each in action.choices.items()]
+            helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            return [(name, each, helps.get(name, "")) for name, each in action.choices.items()]
     raise ValueError("the parser has no commands")
 
 
@@ -60,10 +60,10 @@ def _table(command: argparse.ArgumentParser) -> Iterator[str]:
     for action in command._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        told = (action.help or "") % {"default": action.default, "prog": "imatrix"}
+        text = (action.help or "") % {"default": action.default, "prog": "imatrix"}
         if action.option_strings and action.required:
-            told += " (required)"
-        yield f"| {_names(action)} | {_cell(told)} |".replace("|  |", "| |")
+            text += " (required)"
+        yield f"| {_names(action)} | {_cell(text)} |".replace("|  |", "| |")
 
 
 def _names(action: argparse.Action) -> str:
@@ -84,15 +84,15 @@ def _value(action: argparse.Action) -> str:
     return f"{value} …" if action.nargs in ("+", "*") else value
 
 
-def _sentence(told: str) -> str:
-    return told[:1].upper() + told[1:] + ("" if told.endswith((".", "?")) else ".")
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?")) else ".")
 
 
-def _cell(told: str) -> str:
-    """What help says, with what Markdown would take for markup as it stands."""
+def _cell(text: str) -> str:
+    """A text of the help with the characters escaped that Markdown would take for markup."""
     for mark in ("|", "*", "_", "<", "["):
-        told = told.replace(mark, f"\\{mark}")
-    return " ".join(told.split())
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

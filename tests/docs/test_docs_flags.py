@@ -96,4 +96,4 @@ def test_the_page_of_commands_is_up_to_date() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (DOCS / "main.md").read_text(encoding="utf-8") == module.page()
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == module.page()
