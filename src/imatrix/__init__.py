@@ -45,6 +45,9 @@ if TYPE_CHECKING:
         Predictions,
         evaluate,
     )
+    from imatrix.heads.drop import DropReport, drop_mtp
+    from imatrix.heads.extract import ExtractReport, extract_mtp
+    from imatrix.heads.graft import GraftReport, graft_mtp
     from imatrix.matrix.activations import (
         ActivationStatistics,
         LayerActivations,
@@ -64,14 +67,6 @@ if TYPE_CHECKING:
         statistics,
     )
     from imatrix.model.header import ModelFile
-    from imatrix.model.heads import (
-        DropReport,
-        ExtractReport,
-        GraftReport,
-        drop_mtp,
-        extract_mtp,
-        graft_mtp,
-    )
     from imatrix.quantization.adaptation import Adapted, Placed, adapt
     from imatrix.quantization.coverage import Coverage, TensorCoverage, coverage
     from imatrix.quantization.quantizer import Quantized, quantize
@@ -177,12 +172,12 @@ _NATIVE = {
     "Predictions": "evaluation",
     "evaluate": "evaluation",
     "ModelFile": "model.header",
-    "DropReport": "model.heads",
-    "ExtractReport": "model.heads",
-    "GraftReport": "model.heads",
-    "drop_mtp": "model.heads",
-    "extract_mtp": "model.heads",
-    "graft_mtp": "model.heads",
+    "DropReport": "heads.drop",
+    "ExtractReport": "heads.extract",
+    "GraftReport": "heads.graft",
+    "drop_mtp": "heads.drop",
+    "extract_mtp": "heads.extract",
+    "graft_mtp": "heads.graft",
     "Coverage": "quantization.coverage",
     "TensorCoverage": "quantization.coverage",
     "coverage": "quantization.coverage",

@@ -23,8 +23,9 @@ from mutations import mutated_bytes, mutated_gguf
 
 from imatrix import FormatError, ImatrixError, ImportanceMatrix, ModelFile
 from imatrix.formats import checkpoint
+from imatrix.heads.extract import extract_mtp
+from imatrix.heads.graft import graft_mtp
 from imatrix.model import architectures
-from imatrix.model.heads import extract_mtp, graft_mtp
 from imatrix.text import chunks
 
 try:

@@ -20,8 +20,9 @@ from helpers.ggufs import rewritten
 from helpers.running import EngineTool, Forged, run_tool
 
 from imatrix import ModelError, ModelFile
+from imatrix.heads.extract import extract_mtp, mtp_name
+from imatrix.heads.graft import graft_mtp
 from imatrix.model.fit import check_fit
-from imatrix.model.heads import extract_mtp, graft_mtp, mtp_name
 
 ARCHS = ["glm4moe", "qwen35", "qwen35moe", "deepseek2"]
 TRUNK_BLOCKS = ("blk.0.*", "blk.1.*")
@@ -602,9 +603,10 @@ def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
     big_model(tmp_path / "big.gguf", n_vocab=64 << 10)  # 128 MB
     script = """
 import resource, sys
-from imatrix.model import heads
-from imatrix.model.heads import extract_mtp, graft_mtp
-heads._check_loads = lambda *paths: None  # no engine loads the tensors that make it big
+from imatrix.heads import extract, graft
+# no engine loads the tensors that make it big
+extract.check_loads = graft.check_loads = lambda *paths: None
+extract_mtp, graft_mtp = extract.extract_mtp, graft.graft_mtp
 folder = sys.argv[1]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 extract_mtp(f"{folder}/big.gguf", f"{folder}/h.gguf", trunk_out=f"{folder}/t.gguf")

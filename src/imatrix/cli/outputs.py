@@ -115,7 +115,7 @@ def head_output(path: str) -> str:
 
 
 def _of_extract(args: argparse.Namespace) -> Iterator[Output]:
-    from imatrix.model.heads import mtp_name
+    from imatrix.heads.extract import mtp_name
 
     folder = Path(args.model).parent if args.output is None else Path(args.output)
     yield Output(str(folder / mtp_name(args.model) if folder.is_dir() else folder))

@@ -149,7 +149,7 @@ def lacks_head(file: ModelFile) -> str:
         return "no MTP head in it (nextn_predict_layers is absent or 0)"
     return (
         f"the metadata claim {file.claimed_nextn} MTP head block(s), but the tensor "
-        f"blk.{file.block_count - file.claimed_nextn}.nextn.eh_proj.weight is missing"
+        f"blk.{file.claimed_from}.nextn.eh_proj.weight is missing"
     )
 
 
@@ -227,7 +227,7 @@ def check_head(file: ModelFile) -> None:
     if file.architecture == "gemma4-assistant":
         return  # blocks of another make; a missing tensor is an error of the engine's loader
     check_vocabulary(file)
-    for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
+    for block in file.head_blocks:
         # qwen4exp has no attn_norm: the mixer of its hyper-connections carries the norm
         norm = "hc_attn_norm" if file.architecture == "qwen4exp" else "attn_norm"
         for tensor in ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", norm):
@@ -240,7 +240,7 @@ def check_head(file: ModelFile) -> None:
                     "imatrix graft-mtp."
                 )
     if file.architecture == "mimo2":  # GGML_ASSERTs of graph_mtp in src/models/mimo2.cpp
-        for block in range(file.n_trunk, file.n_trunk + file.n_nextn):
+        for block in file.head_blocks:
             for tensor in ("attn_qkv", "ffn_gate", "ffn_up", "ffn_down"):
                 if f"blk.{block}.{tensor}.weight" not in file.tensors:
                     raise ModelError(

@@ -1,16 +1,18 @@
-"""TODO."""
+"""Does a head fit a trunk? Decided on the headers of both, before the engine sees them.
+
+The engine takes most of it on trust, and asserts the rest, which ends the process.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 from imatrix.errors import ModelError
 from imatrix.model.architectures import check_vocabulary
 from imatrix.model.header import ModelHeader
 
-__all__ = ["check_fit"]
-
-# --- does a head fit a trunk ---------------------------------------------------------------------
+__all__ = ["check_fit", "check_has_head", "misfit"]
 
 
 def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) -> None:
@@ -50,12 +52,13 @@ def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) 
         if n_vocab != n_vocab_head:
             raise differ(f"the vocabulary (rows of {embeddings})", n_vocab, n_vocab_head)
     if not grafting:
+        graft = f"{_quoted(trunk)} {_quoted(head)} -o OUT.gguf"
         # the engine loads a head's own file as a model of its own
         if embeddings not in head.tensors:
             raise ModelError(
                 f"{head.path}: it has the head's blocks, but the tensor {embeddings} is missing, and "
                 "the engine loads a head from a file of its own only with it. Put the head into its "
-                f"model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
+                f"model's file: imatrix graft-mtp {graft}"
             )
         own = f"blk.{head.n_trunk}.nextn.shared_head_head.weight"
         output = "output.weight"
@@ -64,16 +67,26 @@ def check_fit(trunk: ModelHeader, head: ModelHeader, *, grafting: bool = False) 
             raise ModelError(
                 f"{head.path}: {trunk.path.name} has an {output}, this file has none, and the "
                 "engine would take the head's token embedding in its place. Put the head into its "
-                f"model's file: imatrix graft-mtp {trunk.path} {head.path} -o OUT.gguf"
+                f"model's file: imatrix graft-mtp {graft}"
             )
-    for block in range(head.n_trunk, head.n_trunk + head.n_nextn):
+    for block in head.head_blocks:
         # [2 * n_embd, n_embd] in every architecture that has one (src/models/)
         name = f"blk.{block}.nextn.eh_proj.weight"
         if head.tensors[name] != (2 * n_embd, n_embd):
             raise differ(f"the shape of {name}", (2 * n_embd, n_embd), head.tensors[name])
 
 
+def _quoted(model: ModelHeader) -> str:
+    return shlex.quote(str(model.path))
+
+
 def misfit(trunk: ModelHeader, head: ModelHeader) -> Callable[[str, object, object], ModelError]:
+    """Make the error for two files of which something differs.
+
+    Returns:
+        A function that takes what differs, and the trunk's and the head's value of it.
+    """
+
     def error(what: str, ours: object, theirs: object) -> ModelError:
         return ModelError(
             f"{head.path} does not fit {trunk.path}: {what} is {ours} in the trunk, {theirs} in "
@@ -84,10 +97,15 @@ def misfit(trunk: ModelHeader, head: ModelHeader) -> Callable[[str, object, obje
 
 
 def check_has_head(model: ModelHeader) -> None:
+    """Refuse a file without a whole MTP head.
+
+    Raises:
+        ModelError: the metadata claim none, or a tensor is missing that every head has.
+    """
     if model.n_nextn == 0 and model.claimed_nextn:
         raise ModelError(
             f"{model.path}: the metadata claim {model.claimed_nextn} MTP head block(s), but "
-            f"blk.{model.block_count - model.claimed_nextn}.nextn.eh_proj.weight is missing; the "
+            f"blk.{model.claimed_from}.nextn.eh_proj.weight is missing; the "
             "file holds no complete head"
         )
     if model.n_nextn == 0:
@@ -95,9 +113,9 @@ def check_has_head(model: ModelHeader) -> None:
             f"{model.path}: it has no MTP head ({model.architecture}.nextn_predict_layers is 0 or "
             "absent); was it converted with --no-mtp?"
         )
-    for block in range(model.n_trunk, model.n_trunk + model.n_nextn):
-        # What the loaders require of every head (src/models/); the rest differs by architecture,
-        # exaone4's has no attn_norm, but no head is these three alone.
+    for block in model.head_blocks:
+        # The loaders require these of every head (src/models/). The rest differs by architecture
+        # (exaone4's has no attn_norm), but no head consists of these three alone.
         prefix = f"blk.{block}."
         missing = [
             name

@@ -2,32 +2,96 @@
 
 The engine finds the parts by name too (llama_split_path in src/llama-model-loader.cpp). Nothing
 in a file names another one: the names come from that of the first part, in its folder.
+
+Both parsers of headers (imatrix.model.header) read a model through read_parts, which holds the
+parts against one another.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from imatrix.errors import ModelError
 from imatrix.files.outputs import Input, PathLike
 
-__all__ = [
-    "check_part",
-    "check_tensor_count",
-    "model_inputs",
-    "other_parts",
-    "present_parts",
-    "without_part",
-]
+__all__ = ["PartHeader", "model_inputs", "present_parts", "read_parts", "without_part"]
 
-# --- what there is to read ---------------------------------------------------
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
+
+
+class PartHeader(Protocol):
+    """What the header of one file says about its model, whichever parser has read it.
+
+    Attributes:
+        path: the file.
+        architecture: general.architecture; "" if it is missing, as in every part but the first.
+        integers: the architecture's own whole-number keys, without its name in front.
+        split_count: split.count, 0 or 1 for a model in one file.
+        split_no: split.no, which part this is, from 0; -1 if it is missing.
+        split_tensors: split.tensors.count, of all parts together; -1 if it is missing.
+        shapes: shape by tensor name, ggml order: the row length first.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def integers(self) -> Mapping[str, int]: ...
+    @property
+    def split_count(self) -> int: ...
+    @property
+    def split_no(self) -> int: ...
+    @property
+    def split_tensors(self) -> int: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+
+_Part = TypeVar("_Part", bound=PartHeader)
+
+
+def read_parts(path: Path, parse: Callable[[Path], _Part]) -> list[_Part]:
+    """Read the headers of a model's files, the first part first.
+
+    Args:
+        path: the model's file, or its first part.
+        parse: reads one file.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ModelError: a part is missing or is one of another model, or a tensor lies in two parts;
+            or as `parse` raises it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a GGUF model file", str(path))
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "no such model file", str(path))
+    first = parse(path)
+    count = first.split_count
+    parts = [first, *map(parse, _other_parts(path, count))]
+    names: set[str] = set()
+    for number, part in enumerate(parts):
+        if count > 1:
+            _check_part(part, number, count)
+        if twice := names & part.shapes.keys():
+            raise ModelError(f"{part.path}: the tensor {min(twice)} is in an earlier part too")
+        names |= part.shapes.keys()
+    if count > 1 and 0 <= first.split_tensors != len(names):
+        raise ModelError(
+            f"{path}: its parts have {len(names)} tensors, {first.split_tensors} expected "
+            "(split.tensors.count); is one of them from another model?"
+        )
+    return parts
 
 
 def model_inputs(*paths: PathLike | None) -> Iterator[Input]:
-    """Models with all their parts, those that are there; None is passed over."""
+    """Give models and those of their parts that are there; None is passed over."""
     for path in paths:
         if path is None:
             continue
@@ -37,10 +101,7 @@ def model_inputs(*paths: PathLike | None) -> Iterator[Input]:
             yield Input(os.fspath(part), f"part of the model {name}")
 
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
-
-
-def other_parts(first: Path, count: int) -> Iterator[Path]:
+def _other_parts(first: Path, count: int) -> Iterator[Path]:
     """The parts after the first, in order.
 
     Args:
@@ -69,7 +130,7 @@ def other_parts(first: Path, count: int) -> Iterator[Path]:
 
 
 def present_parts(path: Path) -> list[Path]:
-    """All parts that lie beside a part, by their names, itself included; none of other files."""
+    """Find the parts beside a part by their names, itself included; [] if it is no part."""
     match = _PART.search(path.name)
     if match is None:
         return []
@@ -81,40 +142,23 @@ def present_parts(path: Path) -> list[Path]:
         return []
 
 
-def check_part(part: Path, number: int, count: int, said_number: int, said_count: int) -> None:
+def _check_part(part: PartHeader, number: int, count: int) -> None:
     """Refuse a file that says of itself that it is another part, or of another model.
 
     Args:
         number, count: which part it is by its name, from 0, and of how many.
-        said_number, said_count: its split.no and split.count.
 
     Raises:
-        ModelError: they differ.
+        ModelError: its split.no or split.count differs.
     """
-    if said_number != number or said_count != count:
+    if part.split_no != number or part.split_count != count:
         raise ModelError(
-            f"{part}: by its name it is part {number + 1} of {count}, by its metadata part "
-            f"{said_number + 1} of {said_count} (split.no, split.count); the parts are mixed up"
-        )
-
-
-def check_tensor_count(first: Path, found: int, expected: int) -> None:
-    """Refuse parts that do not make up the model.
-
-    Args:
-        found: tensors of all parts together.
-        expected: split.tensors.count of the first, negative where it says nothing.
-
-    Raises:
-        ModelError: they differ.
-    """
-    if 0 <= expected != found:
-        raise ModelError(
-            f"{first}: its parts have {found} tensors, {expected} expected (split.tensors.count); "
-            "is one of them from another model?"
+            f"{part.path}: by its name it is part {number + 1} of {count}, by its metadata part "
+            f"{part.split_no + 1} of {part.split_count} (split.no, split.count); the parts are "
+            "mixed up"
         )
 
 
 def without_part(name: str) -> str:
-    """A file name without the part's number."""
+    """Take the part's number out of a file name."""
     return _PART.sub(".gguf", name)

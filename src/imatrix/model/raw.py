@@ -1,9 +1,12 @@
 """Any GGUF file as the bytes that it is: read without decoding it, copied without rewriting it.
 
 gguf-py's reader decodes every word of a vocabulary, its writer rewrites every key, and neither
-streams. Here what does not change is copied as it lies in the file, the tensors in blocks of a few
-MB, so that memory follows the header's size, and types that no library here knows come through.
-Nothing is taken on trust: a length is held against the bytes that are there before it is used.
+streams. Here what does not change is copied as it lies in the file. Tensors are copied in blocks
+of a few MB, so that memory follows the header's size, and types that no library here knows come
+through. Nothing is taken on trust: every length is compared with the bytes that are there before
+it is used.
+
+What the header means (parts, trunk, head) is not decided here: see imatrix.model.header.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,18 +29,7 @@ from imatrix.errors import ModelError
 from imatrix.files.names import decoded, encoded
 from imatrix.tensors import block_of
 
-__all__ = [
-    "STRING",
-    "DamagedError",
-    "Files",
-    "Meter",
-    "Part",
-    "Progress",
-    "Tensor",
-    "Value",
-    "integer",
-    "write",
-]
+__all__ = ["STRING", "Files", "Meter", "Part", "Progress", "Tensor", "Value", "write"]
 
 Progress = Callable[[int, int], None]
 
@@ -67,15 +60,22 @@ _SCALARS = {
 _INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 
 
-class DamagedError(Exception):
-    """The bytes are no GGUF; the text says why."""
+class _DamagedError(Exception):
+    """The bytes are no GGUF; the message says why, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A metadata value as it lies in the file: ``raw`` follows the key, type and count included."""
+    """A metadata value as it lies in the file.
 
-    kind: int  # of the value, or of an array's elements
+    Attributes:
+        kind: type of the value, or of an array's elements (gguf_type in gguf.h).
+        is_array: whether it is an array.
+        count: elements of the array, else 1.
+        raw: the bytes that follow the key: type, an array's count, and the value.
+    """
+
+    kind: int
     is_array: bool
     count: int
     raw: bytes
@@ -85,13 +85,14 @@ class Value:
         return self.raw[16:] if self.is_array else self.raw[4:]
 
     def decoded(self) -> Any:
-        """A number, a bool, a str, or a list of numbers; for an array of strings its bytes."""
+        """Decode it: a number, a bool, a str, or a list of numbers; an array of strings as bytes."""
         if self.kind == STRING:
             return self._data if self.is_array else self._data[8:].decode("utf-8", "replace")
         values = list(struct.unpack(f"<{self.count}{_SCALARS[self.kind]}", self._data))
         return values if self.is_array else values[0]
 
     def with_scalar(self, value: int) -> Value:
+        """Another number, of the same type."""
         raw = struct.pack(f"<I{_SCALARS[self.kind]}", self.kind, value)
         return Value(self.kind, False, 1, raw)
 
@@ -111,13 +112,24 @@ class Value:
 
 @dataclass(frozen=True)
 class Tensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its name.
+        shape: in ggml order, the row length first.
+        kind: ggml_type.
+        size: bytes, without padding.
+        path, start: the file, and the byte in it where the data start.
+        granule: the size may be too large by less than this; 1 if it is exact.
+    """
+
     name: str
     shape: tuple[int, ...]
-    kind: int  # ggml_type
-    size: int  # bytes, without padding
+    kind: int
+    size: int
     path: Path
-    start: int  # byte in the file
-    granule: int  # the size may be too large by less than this; 1 where it is exact
+    start: int
+    granule: int
 
     @property
     def block(self) -> int | None:
@@ -126,17 +138,17 @@ class Tensor:
 
 
 class _Cursor:
-    """Reads forward through bytes, and never past their end."""
+    """Reads forward through a file's bytes, and never past their end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.at = 0
 
     def skip(self, count: int, what: str) -> int:
-        """Step over ``count`` bytes; gives where they start."""
+        """Step over ``count`` bytes, and return where they start."""
         start, end = self.at, self.at + count
         if end > len(self.data):
-            raise DamagedError(
+            raise _DamagedError(
                 f"cut short or damaged: {what} would end at byte {end}, the file has "
                 f"{len(self.data)}"
             )
@@ -153,7 +165,7 @@ class _Cursor:
         size = self.u64(what)
         start = self.skip(size, what)
         if size > _MAX_NAME:
-            raise DamagedError(f"damaged: {what} is {size} bytes long")
+            raise _DamagedError(f"damaged: {what} is {size} bytes long")
         return decoded(self.data[start : start + size])
 
     def value(self, key: str) -> Value:
@@ -169,27 +181,44 @@ class _Cursor:
         elif kind in _SCALARS:
             self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"), key)
         else:
-            raise DamagedError(f"damaged: the key {key!r} has the unknown type {kind}")
+            raise _DamagedError(f"damaged: the key {key!r} has the unknown type {kind}")
         return Value(kind, is_array, count, self.data[start : self.at])
 
 
 @dataclass(frozen=True)
 class Part:
-    """One GGUF file."""
+    """One GGUF file. A parts.PartHeader.
+
+    Attributes:
+        path: the file.
+        version: of the format, 2 or 3.
+        alignment: general.alignment.
+        keys: metadata by key, in the file's order.
+        tensors: tensors by name, in the file's order.
+        file_bytes: size of the file.
+        architecture, integers, split_count, split_no, split_tensors: see parts.PartHeader.
+    """
 
     path: Path
     version: int
     alignment: int
-    keys: dict[str, Value]
-    tensors: list[Tensor]
+    keys: Mapping[str, Value]
+    tensors: Mapping[str, Tensor]
     file_bytes: int
+    architecture: str
+    integers: Mapping[str, int]
+    split_count: int
+    split_no: int
+    split_tensors: int
 
     @classmethod
     def read(cls, path: Path) -> Part:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "expected a GGUF model file", str(path))
-        if not path.exists():
-            raise FileNotFoundError(errno.ENOENT, "no such model file", str(path))
+        """Read the header of one file.
+
+        Raises:
+            ModelError: not GGUF, or damaged.
+            OSError: it cannot be read.
+        """
         with path.open("rb") as file:
             magic = file.read(4)
             if magic != _MAGIC:
@@ -198,8 +227,13 @@ class Part:
             try:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     return cls._parsed(path, _Cursor(data))
-            except DamagedError as error:
+            except _DamagedError as error:
                 raise ModelError(f"{path}: {error}") from None
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape by tensor name, ggml order."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     @classmethod
     def _parsed(cls, path: Path, cursor: _Cursor) -> Part:
@@ -207,27 +241,40 @@ class Part:
         version = cursor.u32("the version")
         if version not in _VERSIONS:
             if version & 0xFFFF == 0:
-                raise DamagedError("big-endian GGUF, which is not supported")
-            raise DamagedError(f"GGUF version {version}; 2 and 3 are supported")
+                raise _DamagedError("big-endian GGUF, which is not supported")
+            raise _DamagedError(f"GGUF version {version}; 2 and 3 are supported")
         n_tensors, n_keys = cursor.u64("the tensor count"), cursor.u64("the key count")
         keys: dict[str, Value] = {}
         for i in range(n_keys):
             key = cursor.text(f"the name of key {i}")
             if key in keys:
-                raise DamagedError(f"damaged: the key {key!r} is there twice")
+                raise _DamagedError(f"damaged: the key {key!r} is there twice")
             keys[key] = cursor.value(key)
-        alignment = integer(keys, "general.alignment", _ALIGNMENT)
+        alignment = _integer(keys, "general.alignment", _ALIGNMENT)
         if alignment < 1 or alignment & (alignment - 1):
-            raise DamagedError(f"general.alignment is {alignment}, no power of two")
+            raise _DamagedError(f"general.alignment is {alignment}, no power of two")
         infos = [cls._tensor_info(cursor, i) for i in range(n_tensors)]
         data = _padded(cursor.at, alignment)
+        tensors: dict[str, Tensor] = {}
+        for tensor in _placed(path, infos, data, len(cursor.data), alignment):
+            if tensor.name in tensors:
+                raise _DamagedError(f"damaged: the tensor {tensor.name} is there twice")
+            tensors[tensor.name] = tensor
+        named = keys.get("general.architecture")
+        is_name = named is not None and named.kind == STRING and not named.is_array
+        architecture = named.decoded() if named is not None and is_name else ""
         return cls(
-            path,
-            version,
-            alignment,
-            keys,
-            _placed(path, infos, data, len(cursor.data), alignment),
-            len(cursor.data),
+            path=path,
+            version=version,
+            alignment=alignment,
+            keys=keys,
+            tensors=tensors,
+            file_bytes=len(cursor.data),
+            architecture=architecture,
+            integers=_integers(keys, f"{architecture}."),
+            split_count=_integer(keys, "split.count", 0),
+            split_no=_integer(keys, "split.no", -1),
+            split_tensors=_integer(keys, "split.tensors.count", -1),
         )
 
     @staticmethod
@@ -235,7 +282,7 @@ class Part:
         name = cursor.text(f"the name of tensor {i}")
         n_dims = cursor.u32(name)
         if n_dims > _MAX_DIMS:
-            raise DamagedError(f"damaged: the tensor {name!r} has {n_dims} dimensions")
+            raise _DamagedError(f"damaged: the tensor {name!r} has {n_dims} dimensions")
         shape = tuple(cursor.u64(name) for _ in range(n_dims))
         return name, shape, cursor.u32(name), cursor.u64(name)
 
@@ -247,24 +294,24 @@ def _placed(
     file_bytes: int,
     alignment: int,
 ) -> list[Tensor]:
-    """Tensors with their size in bytes, which the file does not give: it follows from the type."""
+    """Give tensors with their sizes, which the file does not tell: they follow from the types."""
     ends = sorted({data + offset for *_, offset in infos} | {file_bytes})
     following = dict(itertools.pairwise(ends))
     tensors = []
     for name, shape, kind, offset in infos:
         start = data + offset
         if start > file_bytes:
-            raise DamagedError(f"cut short: {name} starts at byte {start}, it has {file_bytes}")
+            raise _DamagedError(f"cut short: {name} starts at byte {start}, it has {file_bytes}")
         # A type that gguf-py does not know (a fork's, a newer one) reaches to the next tensor.
         # The padding that may come along does no harm, since the output pads alike.
         size = following.get(start, file_bytes) - start
         if (known := _size(shape, kind)) is not None:
             if start + known > file_bytes:
-                raise DamagedError(
+                raise _DamagedError(
                     f"cut short: {name} ends at byte {start + known}, the file has {file_bytes}"
                 )
             if known > size:
-                raise DamagedError(f"damaged: the data of {name} overlap another tensor's")
+                raise _DamagedError(f"damaged: the data of {name} overlap another tensor's")
             size = known
         granule = alignment if known is None else 1
         tensors.append(Tensor(name, shape, kind, size, path, start, granule))
@@ -272,7 +319,7 @@ def _placed(
 
 
 def _size(shape: tuple[int, ...], kind: int) -> int | None:
-    """Bytes of a tensor; None where the type is unknown."""
+    """Bytes of a tensor; None if the type is unknown."""
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
@@ -287,39 +334,60 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def integer(keys: Mapping[str, Value], key: str, default: int) -> int:
+def _integers(keys: Mapping[str, Value], prefix: str) -> dict[str, int]:
+    """The whole-number keys under a prefix, without it."""
+    for field in ("block_count", "nextn_predict_layers"):
+        _integer(keys, prefix + field, 0)  # nothing can be decided without these
+    return {
+        key.removeprefix(prefix): int(value.decoded())
+        for key, value in keys.items()
+        if key.startswith(prefix) and _is_integer(value)
+    }
+
+
+def _integer(keys: Mapping[str, Value], key: str, default: int) -> int:
     value = keys.get(key)
     if value is None:
         return default
-    if value.is_array or value.kind not in _INTEGERS:
-        raise DamagedError(f"{key} is not an integer")
+    if not _is_integer(value):
+        raise _DamagedError(f"{key} is not an integer")
     return int(value.decoded())
+
+
+def _is_integer(value: Value) -> bool:
+    return not value.is_array and value.kind in _INTEGERS
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 class Meter:
-    """Counts written bytes for the caller."""
+    """Counts written bytes and reports them.
+
+    Args:
+        progress: called with the bytes written so far and the bytes to write; None for nobody.
+        total: bytes to write.
+    """
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, count: int) -> None:
+        """Count bytes that were written."""
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
 
 
 class Files(ExitStack):
-    """The inputs, each opened once, read in blocks."""
+    """The inputs of a work: each is opened once, and read in blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self._open: dict[Path, FileIO] = {}
 
     def blocks(self, tensor: Tensor) -> Iterator[memoryview]:
-        """The tensor's bytes, in equal blocks and a rest; each is overwritten by the next."""
+        """Read the tensor's bytes in equal blocks and a rest; each overwrites the one before."""
         if tensor.path not in self._open:
             # Unbuffered: a block goes into our buffer without a copy in between.
             self._open[tensor.path] = self.enter_context(tensor.path.open("rb", buffering=0))
@@ -353,7 +421,7 @@ def write(
     tensors: list[Tensor],
     meter: Meter,
 ) -> int:
-    """Write a GGUF file of these keys and tensors, in their order; gives its size in bytes.
+    """Write a GGUF file of these keys and tensors, in their order, and return its size in bytes.
 
     Args:
         path: a file there is replaced.
