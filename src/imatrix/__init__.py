@@ -68,9 +68,10 @@ if TYPE_CHECKING:
     )
     from imatrix.model.header import ModelFile
     from imatrix.quantization.adaptation import Adapted, Placed, adapt
-    from imatrix.quantization.coverage import Coverage, TensorCoverage, coverage
+    from imatrix.quantization.coverage import Coverage, coverage
     from imatrix.quantization.quantizer import Quantized, quantize
     from imatrix.quantization.rules import RuleUse
+    from imatrix.quantization.verdicts import TensorCoverage
     from imatrix.report.page import report_page
     from imatrix.text.progress import Perplexity, Progress, Report
 
@@ -179,7 +180,7 @@ _NATIVE = {
     "extract_mtp": "heads.extract",
     "graft_mtp": "heads.graft",
     "Coverage": "quantization.coverage",
-    "TensorCoverage": "quantization.coverage",
+    "TensorCoverage": "quantization.verdicts",
     "coverage": "quantization.coverage",
     "ExpertCoverage": "matrix.experts",
     "Report": "text.progress",

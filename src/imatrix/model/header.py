@@ -25,6 +25,7 @@ from pathlib import Path
 from imatrix.errors import ModelError
 from imatrix.model.parts import PartHeader, read_parts
 from imatrix.native import engine
+from imatrix.tensors import block_of
 
 __all__ = ["ModelFile", "ModelHeader"]
 
@@ -100,6 +101,13 @@ class ModelHeader:
     def head_blocks(self) -> range:
         """Numbers of the head's blocks."""
         return range(self.n_trunk, self.n_trunk + self.n_nextn)
+
+    def in_head(self, name: str) -> bool:
+        """Whether a tensor belongs to the MTP/NextN head."""
+        block = block_of(name)
+        if block is None:
+            return name.startswith("nextn.")
+        return block >= self.n_trunk and self.n_nextn > 0
 
     @property
     def claimed_from(self) -> int:

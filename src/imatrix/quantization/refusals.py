@@ -1,19 +1,17 @@
-"""TODO."""
+"""Says early, and in words with a cure, what the engine would say late or by ending the process."""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
 
 from imatrix.errors import EngineError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.header import ModelFile
+from imatrix.quantization.coverage import Coverage
 from imatrix.quantization.types import UNASKED
+from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.tensors import block_of
-
-if TYPE_CHECKING:
-    from imatrix.quantization.coverage import Coverage, TensorCoverage
 
 _OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
 

@@ -1,10 +1,10 @@
-"""TODO."""
+"""The file types that the engine's quantizer makes, and the tensors that it treats apart."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["FTYPES"]
+__all__ = ["EMBEDDINGS", "FTYPES", "UNASKED"]
 
 # llama-quantize's names (tools/quantize/quantize.cpp) -> enum llama_ftype (include/llama.h).
 # COPY, which is no type, is left out.
@@ -49,6 +49,8 @@ FTYPES: Mapping[str, int] = {
     "Q2_0": 41,
 }
 
-# The engine asks for data for the other weights and reports their lack; for these it does not
-# ask (tensor_requires_imatrix), and ggml then ends the process.
-UNASKED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+# Tables that rows are looked up in.
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+# The engine asks for data for the other weights and reports their lack. For these it does not ask
+# (tensor_requires_imatrix in src/llama-quant.cpp), and ggml then ends the process.
+UNASKED = (*EMBEDDINGS, "output.weight")

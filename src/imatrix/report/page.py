@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from imatrix.matrix.comparison import MatrixComparison
-    from imatrix.quantization.coverage import Coverage, TensorCoverage
+    from imatrix.quantization.coverage import Coverage
+    from imatrix.quantization.verdicts import TensorCoverage
 
 __all__ = ["COMMON_TYPES", "report_page"]
 

@@ -19,7 +19,8 @@ from imatrix.engine.plan import Plan
 from imatrix.entries import THIN
 from imatrix.errors import ModelError
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.quantization.coverage import Coverage, TensorCoverage, coverage, describe_stop
+from imatrix.quantization.coverage import Coverage, coverage, describe_stop
+from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.words import size
 
 __all__ = ["add_parser", "run"]

@@ -1,0 +1,135 @@
+"""What coverage() is asked, and the answers of the engine's quantizer to it.
+
+The types come from a dry run: the code of a real run, up to the point where weights are read.
+Nothing is decided here; see verdicts.py and cures.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from imatrix.engine.plan import Plan
+from imatrix.errors import EngineError, ModelError
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.model.architectures import check_head
+from imatrix.model.header import ModelFile
+from imatrix.native import engine, quantizer
+from imatrix.quantization.rules import Rule, request
+from imatrix.quantization.types import FTYPES
+from imatrix.tensors import apart_expert
+
+__all__ = ["Assigned", "Question"]
+
+
+class Assigned(NamedTuple):
+    """The type that the quantizer would give a tensor."""
+
+    name: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Would this model, with this matrix, quantize to that type?
+
+    Attributes:
+        file: the model.
+        matrix: importance data; None if there are none.
+        ftype: the file type, in upper case.
+        rules: exceptions, in order.
+        allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
+        plan: which weights a run can reach; None if it is not known.
+        matrix_name: what commands call the matrix.
+    """
+
+    file: ModelFile
+    matrix: ImportanceMatrix | None
+    ftype: str
+    rules: tuple[Rule, ...]
+    allow_requantize: bool
+    pure: bool
+    quantize_output: bool
+    plan: Plan | None
+    matrix_name: str
+
+    # --- what the quantizer would do --------------------------------------------------------------
+
+    def assigned(self, extra: Sequence[Rule] = ()) -> list[Assigned]:
+        """Every tensor in the quantizer's order, with `extra` in front of the exceptions."""
+        return self._dry_run(self.ftype, self.pure, (*extra, *self.rules))
+
+    def of_two_types(self) -> frozenset[str]:
+        """Names of the tensors that become of another type for F16 than for F32.
+
+        These are what the quantizer changes at all, and so what an exception can change.
+        """
+        f16, f32 = (self._dry_run(ftype, False, ()) for ftype in ("F16", "F32"))
+        other = {tensor.name: tensor.target for tensor in f16}
+        return frozenset(t.name for t in f32 if t.target != other[t.name])
+
+    def quantizable(self) -> frozenset[str]:
+        """Names of the tensors that a quantized type would change."""
+        return frozenset(
+            tensor.name
+            for tensor in self._dry_run("Q8_0", True, ())
+            if tensor.source != tensor.target
+        )
+
+    def _dry_run(self, ftype: str, pure: bool, rules: Sequence[Rule]) -> list[Assigned]:
+        engine.set_log_level()  # so that the binding finds the package's log to hand on to
+        asked = request(ftype, rules)
+        try:
+            found = quantizer.dry_run(
+                str(self.file.path),
+                ftype=FTYPES[asked.ftype],
+                pure=pure,
+                quantize_output=self.quantize_output,
+                has_matrix=self.matrix is not None,
+                tensor_types=asked.rules,
+            )
+        except RuntimeError as error:
+            reason = str(error).rpartition("failed to quantize: ")[2].strip() or str(error)
+            raise EngineError(f"{self.file.path}: cannot quantize to {ftype}: {reason}") from None
+        return [Assigned(*tensor) for tensor in found]
+
+    # --- what the model and the matrix are --------------------------------------------------------
+
+    @cached_property
+    def lm_head(self) -> str:
+        """The weight that gives the logits, and that process_output collects."""
+        # without an output.weight the token embedding is used (tied)
+        return "output.weight" if "output.weight" in self.file.tensors else "token_embd.weight"
+
+    @cached_property
+    def head_refusal(self) -> str | None:
+        """Why the head cannot be collected; None if it can, or there is none."""
+        if self.file.n_nextn == 0:
+            return None
+        try:
+            check_head(self.file)
+        except ModelError as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def experts_apart(self) -> bool:
+        """Whether each expert is a tensor of its own, which no graph of the engine runs any more."""
+        return any(apart_expert(name) is not None for name in self.file.tensors)
+
+    @cached_property
+    def covers_trunk(self) -> bool:
+        """Whether the matrix has data of the trunk."""
+        return any(not self.file.in_head(name) for name in self._known)
+
+    @cached_property
+    def covers_head(self) -> bool:
+        """Whether the matrix has data of the head."""
+        return any(self.file.in_head(name) for name in self._known)
+
+    @cached_property
+    def _known(self) -> tuple[str, ...]:
+        return tuple(name for name in self.matrix or () if name in self.file.tensors)
