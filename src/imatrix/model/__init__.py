@@ -1,1 +1,1 @@
-"""GGUF models as files: headers, parts, architectures, and the cutting out and putting in of heads."""
+"""GGUF models as files: headers, parts, what architectures need, and the Hub. It loads no model."""

@@ -1,6 +1,6 @@
 """What the engine can run of a model, checked on its header before anything is loaded.
 
-The engine asserts a good deal while it builds a graph, and an assertion ends the process. What
+The engine asserts a good deal while it builds a graph, and a failed assertion ends the process. What
 is known to end that way is refused here first, with the condition in words.
 """
 
@@ -77,14 +77,14 @@ def check_trunk(file: ModelFile) -> None:
 
 
 # An image or audio encoder in the same file, as some converters write it. The engine has no tensor
-# of such a name (src/llama-arch.cpp); it reads them from a file of their own (tools/mtmd).
+# of such a name (src/llama-arch.cpp); it reads an encoder from a file of its own (tools/mtmd).
 _ENCODER = re.compile(r"(?:v|a|mm|resampler|vision_tower|audio_tower)\.")
 
 
 def check_whole(file: ModelFile) -> None:
     """Refuse a file whose metadata and tensors disagree about what belongs to the model.
 
-    The engine loads none of these, or, worse, one without its last block.
+    The engine does not load such a file, or, worse, loads it without its last block.
 
     Raises:
         ModelError: what is too much or missing, and what to do.
@@ -144,7 +144,7 @@ def check_whole(file: ModelFile) -> None:
 
 
 def lacks_head(file: ModelFile) -> str:
-    """Says that there is no MTP head in a file, and which tensor of a claimed one is missing."""
+    """Say that there is no MTP head in a file, and which tensor of a claimed one is missing."""
     if file.claimed_nextn == 0:
         return "no MTP head in it (nextn_predict_layers is absent or 0)"
     return (
@@ -156,8 +156,8 @@ def lacks_head(file: ModelFile) -> str:
 def loads_alone(file: ModelFile) -> bool:
     """Whether the engine is meant to load a file by itself.
 
-    Not a head that it has no graph for, in a file of its own. Nor an old conversion with a tensor
-    an expert, which this engine has given up and ik_llama.cpp still loads.
+    It is not meant to load a head that it has no graph for, in a file of its own. Nor does it load
+    old conversions with a tensor for each expert, which ik_llama.cpp still does.
     """
     if any(apart_expert(name) for name in file.tensors):
         return False
@@ -186,9 +186,9 @@ def check_memory(file: ModelFile) -> None:
 
 
 def check_tables(file: ModelFile) -> None:
-    """Refuse a table of experts by token (deepseek4) that names an expert there is not.
+    """Refuse a table of experts by token (deepseek4) that names an expert that does not exist.
 
-    The engine asserts it while it multiplies (ggml_compute_forward_mul_mat_id).
+    The engine asserts that none does while it multiplies (ggml_compute_forward_mul_mat_id).
 
     Raises:
         ModelError: the first such value.

@@ -28,10 +28,10 @@ _DIGITS = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class _Name:
-    """What a file's name says. Of a model in one file: part 1 of 1."""
+    """What a file's name says. A model in one file is part 1 of 1."""
 
     prefix: str
-    bits: int  # 4 for Q4_K_M; 0 where it does not say
+    bits: int  # 4 for Q4_K_M; 0 if the name does not say
     part: int
     n_parts: int
 
@@ -42,10 +42,10 @@ class HubModel:
     Args:
         name: USER/MODEL or USER/MODEL:QUANT, the quant in capitals or not.
         token: access token; None for HF_TOKEN, or the one that huggingface_hub has been given.
-        offline: use the cache only, ask nobody.
+        offline: use only the cache, and ask nobody.
 
-    The endpoint is MODEL_ENDPOINT or HF_ENDPOINT where they are set; files go to LLAMA_CACHE where
-    that is set, to huggingface_hub's own cache (HF_HUB_CACHE, HF_HOME) otherwise.
+    The endpoint is MODEL_ENDPOINT or HF_ENDPOINT if one is set. Files go to LLAMA_CACHE if that is
+    set, else to huggingface_hub's own cache (HF_HUB_CACHE, HF_HOME).
 
     Raises:
         ValueError: the name is not of that form, or there is no such repository.
@@ -57,7 +57,7 @@ class HubModel:
         repo: USER/MODEL.
         quant: as it was given, "" for none.
         files: paths in the repository, in the Hub's order.
-        commit: the revision they are of.
+        commit: the revision that they are of.
     """
 
     def __init__(self, name: str, *, token: str | None = None, offline: bool = False) -> None:
@@ -90,8 +90,8 @@ class HubModel:
         """Download the model, all parts of it, and give the path of the first.
 
         Args:
-            file: its path in the repository; None to choose by the quant: the first file whose
-                name has it, without a quant Q4_K_M, else Q8_0, else the first model there is.
+            file: its path in the repository. None chooses by the quant: the first file whose name
+                has it; without a quant, Q4_K_M, else Q8_0, else the first model there is.
 
         Raises:
             ValueError: there is no such file.
@@ -107,12 +107,12 @@ class HubModel:
         """
         if file is not None:
             if file not in self.files:
-                raise ValueError(f"{self.repo} has no file {file!r}; {self._told()}")
+                raise ValueError(f"{self.repo} has no file {file!r}; {self._describe_files()}")
             return file
         found = best_model(self.files, self.quant)
         if found is None:
             of = f" of {self.quant}" if self.quant else ""
-            raise ValueError(f"{self.repo} has no GGUF model{of}; {self._told()}")
+            raise ValueError(f"{self.repo} has no GGUF model{of}; {self._describe_files()}")
         return found
 
     def mtp_model(self, beside: str) -> Path | None:
@@ -127,18 +127,18 @@ class HubModel:
         found = best_mtp(self.files, beside, self.quant)
         return None if found is None else self._fetched(found)
 
-    def _told(self) -> str:
+    def _describe_files(self) -> str:
         models = [each for each in self.files if each.endswith(".gguf")]
         more = f" and {len(models) - 12} more" if len(models) > 12 else ""
         return f"it has {', '.join(models[:12])}{more}" if models else "it has no .gguf file"
 
     def _fetched(self, file: str) -> Path:
-        # huggingface_hub goes on where an interrupted download stopped, and keeps what is there
+        # huggingface_hub continues an interrupted download, and keeps what is there
         paths = [self._download(part) for part in parts_of(self.files, file)]
         return next(path for path in paths if path.name == PurePosixPath(file).name)
 
     def _download(self, file: str) -> Path:
-        with self._told_errors():
+        with self._readable_errors():
             return Path(
                 self._library.hf_hub_download(
                     self.repo,
@@ -155,7 +155,7 @@ class HubModel:
         """Commit and files of the branch main, or else the first one."""
         api = self._library.HfApi(endpoint=self._endpoint, token=self._token)
         try:
-            with self._told_errors():
+            with self._readable_errors():
                 branches = api.list_repo_refs(self.repo).branches
                 if not branches:
                     raise ValueError(f"{self.repo} has no branch")
@@ -174,17 +174,17 @@ class HubModel:
         return commit, files
 
     @contextmanager
-    def _told_errors(self) -> Iterator[None]:
-        """What huggingface_hub raises, as what a person can do about it."""
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn what huggingface_hub raises into what a person can do about it."""
         try:
             yield
         except Exception as error:
-            if (told := self._as_told(error)) is None:
+            if (readable := self._readable(error)) is None:
                 raise
-            raise told from error
+            raise readable from error
 
-    def _as_told(self, error: Exception) -> Exception | None:
-        """None for what tells enough as it is."""
+    def _readable(self, error: Exception) -> Exception | None:
+        """The error to raise instead; None if this one says enough."""
         errors = self._library.errors
         where = self._endpoint or "https://huggingface.co"
         has = "the token given was not enough" if self._has_token() else "no token was given"
@@ -192,27 +192,27 @@ class HubModel:
         set_token = "set HF_TOKEN (or -hft) to"
         if isinstance(error, errors.GatedRepoError):
             page = f"{where.rstrip('/')}/{self.repo}"
-            told = f"is gated, and {has}: accept its terms at {page}, then {set_token} a token of that account"
-            return PermissionError(f"{self.repo} {told}")
+            reason = f"is gated, and {has}: accept its terms at {page}, then {set_token} a token of that account"
+            return PermissionError(f"{self.repo} {reason}")
         if isinstance(error, errors.RepositoryNotFoundError):
             return ValueError(
                 f"{where} has no model {self.repo}, or it is private and {has}: look at the "
                 f"spelling, or {set_token} one that may see it"
             )
         if isinstance(error, errors.LocalEntryNotFoundError):
-            told = f"a file is not in the cache ({self._cache}) and cannot be fetched: {why}"
+            reason = f"a file is not in the cache ({self._cache}) and cannot be fetched: {why}"
         elif isinstance(error, errors.HfHubHTTPError):
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403):
-                told = f"{where} refuses access (HTTP {status}), and {has}: {set_token} one that has it"
-                return PermissionError(f"{self.repo}: {told}")
-            told = f"{where} answers HTTP {status}: {why}"
+                reason = f"{where} refuses access (HTTP {status}), and {has}: {set_token} one that has it"
+                return PermissionError(f"{self.repo}: {reason}")
+            reason = f"{where} answers HTTP {status}: {why}"
         elif isinstance(error, (ValueError, OSError)):
             return None
         else:
             # what the HTTP client raises differs from version to version of the library
-            told = f"{where} cannot be reached: {why}"
-        return OSError(f"{self.repo}: {told}")
+            reason = f"{where} cannot be reached: {why}"
+        return OSError(f"{self.repo}: {reason}")
 
     def _has_token(self) -> bool:
         return bool(self._token or self._library.get_token())
@@ -221,14 +221,14 @@ class HubModel:
         return Path(self._cache) / f"models--{self.repo.replace('/', '--')}"
 
     def _remember(self, branch: str, commit: str) -> None:
-        """Write what the branch stands for, where --offline looks (of llama.cpp too)."""
+        """Write which commit a branch is at, where --offline (llama.cpp's too) looks for it."""
         path = self._folder() / "refs" / branch
         if path.is_relative_to(self._folder() / "refs") and ".." not in path.parts:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(commit, encoding="ascii")
 
     def _cached(self) -> tuple[str, list[str]] | None:
-        """Commit and files that are in the cache."""
+        """Commit and files that are in the cache; None if there are none."""
         refs = self._folder() / "refs"
         names = (
             sorted(refs.iterdir(), key=lambda each: each.name != "main") if refs.is_dir() else []
@@ -243,13 +243,20 @@ class HubModel:
 
 
 def hide_progress() -> None:
-    """No bars of huggingface_hub's on stderr."""
+    """Keep huggingface_hub from drawing progress bars on stderr."""
     _huggingface_hub().utils.disable_progress_bars()
 
 
 def best_model(files: Sequence[str], quant: str) -> str | None:
-    """The model of a quant, or of the default ones; without any quant given, else the first
-    (find_best_model)."""
+    """Choose a model's file, as find_best_model does.
+
+    Args:
+        files: paths in the repository.
+        quant: the quant; "" for the default ones, else the first model there is.
+
+    Returns:
+        Its path; None if there is none.
+    """
     models = [each for each in files if _is_model(each) and _name_of(each).part == 1]
     for tag in (quant,) if quant else _DEFAULT_TAGS:
         pattern = re.compile(re.escape(tag) + "[.-]", re.IGNORECASE)
@@ -260,9 +267,19 @@ def best_model(files: Sequence[str], quant: str) -> str | None:
 
 
 def best_mtp(files: Sequence[str], model: str, quant: str) -> str | None:
-    """The head for a model: `mtp-` in its path, in a folder that holds the model too. The nearest
-    folder, then the very quant, then the nearest number of bits, then the first
-    (find_best_sibling)."""
+    """Choose the head for a model, as find_best_sibling does.
+
+    It has `mtp-` in its path, and lies in the model's folder or in one above. The nearest folder
+    counts first, then the same quant, then the nearest number of bits, then the order.
+
+    Args:
+        files: paths in the repository.
+        model: the model's path.
+        quant: the quant; "" for the model's.
+
+    Returns:
+        Its path; None if there is none.
+    """
     tag = quant.upper()
     digits = _DIGITS.search(tag)
     bits = (int(digits[0]) if digits else 0) if tag else _name_of(model).bits
@@ -283,7 +300,7 @@ def best_mtp(files: Sequence[str], model: str, quant: str) -> str | None:
 
 
 def parts_of(files: Sequence[str], file: str) -> list[str]:
-    """All files of a model in several, in the order of `files` (get_split_files)."""
+    """All files of a model, in the order of `files` (get_split_files)."""
     name = _name_of(file)
     if name.n_parts <= 1:
         return [file]

@@ -13,11 +13,17 @@ from imatrix.quantization.types import UNASKED
 from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.tensors import block_of
 
+__all__ = ["check_unasked", "explained", "refuse_early"]
+
 _OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
 
 
 def check_unasked(found: Coverage) -> None:
-    """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c)."""
+    """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c).
+
+    Raises:
+        ValueError: a tensor that would get a type that needs data, and has none.
+    """
     for tensor in sorted(found.missing, key=lambda t: t.name in UNASKED and UNASKED.index(t.name)):
         if tensor.name in UNASKED:
             raise ValueError(
@@ -35,9 +41,14 @@ def check_unasked(found: Coverage) -> None:
 def refuse_early(
     found: Coverage, model: ModelFile, matrix: ImportanceMatrix, dst: str | os.PathLike[str]
 ) -> None:
-    """Say now, in the engine's words, what it would come upon at a tensor that may be an hour
-    away. What it says at its start (no matrix at all, weights that are quantized already) is
-    left to it."""
+    """Refuse now, in the engine's words, what it would refuse at a tensor that may be an hour away.
+
+    What the engine says at its start (no matrix at all, weights that are quantized already) is left
+    to it.
+
+    Raises:
+        EngineError: the first tensor that stops the quantizer, and what to do.
+    """
     if found.ready:
         return
     first = found.failing[0]
@@ -69,7 +80,15 @@ def explained(
     ftype: str,
     cure: str = "",
 ) -> Exception:
-    """The exception for what the engine logged as errors before it gave up."""
+    """Make the exception for what the engine logged as errors before it gave up.
+
+    Args:
+        log: the engine's lines.
+        model: the model that it read.
+        dst: the file that it wrote.
+        ftype: the type asked for.
+        cure: what to do, if it is known; else it is taken from the engine's reason.
+    """
     reason = log.rpartition("failed to quantize: ")[2].strip() or "it gave no reason"
     if "bad_alloc" in reason:
         return MemoryError(f"{model.path}: no memory to quantize to {ftype}")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A rehearsal of quantizing, in a child process: would the engine survive this model?"""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ _quantizable: set[tuple[object, ...]] = set()
 
 
 def rehearse_quantize(file: ModelFile) -> None:
-    """Let the quantizer look through a model in a child process, and the engine load it, once for
-    each file: the quantizer takes a model that no engine loads, and writes another.
+    """Let the quantizer look through a model in a child process, and let the engine load it.
+
+    Both are needed: the quantizer takes models that no engine loads, and writes another of these.
+    Each file is tried once: it is known again by the sizes and times of its parts.
 
     Args:
-        file: the model; by the sizes and times of its parts it is known again.
+        file: the model.
 
     Raises:
-        ModelError: as rehearse() does, or the engine's loader refuses the model.
+        ModelError: the quantizer ended the child, with the engine's last words, or the engine's
+            loader refuses the model.
     """
     model = file.path
     stats = [part.stat() for part, _ in file.parts]

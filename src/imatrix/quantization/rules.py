@@ -29,12 +29,12 @@ TensorTypes = Mapping[str, str] | Iterable[tuple[str, str]]
 
 # llama_ftype_get_default_type in src/llama-quant.cpp: file types whose weights are not quantized
 _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# A quantized type without a mixture that asks for data: what it would give to a weight never
-# counts, since the last rule matches every name.
+# A quantized type whose mixture asks for no data. What it would give to a weight never counts,
+# since the last rule matches every name.
 _BASE = "Q8_0"
 _EVERY_NAME = "."
 
-# std::regex follows nested groups by recursion, and no stack is deep enough for any pattern.
+# std::regex follows nested groups by recursion, so that some pattern overflows any stack.
 _MAX_PATTERN = 10_000
 _MAX_GROUPS = 200
 
@@ -92,7 +92,8 @@ class Request:
         rules: (pattern, number of the ggml type), the first that matches counts.
         rewritten: whether `ftype` is not the one that was asked for, so that the result's
             general.file_type has to be set.
-        unsaid: a line of the engine's log about the last rule, which nobody gave; "" if none.
+        unsaid: a line of the engine's log to leave out, since it is about the last rule, which
+            nobody gave; "" if there is none.
     """
 
     ftype: str
@@ -177,7 +178,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """ "; near: q4_k, q4_1", or nothing."""
+    """Suggest similar names: "; near: q4_k, q4_1", or "" if there are none."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"; near: {', '.join(close)}" if close else ""
 
@@ -185,8 +186,8 @@ def near(name: str, known: Iterable[str]) -> str:
 def parsed(text: str) -> tuple[str, str]:
     """(pattern, type) of NAME=TYPE, as llama-quantize takes it.
 
-    It lowers the name (parse_tensor_type in tools/quantize/quantize.cpp), as is done here but for
-    what follows a backslash: it would make \\D into \\d, which means the opposite.
+    llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp). Here the
+    letter after a backslash is kept, because \\d means the opposite of \\D.
 
     Raises:
         ValueError: it is not of that form.
@@ -212,7 +213,7 @@ def read_rules(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     found = []
     data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), 1):
-        for word in line.split():  # at what `>>` splits at in the C locale
+        for word in line.split():  # where `>>` splits in the C locale
             try:
                 pair = parsed(word.decode())
                 _rule(*pair)
@@ -290,23 +291,34 @@ def _warning(
     kept: Sequence[str],
     other: Mapping[str, str],
 ) -> str:
-    told = f"the rule {rule.pattern}={rule.type}"
+    """Say what is wrong with a rule; "" if nothing is.
+
+    Args:
+        rule: the rule.
+        names: every tensor of the model.
+        first: those that the rule counts for.
+        taken: those that it matches and the quantizer may change, but an earlier rule counts for.
+        before: patterns of the earlier rules.
+        kept: those of `first` that the quantizer leaves as they are.
+        other: those of `first` that get another type, and that type.
+    """
+    subject = f"the rule {rule.pattern}={rule.type}"
     if not first and not before:
-        return f"{told} matches no tensor of the model{_near_misses(rule.pattern, names)}"
+        return f"{subject} matches no tensor of the model{_near_misses(rule.pattern, names)}"
     if len(kept) == len(first) and taken:
         return (
-            f"{told} never counts: an earlier rule ({_few(before)}) matches whatever it could "
+            f"{subject} never counts: an earlier rule ({_few(before)}) matches whatever it could "
             "change"
         )
     if len(kept) == len(first):
         return (
-            f"{told} does nothing: the quantizer leaves the tensors that it matches as they are, "
+            f"{subject} does nothing: the quantizer leaves the tensors that it matches as they are, "
             f"whatever the rules say ({_few(kept or first or before)})"
         )
     if other:
         kinds = ", ".join(dict.fromkeys(other.values()))
         return (
-            f"{told}: the rows of {len(other)} of {len(first)} tensors are no multiple of its "
+            f"{subject}: the rows of {len(other)} of {len(first)} tensors are no multiple of its "
             f"block; they get {kinds} ({_few(tuple(other))})"
         )
     return ""
@@ -318,7 +330,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _near_misses(pattern: str, names: Sequence[str]) -> str:
-    """What may have been meant, in the words that a pattern would have."""
+    """Suggest what may have been meant by a pattern that matches nothing."""
     lowered = parsed(f"{pattern}=f32")[0]
     if lowered != pattern and any(quantizer.matching(lowered, names)):
         return f": names are matched with their case, and {lowered} matches some"
