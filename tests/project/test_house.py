@@ -26,7 +26,7 @@ LEVELS = (
     ("matrix",),
     ("text",),
     ("engine",),
-    ("quantization", "cluster", "evaluation"),
+    ("heads", "quantization", "cluster", "evaluation"),
     ("collect",),
     ("pictures",),
     ("report",),

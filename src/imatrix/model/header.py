@@ -223,8 +223,16 @@ class ModelFile(ModelHeader):
                 those of one model.
         """
         parts = read_parts(Path(path), EnginePart.read)
+        header = ModelHeader.of(parts)
         return cls(
-            **vars(ModelHeader.of(parts)),
+            path=header.path,
+            architecture=header.architecture,
+            n_trunk=header.n_trunk,
+            n_nextn=header.n_nextn,
+            tensors=header.tensors,
+            integers=header.integers,
+            block_count=header.block_count,
+            claimed_nextn=header.claimed_nextn,
             # "no_vocab" is the engine's word for a model without one; asking such a model
             # to tokenize ends the process (src/llama-vocab.cpp)
             has_tokenizer=parts[0].tokenizer not in ("", "no_vocab", "none"),
