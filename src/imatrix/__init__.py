@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from imatrix.heads.extract import ExtractReport, extract_mtp
     from imatrix.heads.graft import GraftReport, graft_mtp
     from imatrix.matrix.activations import (
-        ActivationStatistics,
         LayerActivations,
         MatrixActivations,
         activation_statistics,
@@ -58,14 +57,14 @@ if TYPE_CHECKING:
     from imatrix.matrix.conversion import convert, merge
     from imatrix.matrix.experts import ExpertCoverage
     from imatrix.matrix.statistics import (
-        ExpertStatistics,
         LayerStatistics,
         PartStatistics,
         Statistics,
-        WeightStatistics,
         expert_statistics,
         statistics,
     )
+    from imatrix.matrix.weight_activations import ActivationStatistics
+    from imatrix.matrix.weight_statistics import ExpertStatistics, WeightStatistics
     from imatrix.model.header import ModelFile
     from imatrix.quantization.adaptation import Adapted, Placed, adapt
     from imatrix.quantization.coverage import Coverage, coverage
@@ -198,15 +197,15 @@ _LAZY = {
     "convert": "matrix.conversion",
     "merge": "matrix.conversion",
     "report_page": "report.page",
-    "ActivationStatistics": "matrix.activations",
+    "ActivationStatistics": "matrix.weight_activations",
     "LayerActivations": "matrix.activations",
     "MatrixActivations": "matrix.activations",
     "activation_statistics": "matrix.activations",
-    "ExpertStatistics": "matrix.statistics",
+    "ExpertStatistics": "matrix.weight_statistics",
     "LayerStatistics": "matrix.statistics",
     "PartStatistics": "matrix.statistics",
     "Statistics": "matrix.statistics",
-    "WeightStatistics": "matrix.statistics",
+    "WeightStatistics": "matrix.weight_statistics",
     "expert_statistics": "matrix.statistics",
     "statistics": "matrix.statistics",
 }

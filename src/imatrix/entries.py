@@ -1,20 +1,25 @@
-"""TODO."""
+"""What is collected for a weight, where it came from, and what a file of them holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Entry", "LeftOut", "Provenance", "TextSource"]
+__all__ = ["THIN", "Contents", "Entry", "LeftOut", "Part", "Provenance", "TextSource"]
 
 # Rows below which a mean is called thin. The mean square of n normal values is off by sqrt(2/n)
 # of itself on average: 25 % at 32 rows, where a quantizer, which only weighs columns against one
 # another, starts to follow the noise. A share of the other experts' rows would not tell: with
 # enough text a rarely chosen expert has all the data it needs.
 THIN = 32
+
+# Of a model: the MTP/NextN head, and the rest.
+Part: TypeAlias = Literal["trunk", "head"]
+
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
@@ -233,6 +238,48 @@ class Provenance:
     packing: str | None = None
     seed: int | None = None
     sources: tuple[TextSource, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a file of an importance matrix holds.
+
+    Attributes:
+        entries: the entries by weight name.
+        datasets: names of the calibration texts, in the order in which they were read.
+        chunk_count: chunks collected.
+        chunk_size: tokens in a chunk; 0 if not known.
+        provenance: how the matrix was made; None if not known.
+        head_blocks: numbers of blocks that the file says are an MTP/NextN head.
+        stats_schema: what the numbers in `stats` are, in their order; empty without any.
+        stats: [len(stats_schema)] float32 by weight name, for programs that show them without
+            reading the sums. They are written, and not read.
+
+    Raises:
+        ValueError: a name is empty, or chunk_count or chunk_size is negative.
+        TypeError: a value is not an Entry, or datasets is one string.
+    """
+
+    entries: Mapping[str, Entry]
+    datasets: Sequence[str] = ()
+    chunk_count: int = 0
+    chunk_size: int = 0
+    provenance: Provenance | None = None
+    head_blocks: frozenset[int] = frozenset()
+    stats_schema: tuple[str, ...] = ()
+    stats: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, entry in self.entries.items():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"a weight's name must be a non-empty str, not {name!r}")
+            if not isinstance(entry, Entry):
+                raise TypeError(f"{name!r}: expected an Entry, got {type(entry).__name__}")
+        if isinstance(self.datasets, str):
+            raise TypeError(f"datasets is a sequence of names; write [{self.datasets!r}]")
+        for label in ("chunk_count", "chunk_size"):
+            if (value := getattr(self, label)) < 0:
+                raise ValueError(f"{label} must be 0 or more, got {value}")
 
 
 def _checked_sums(sums: ArrayLike, label: str) -> NDArray[np.float64]:

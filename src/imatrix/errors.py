@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copyreg
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,20 @@ class TemplateError(ImatrixError, ValueError):
 class ClusterError(ImatrixError, RuntimeError):
     """The machines of a cluster cannot do the work: none answers, one is not like the others, or
     one after the other ended with the same chunks."""
+
+
+class FormatError(ValueError):
+    """A file is not what its format promises.
+
+    Attributes:
+        path: the file, as it was given.
+        reason: what is wrong with it and, where there is one, the way out.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = os.fspath(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"

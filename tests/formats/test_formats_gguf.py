@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from imatrix.entries import Entry, Provenance
 from imatrix.files import atomic
 from imatrix.formats import FormatError
-from imatrix.formats import gguf as imatrix_gguf
 from imatrix.matrix.importance import ImportanceMatrix
 
 F32_MAX = float(np.finfo(np.float32).max)
@@ -76,7 +75,7 @@ def stored(path: Path) -> dict[str, gguf.ReaderTensor]:
 class TestWriting:
     def test_layout(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(FULL, path)
+        FULL.save(path)
         reader = gguf.GGUFReader(path)
         keys = {
             name: field.contents()
@@ -110,7 +109,7 @@ class TestWriting:
     def test_without_metadata_the_three_keys_are_there(self, tmp_path: Path) -> None:
         # llama-quantize refuses a file that lacks one of them, even if it is empty.
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(ImportanceMatrix({"a": Entry([[1.0]], [1])}), path)
+        ImportanceMatrix({"a": Entry([[1.0]], [1])}).save(path)
         fields = gguf.GGUFReader(path).fields
         assert fields["imatrix.datasets"].contents() == []
         assert fields["imatrix.chunk_count"].contents() == 0
@@ -120,28 +119,26 @@ class TestWriting:
         key = b"imatrix.datasets"
         expected = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 8, 0)
         assert expected in path.read_bytes()
-        assert imatrix_gguf.read(path).datasets == ()
+        assert ImportanceMatrix.load(path).datasets == ()
 
     def test_refuses_what_llama_cpp_would_not_read(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         with pytest.raises(ValueError, match="the matrix has no entries"):
-            imatrix_gguf.write(ImportanceMatrix({}), path)
+            ImportanceMatrix({}).save(path)
         # GGML_MAX_NAME is 64 with the final zero; 55 bytes and ".in_sum2" are 63.
         with pytest.raises(ValueError, match=r"is 56 bytes long; llama\.cpp reads at most 55"):
-            imatrix_gguf.write(ImportanceMatrix({"x" * 54 + "é": Entry([[1.0]], [1])}), path)
+            ImportanceMatrix({"x" * 54 + "é": Entry([[1.0]], [1])}).save(path)
         with pytest.raises(ValueError, match=r"imatrix\.chunk_count must be in .* got 4294967296"):
-            imatrix_gguf.write(
-                ImportanceMatrix({"a": Entry([[1.0]], [1])}, chunk_count=2**32), path
-            )
+            ImportanceMatrix({"a": Entry([[1.0]], [1])}, chunk_count=2**32).save(path)
         assert list(tmp_path.iterdir()) == []
-        imatrix_gguf.write(ImportanceMatrix({"x" * 55: Entry([[1.0]], [1])}), path)
+        ImportanceMatrix({"x" * 55: Entry([[1.0]], [1])}).save(path)
         assert list(stored(path)) == ["x" * 55 + ".in_sum2", "x" * 55 + ".counts"]
 
 
 class TestScaling:
     def written(self, tmp_path: Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(ImportanceMatrix({"w": entry}), path)
+        ImportanceMatrix({"w": entry}).save(path)
         tensors = stored(path)
         return np.array(tensors["w.in_sum2"].data), np.array(tensors["w.counts"].data)[:, 0]
 
@@ -214,8 +211,8 @@ class TestScaling:
 class TestReading:
     def test_round_trip(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(FULL, path)
-        assert imatrix_gguf.read(path) == FULL
+        FULL.save(path)
+        assert ImportanceMatrix.load(path) == FULL
 
     def test_as_llama_imatrix_writes_it(self, tmp_path: Path) -> None:
         # ggml drops trailing dimensions of 1, and llama-imatrix flattens a dense 3-D weight.
@@ -231,7 +228,7 @@ class TestReading:
             imatrix__chunk_count=3,
             imatrix__chunk_size=512,
         )
-        matrix = imatrix_gguf.read(path)
+        matrix = ImportanceMatrix.load(path)
         assert dict(matrix) == {
             "blk.0.attn_q.weight": Entry([[1, 2, 3]], [512]),
             "blk.0.ffn_up_exps.weight": Entry([[1, 2], [3, 4]], [5, 6]),
@@ -255,7 +252,7 @@ class TestReading:
                 "x.counts.counts": f32(1),
             },
         )
-        assert dict(imatrix_gguf.read(path)) == {
+        assert dict(ImportanceMatrix.load(path)) == {
             "flat": Entry([[1, 2], [3, 4]], [5, 6]),
             "wide": Entry(np.arange(12.0).reshape(4, 3), [3]),
             "rounded": Entry([[1]], [3]),
@@ -270,13 +267,13 @@ class TestReading:
             imatrix__datasets_digest="x",
             other__list=[1, 2, 3],
         )
-        assert dict(imatrix_gguf.read(path)) == {"w": Entry([[1]], [1])}
+        assert dict(ImportanceMatrix.load(path)) == {"w": Entry([[1]], [1])}
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_does_not_follow_changes_of_the_file(self, tmp_path: Path, dtype: type) -> None:
         tensors = {"w.in_sum2": np.array([2], dtype), "w.counts": np.array([3], dtype)}
         path = make(tmp_path / "m.gguf", tensors)
-        matrix = imatrix_gguf.read(path)
+        matrix = ImportanceMatrix.load(path)
         with path.open("r+b") as file:  # in place: a map of the file would show it
             file.write(bytes(path.stat().st_size))
         assert dict(matrix) == {"w": Entry([[2]], [3])}
@@ -351,31 +348,31 @@ class TestRefusals:
     ) -> None:
         path = make(tmp_path / "m.gguf", tensors, **keys)
         with pytest.raises(FormatError, match=told) as caught:
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
         assert caught.value.path == str(path)
         assert str(caught.value) == f"{path}: {caught.value.reason}"
 
     def test_a_model(self, tmp_path: Path) -> None:
         path = make(tmp_path / "m.gguf", {"w": f32(1)}, kind="model")
         with pytest.raises(FormatError, match="this one has 'model'; give an importance matrix"):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
 
     def test_not_gguf(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
         with pytest.raises(FileNotFoundError):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
         path.write_bytes(b"")
         with pytest.raises(FormatError, match="not a GGUF file: it is empty"):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
         path.write_bytes(b"\x02\x00\x00\x00 and so on")
         with pytest.raises(FormatError, match="not a GGUF file: it starts with b'"):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
         with pytest.raises(IsADirectoryError):
-            imatrix_gguf.read(tmp_path)
+            ImportanceMatrix.load(tmp_path)
 
     def test_cut_short_anywhere(self, tmp_path: Path) -> None:
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(FULL, path)
+        FULL.save(path)
         whole = path.read_bytes()
         last = gguf.GGUFReader(path).tensors[-1]
         end = int(last.data_offset + last.n_bytes)
@@ -384,7 +381,7 @@ class TestRefusals:
         for length in range(end):
             short.write_bytes(whole[:length])
             with pytest.raises(FormatError):
-                imatrix_gguf.read(short)
+                ImportanceMatrix.load(short)
 
     @pytest.mark.parametrize("item_type", [0, 4, 8, 9, 10])
     def test_an_array_longer_than_the_file(self, tmp_path: Path, item_type: int) -> None:
@@ -400,7 +397,7 @@ class TestRefusals:
             + bytes(64)
         )
         with pytest.raises(FormatError, match="damaged or cut short"):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
 
     @pytest.mark.parametrize("offset", [2**64 - 32, 2**63, 2**40, 64])
     def test_a_tensor_outside_the_file(self, tmp_path: Path, offset: int) -> None:
@@ -412,19 +409,19 @@ class TestRefusals:
         content[at : at + 8] = struct.pack("<Q", offset)
         path.write_bytes(content)
         with pytest.raises(FormatError, match="damaged or cut short"):
-            imatrix_gguf.read(path)
+            ImportanceMatrix.load(path)
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
     @given(at=st.integers(0, 2000), values=st.binary(min_size=1, max_size=8))
     def test_damage_is_noticed_or_harmless(self, tmp_path: Path, at: int, values: bytes) -> None:
         path = tmp_path / "m.gguf"
-        imatrix_gguf.write(FULL, path)
+        FULL.save(path)
         content = bytearray(path.read_bytes())
         at %= len(content)
         content[at : at + len(values)] = values
         path.write_bytes(content)
         try:
-            matrix = imatrix_gguf.read(path)
+            matrix = ImportanceMatrix.load(path)
         except FormatError:
             return
         for entry in matrix.values():
@@ -482,7 +479,7 @@ class TestAtomic:
 
         monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
         with pytest.raises(OSError, match="No space left"):
-            imatrix_gguf.write(FULL, path)
+            FULL.save(path)
         assert path.read_bytes() == b"old"
         assert list(tmp_path.iterdir()) == [path]
 
@@ -523,9 +520,9 @@ class TestAtomic:
         fifo = tmp_path / "fifo"
         os.mkfifo(fifo)
         with pytest.raises(FileNotFoundError, match=r"the folder '.*none' does not exist"):
-            imatrix_gguf.write(FULL, tmp_path / "none" / "a")
+            FULL.save(tmp_path / "none" / "a")
         with pytest.raises(IsADirectoryError, match="it is a folder; name a file in it"):
-            imatrix_gguf.write(FULL, tmp_path)
+            FULL.save(tmp_path)
         with pytest.raises(OSError, match="not a regular file"):
-            imatrix_gguf.write(FULL, fifo)
+            FULL.save(fifo)
         assert fifo.is_fifo()

@@ -15,7 +15,8 @@ from helpers.forge import Arch
 from helpers.running import EngineTool, Forged, Run, run_tool
 
 from imatrix import Collector, Entry, ImportanceMatrix
-from imatrix.matrix.activations import SCHEMA, activation_statistics, schema_figures
+from imatrix.matrix.activations import activation_statistics
+from imatrix.matrix.weight_activations import SCHEMA, schema_figures
 
 N_CTX = 64
 Cells = dict[str, tuple[str, ...]]
@@ -264,7 +265,8 @@ def test_the_figures_in_a_file_are_theirs(
     fields = [gguf.GGUFReader(path).fields for path in (odd, out)]
     assert [each["imatrix.stats_schema"].contents() for each in fields] == [list(SCHEMA)] * 2
     assert [each["imatrix.n_layer_nextn"].contents() for each in fields] == [2, 2]
-    figures = schema_figures(ImportanceMatrix.load(odd))
+    matrix = ImportanceMatrix.load(odd)
+    figures = schema_figures(matrix, matrix.head_blocks)
     assert not figures["blk.5.unseen_exps.weight"].any()
 
 

@@ -39,8 +39,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, ReaderTensor
 from numpy.typing import NDArray
 
 from imatrix.entries import Entry, LeftOut
+from imatrix.errors import FormatError
 from imatrix.files import atomic
-from imatrix.formats import FormatError, gguf
+from imatrix.formats import container
+from imatrix.formats.gguf import add_left_out, left_out_from
 
 __all__ = ["Checkpoint", "Group", "Setting", "read", "write"]
 
@@ -101,7 +103,7 @@ def write(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
     """
     with atomic.replacing(path) as temporary:
-        writer = gguf.Writer(temporary, "imatrix")
+        writer = container.Writer(temporary, "imatrix")
         try:
             _add_metadata(writer, checkpoint)
             for names, sums, counts, signed in checkpoint.groups:
@@ -132,7 +134,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         FormatError: the file is not a checkpoint, is damaged, or of a later version.
         OSError: the file cannot be read.
     """
-    reader, fields = gguf.opened(
+    reader, fields = container.opened(
         path, _Reader, lambda key: key.startswith((_KEY, _LEFT_OUT)) or key == _TYPE
     )
     try:
@@ -141,12 +143,12 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise FormatError(path, str(error)) from None
 
 
-class _Reader(gguf.Reader):
+class _Reader(container.Reader):
     kind = _KIND
     advice = "give a checkpoint"
 
 
-def _add_metadata(writer: gguf.Writer, checkpoint: Checkpoint) -> None:
+def _add_metadata(writer: container.Writer, checkpoint: Checkpoint) -> None:
     writer.add_string(_TYPE, _KIND)
     writer.add_uint32(f"{_KEY}version", _VERSION)
     for name in ("done", "tokens", "scored"):
@@ -166,10 +168,10 @@ def _add_metadata(writer: gguf.Writer, checkpoint: Checkpoint) -> None:
     for key, column in (("shared.weights", 0), ("shared.with", 1)):
         names = [pair[column] for pair in shared]
         writer.add_key_value(_KEY + key, names, GGUFValueType.ARRAY, GGUFValueType.STRING)
-    gguf.add_left_out(writer, checkpoint.left_out)
+    add_left_out(writer, checkpoint.left_out)
 
 
-def _checkpoint_from(reader: gguf.Reader, fields: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint_from(reader: container.Reader, fields: Mapping[str, Any]) -> Checkpoint:
     def value(name: str, kind: type) -> Any:
         found = fields.get(_KEY + name)
         if type(found) is not kind:
@@ -199,13 +201,13 @@ def _checkpoint_from(reader: gguf.Reader, fields: Mapping[str, Any]) -> Checkpoi
                 if key.startswith(_SETTING)
             },
         },
-        left_out=gguf.left_out_from(fields),
+        left_out=left_out_from(fields),
         output=value("output", str) if f"{_KEY}output" in fields else "",
         groups=_groups_from(reader, value("shared.weights", list), value("shared.with", list)),
     )
 
 
-def _groups_from(reader: gguf.Reader, weights: list[str], others: list[str]) -> list[Group]:
+def _groups_from(reader: container.Reader, weights: list[str], others: list[str]) -> list[Group]:
     if len(weights) != len(others):
         raise ValueError(f"{_KEY}shared.weights and .with must be of one length")
     tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -33,11 +33,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.entries import Entry
+from imatrix.entries import Contents, Entry
+from imatrix.errors import FormatError
 from imatrix.files import atomic
 from imatrix.files.names import decoded, encoded
-from imatrix.formats import FormatError
-from imatrix.matrix.importance import ImportanceMatrix
 
 __all__ = ["CHUNK_SIZE", "looks_like", "read", "write"]
 
@@ -52,8 +51,8 @@ _INT32_MAX = 2**31 - 1
 _MAX_NAME = 512
 
 
-def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
-    """Write ``matrix`` to ``path``, replacing a file there in one step.
+def write(contents: Contents, path: str | os.PathLike[str]) -> None:
+    """Write ``contents`` to ``path``, replacing a file there in one step.
 
     The bytes are llama-imatrix's: it divides and multiplies in float32, and so does this. Weights
     without any row are left out. The last of the datasets is named.
@@ -62,21 +61,22 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
         ValueError: no entry has data, or a number is beyond what the format can hold.
         OSError: the file cannot be written.
     """
-    chunk_size = matrix.chunk_size or CHUNK_SIZE
+    entries, datasets = contents.entries, contents.datasets
+    chunk_size = contents.chunk_size or CHUNK_SIZE
     # by bytes, as std::sort orders std::string
-    names = sorted((name for name in matrix if matrix[name].counts.any()), key=encoded)
+    names = sorted((name for name in entries if entries[name].counts.any()), key=encoded)
     if not names:
         raise ValueError(
             f"nothing to write to {os.fspath(path)!r}: no entry of the matrix has data, and "
             "llama.cpp does not read a file without any"
         )
-    most = max(int(matrix[name].counts.max()) for name in names)
-    last = encoded(matrix.datasets[-1]) if matrix.datasets else b""
+    most = max(int(entries[name].counts.max()) for name in names)
+    last = encoded(datasets[-1]) if datasets else b""
     with atomic.replacing(path) as temporary, temporary.open("wb") as file:
         file.write(_int32("the number of entries", len(names)))
         for name in names:
-            _write_entry(file, name, matrix[name], chunk_size)
-        file.write(_int32("chunk_count", matrix.chunk_count or most // chunk_size))
+            _write_entry(file, name, entries[name], chunk_size)
+        file.write(_int32("chunk_count", contents.chunk_count or most // chunk_size))
         file.write(_int32("the length of a dataset's name", len(last)) + last)
 
 
@@ -133,7 +133,7 @@ def looks_like(path: str | os.PathLike[str]) -> bool:
     return len(name) == length and name.rstrip(b"\0").decode("ascii", "replace").isprintable()
 
 
-def read(path: str | os.PathLike[str], *, chunk_size: int = CHUNK_SIZE) -> ImportanceMatrix:
+def read(path: str | os.PathLike[str], *, chunk_size: int = CHUNK_SIZE) -> Contents:
     """Read a matrix that this package, llama-imatrix or ik_llama.cpp's imatrix wrote.
 
     Like common/imatrix-loader.cpp it takes files without the part after the entries, a damaged
@@ -161,9 +161,7 @@ def read(path: str | os.PathLike[str], *, chunk_size: int = CHUNK_SIZE) -> Impor
             raise ValueError(f"the number of entries is {n_entries}, expected 1 or more")
         entries = dict(reader.entry(number, chunk_size) for number in range(1, n_entries + 1))
         chunk_count, datasets = reader.end()
-        return ImportanceMatrix(
-            entries, datasets=datasets, chunk_count=chunk_count, chunk_size=chunk_size
-        )
+        return Contents(entries, datasets=datasets, chunk_count=chunk_count, chunk_size=chunk_size)
     except (ValueError, TypeError) as error:
         raise FormatError(path, str(error)) from None
 

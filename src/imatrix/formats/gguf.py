@@ -17,8 +17,8 @@ and, since llama.cpp 0.6.0:
     <weight>.in_sum        F32 [n_in, n_mat]    sums of the activations; absent where not collected
     <weight>.stats         F32 [12]             statistics of the weight
 
-The statistics follow from the sums: they are computed for each file with signed sums that is
-written (imatrix.matrix.activations.schema_figures), and passed over when one is read.
+The statistics follow from the sums: whoever writes a file with signed sums computes them anew
+(imatrix.matrix.weight_activations.schema_figures), and they are passed over when one is read.
 
 The loader asks for keys and tensors by name, so it passes over the ones we add:
 
@@ -56,8 +56,7 @@ chunk_size is more than the tokens there were.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,23 +65,20 @@ from gguf import (
     GGUFReader,
     GGUFValueType,
     GGUFWriter,
-    ReaderField,
     ReaderTensor,
 )
 from numpy.typing import NDArray
 
-from imatrix.entries import Entry, LeftOut, Provenance, TextSource
+from imatrix.entries import Contents, Entry, LeftOut, Provenance, TextSource
+from imatrix.errors import FormatError
 from imatrix.files import atomic
-from imatrix.files.names import decoded, encoded
-from imatrix.formats import FormatError
+from imatrix.files.names import encoded
+from imatrix.formats.container import TYPE, Reader, Writer, opened
 from imatrix.formats.single import scaled_counts, stored
-from imatrix.matrix.activations import SCHEMA, schema_figures
-from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.tensors import block_of
 
 __all__ = ["read", "write"]
 
-_TYPE = "general.type"
 _DATASETS = "imatrix.datasets"
 _CHUNK_COUNT = "imatrix.chunk_count"
 _CHUNK_SIZE = "imatrix.chunk_size"
@@ -134,8 +130,8 @@ _MAX_TENSOR_NAME = 63
 _U32_MAX = 2**32 - 1
 
 
-def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
-    """Write ``matrix`` to ``path``, replacing a file there in one step.
+def write(contents: Contents, path: str | os.PathLike[str]) -> None:
+    """Write ``contents`` to ``path``, replacing a file there in one step.
 
     The file holds float32, the matrix float64 and int64. A count above 2^24 or a sum beyond
     float32 has no exact place, so that weight is scaled down as a whole, such that sums / counts,
@@ -146,47 +142,45 @@ def write(matrix: ImportanceMatrix, path: str | os.PathLike[str]) -> None:
             long for ggml, a mean is beyond float32, or a number is beyond 32 bits.
         OSError: the file cannot be written.
     """
-    if not matrix:
+    entries = contents.entries
+    if not entries:
         raise ValueError(
             f"nothing to write to {os.fspath(path)!r}: the matrix has no entries, and llama.cpp "
             "does not read a file without any"
         )
-    names = sorted(matrix)
-    scaled = {name: scaled_counts(name, matrix[name]) for name in names}
+    names = sorted(entries)
+    scaled = {name: scaled_counts(name, entries[name]) for name in names}
     _check_names(names)
-    # without signed sums a file is what it was before there were any
-    stats = schema_figures(matrix) if _has_signed(matrix) else {}
     with atomic.replacing(path) as temporary:
         writer = Writer(temporary, "imatrix")
         try:
-            _add_metadata(writer, matrix)
+            _add_metadata(writer, contents)
             for name in names:
-                entry, n_counts = matrix[name], len(scaled[name])
+                entry, n_counts = entries[name], len(scaled[name])
                 single = np.dtype(np.float32)
                 n_bytes = entry.sums.size * 4
                 writer.add_tensor_info(name + _SUMS, entry.sums.shape, single, n_bytes)
                 writer.add_tensor_info(name + _COUNTS, (n_counts, 1), single, n_counts * 4)
                 if entry.signed_sums is not None:
                     writer.add_tensor_info(name + _SIGNED, entry.sums.shape, single, n_bytes)
-                if name in stats:
-                    shape = (len(SCHEMA),)
-                    writer.add_tensor_info(name + _STATS, shape, single, len(SCHEMA) * 4)
+                if (stats := contents.stats.get(name)) is not None:
+                    writer.add_tensor_info(name + _STATS, stats.shape, single, stats.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name in names:  # one at a time, so that one copy at most exists in float32
-                as_stored = stored(matrix[name], scaled[name])
+                as_stored = stored(entries[name], scaled[name])
                 writer.write_tensor_data(as_stored.sums)
                 writer.write_tensor_data(scaled[name].astype(np.float32)[:, np.newaxis])
                 if as_stored.signed_sums is not None:
                     writer.write_tensor_data(as_stored.signed_sums)
-                if name in stats:
-                    writer.write_tensor_data(stats[name])
+                if (stats := contents.stats.get(name)) is not None:
+                    writer.write_tensor_data(stats)
         finally:
             writer.close()
 
 
-def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
+def read(path: str | os.PathLike[str]) -> Contents:
     """Read a matrix that this package or llama-imatrix wrote.
 
     Sums may be F32 or F64 (llama.cpp itself reads F32 only). Like common/imatrix-loader.cpp it
@@ -201,128 +195,12 @@ def read(path: str | os.PathLike[str]) -> ImportanceMatrix:
     """
     reader, fields = opened(path, Reader, _KNOWN.__contains__)
     try:
-        return _matrix_from(reader, fields)
+        return _contents_from(reader, fields)
     except (ValueError, TypeError) as error:
         raise FormatError(path, str(error)) from None
 
 
-def opened(
-    path: str | os.PathLike[str], kind: type[Reader], wanted: Callable[[str], bool]
-) -> tuple[Reader, dict[str, Any]]:
-    """The file by a reader of its kind, and its wanted keys as Python values.
-
-    Raises:
-        FileNotFoundError, FormatError, OSError: as read() does.
-    """
-    _check_magic(path)
-    try:
-        # An offset that overflows would wrap around to some other place in the file.
-        with np.errstate(over="raise"):
-            reader = kind(path)
-        return reader, {
-            key: _contents(field) for key, field in reader.fields.items() if wanted(key)
-        }
-    except _WrongKindError as error:
-        raise FormatError(path, str(error)) from None
-    except OSError:
-        raise
-    except Exception as error:
-        # The reader trusts the file, so what a damaged one raises is not its contract: besides
-        # ValueError there are IndexError, KeyError, OverflowError, RecursionError, and others.
-        raise FormatError(
-            path, f"damaged or cut short, GGUF structure unreadable ({_describe_magic(error)})"
-        ) from error
-
-
-class Writer(GGUFWriter):
-    """GGUFWriter for a file that is no model."""
-
-    def write_tensor_data(self, tensor: NDArray[Any], tensor_endianess: Any = None) -> None:
-        super().write_tensor_data(tensor.view(_Written), tensor_endianess)
-
-    def add_architecture(self) -> None:
-        """Nothing: an importance matrix has none, and llama-imatrix writes none."""
-
-    def _pack_val(
-        self,
-        val: Any,
-        vtype: GGUFValueType,
-        add_vtype: bool,
-        sub_type: GGUFValueType | None = None,
-    ) -> bytes:
-        # llama-quantize demands the datasets key, and llama-imatrix writes an empty array when
-        # it knows no dataset; the base class refuses empty arrays though their type is known.
-        if vtype == GGUFValueType.ARRAY and sub_type is not None and len(val) == 0:
-            head = self._pack("I", vtype) if add_vtype else b""
-            return head + self._pack("I", sub_type) + self._pack("Q", 0)
-        if vtype == GGUFValueType.STRING and isinstance(val, str):
-            val = encoded(val)
-        return super()._pack_val(val, vtype, add_vtype, sub_type)
-
-
-def _contents(field: ReaderField) -> Any:
-    """As the field's own, which takes strings for UTF-8; llama-imatrix writes a path as it is."""
-    if GGUFValueType.STRING not in field.types:
-        return field.contents()
-    texts = [decoded(field.parts[at].tobytes()) for at in field.data]
-    return texts if field.types[0] == GGUFValueType.ARRAY else texts[0]
-
-
-class _Written(np.ndarray[Any, Any]):
-    """An array whose writing fails as a file's does: ndarray.tofile says how many values were
-    written, and not that the disk is full."""
-
-    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
-        fid.write(np.ascontiguousarray(self).data)
-
-
-class _WrongKindError(Exception):
-    """The file is GGUF, but of another kind."""
-
-
-class Reader(GGUFReader):
-    """GGUFReader with bounds.
-
-    The base class slices past the end of the file and gets less than it asked for. A damaged
-    array length then makes it append empty values until memory is gone.
-    """
-
-    kind = "imatrix"  # general.type
-    advice = "give an importance matrix, not a model"
-
-    def _get(
-        self, offset: int, dtype: Any, count: int = 1, override_order: Any = None
-    ) -> NDArray[Any]:
-        offset, count = int(offset), int(count)
-        end = offset + count * np.dtype(dtype).itemsize
-        if end > len(self.data):
-            raise ValueError(f"expected data up to byte {end}, the file has {len(self.data)}")
-        return super()._get(offset, dtype, count, override_order)
-
-    def _push_field(self, field: ReaderField, skip_sum: bool = False) -> int:
-        # The kind stands at the front. Told here, a model given by mistake is refused at once,
-        # before its vocabulary is read a word at a time.
-        if field.name == _TYPE and (kind := _contents(field)) != self.kind:
-            raise _WrongKindError(
-                f"expected a GGUF file with general.type {self.kind!r}, this one has {kind!r}; "
-                f"{self.advice}"
-            )
-        return int(super()._push_field(field, skip_sum))
-
-
-def _check_magic(path: str | os.PathLike[str]) -> None:
-    with Path(path).open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        start = f"it starts with {magic!r}" if magic else "it is empty"
-        raise FormatError(path, f"not a GGUF file: {start}, expected b'GGUF'")
-
-
-def _describe_magic(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMatrix:
+def _contents_from(reader: GGUFReader, fields: Mapping[str, Any]) -> Contents:
     sums: dict[str, ReaderTensor] = {}
     counts: dict[str, ReaderTensor] = {}
     signed: dict[str, ReaderTensor] = {}
@@ -341,9 +219,9 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
     if not isinstance(datasets, list) or not all(isinstance(item, str) for item in datasets):
         raise ValueError(f"{_DATASETS} must be an array of strings")
     entries = {name: _entry_from(name, sums[name], counts[name], signed.get(name)) for name in sums}
-    return ImportanceMatrix(
+    return Contents(
         entries,
-        datasets=datasets,
+        datasets=tuple(datasets),
         chunk_count=_field(fields, _CHUNK_COUNT, int) or 0,
         chunk_size=_field(fields, _CHUNK_SIZE, int) or 0,
         provenance=Provenance(
@@ -362,11 +240,11 @@ def _matrix_from(reader: GGUFReader, fields: Mapping[str, Any]) -> ImportanceMat
     )
 
 
-def _last_blocks(names: Iterable[str], n: int) -> range:
+def _last_blocks(names: Iterable[str], n: int) -> frozenset[int]:
     """The last n blocks that have an entry, as nextn_layer_start in tools/imatrix/imatrix.cpp
     counts them."""
     end = 1 + max((block for name in names if (block := block_of(name)) is not None), default=-1)
-    return range(max(0, end - n), end)
+    return frozenset(range(max(0, end - n), end))
 
 
 def _sources_from(fields: Mapping[str, Any]) -> tuple[TextSource, ...]:
@@ -473,18 +351,20 @@ def _floats(tensor: ReaderTensor) -> NDArray[np.float64]:
     return np.array(tensor.data, dtype=np.float64, order="C", subok=False)
 
 
-def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
-    writer.add_string(_TYPE, "imatrix")
+def _add_metadata(writer: GGUFWriter, contents: Contents) -> None:
+    writer.add_string(TYPE, "imatrix")
     writer.add_key_value(
-        _DATASETS, list(matrix.datasets), GGUFValueType.ARRAY, GGUFValueType.STRING
+        _DATASETS, list(contents.datasets), GGUFValueType.ARRAY, GGUFValueType.STRING
     )
-    writer.add_uint32(_CHUNK_COUNT, _u32(_CHUNK_COUNT, matrix.chunk_count))
-    writer.add_uint32(_CHUNK_SIZE, _u32(_CHUNK_SIZE, matrix.chunk_size))
-    if n_nextn := _n_last(matrix):
+    writer.add_uint32(_CHUNK_COUNT, _u32(_CHUNK_COUNT, contents.chunk_count))
+    writer.add_uint32(_CHUNK_SIZE, _u32(_CHUNK_SIZE, contents.chunk_size))
+    if n_nextn := _n_last(contents):
         writer.add_uint32(_N_NEXTN, n_nextn)
-    if _has_signed(matrix):
-        writer.add_key_value(_SCHEMA, list(SCHEMA), GGUFValueType.ARRAY, GGUFValueType.STRING)
-    if (made := matrix.provenance) is None:
+    if contents.stats_schema:
+        writer.add_key_value(
+            _SCHEMA, list(contents.stats_schema), GGUFValueType.ARRAY, GGUFValueType.STRING
+        )
+    if (made := contents.provenance) is None:
         return
     for key, text in (
         (_VERSION, made.collector),
@@ -506,14 +386,10 @@ def _add_metadata(writer: GGUFWriter, matrix: ImportanceMatrix) -> None:
     add_left_out(writer, made.left_out)
 
 
-def _has_signed(matrix: ImportanceMatrix) -> bool:
-    return any(entry.signed_sums is not None for entry in matrix.values())
-
-
-def _n_last(matrix: ImportanceMatrix) -> int:
+def _n_last(contents: Contents) -> int:
     """How many of the last blocks are the head's; 0 where others come after them."""
-    head = matrix.head_blocks
-    return len(head) if head == set(_last_blocks(matrix, len(head))) else 0
+    head = contents.head_blocks
+    return len(head) if head == _last_blocks(contents.entries, len(head)) else 0
 
 
 def _u32(key: str, value: int) -> int:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.entries import Entry
+from imatrix.entries import Entry, Part
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.tensors import block_of
 
 __all__ = ["MatrixComparison", "WeightComparison", "compare_matrices"]
-
-Part = Literal["trunk", "head"]
 
 _Floats = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.entries import Entry, Provenance
+from imatrix.entries import Contents, Entry, Provenance
 from imatrix.matrix.merging import add_entries, chunks_of, merged_provenance
 from imatrix.tensors import block_of, marks_head, natural_order
 
@@ -54,16 +54,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
         provenance: Provenance | None = None,
         head_blocks: Iterable[int] = (),
     ) -> None:
-        for name, entry in entries.items():
-            if not isinstance(name, str) or not name:
-                raise ValueError(f"a weight's name must be a non-empty str, not {name!r}")
-            if not isinstance(entry, Entry):
-                raise TypeError(f"{name!r}: expected an Entry, got {type(entry).__name__}")
-        if isinstance(datasets, str):
-            raise TypeError(f"datasets is a sequence of names; write [{datasets!r}]")
-        for label, value in (("chunk_count", chunk_count), ("chunk_size", chunk_size)):
-            if value < 0:
-                raise ValueError(f"{label} must be 0 or more, got {value}")
+        Contents(entries, datasets, chunk_count, chunk_size)  # refuses what makes no sense
         self._entries = {name: entries[name] for name in sorted(entries, key=natural_order)}
         self._datasets = tuple(datasets)
         self._chunk_count = int(chunk_count)
@@ -165,9 +156,9 @@ class ImportanceMatrix(Mapping[str, Entry]):
         Raises:
             ImportError: pandas is not installed; it comes with the extra `pandas`.
         """
-        from imatrix.matrix.statistics import to_frame
+        from imatrix.matrix.frame import to_frame
 
-        return to_frame(self, experts=experts, exact=exact)
+        return to_frame(self, self._head_blocks, experts=experts, exact=exact)
 
     def _only(self, names: Iterable[str]) -> ImportanceMatrix:
         return ImportanceMatrix(
@@ -250,12 +241,16 @@ class ImportanceMatrix(Mapping[str, Entry]):
                 another one.
             OSError: the file cannot be written.
         """
-        from imatrix.formats import dat, gguf
+        if format == "gguf":
+            from imatrix.formats import gguf
 
-        writers = {"gguf": gguf.write, "dat": dat.write}
-        if format not in writers:
+            gguf.write(self._contents(with_stats=True), path)
+        elif format == "dat":
+            from imatrix.formats import dat
+
+            dat.write(self._contents(), path)
+        else:
             raise ValueError(f"format must be 'gguf' or 'dat', got {format!r}")
-        writers[format](self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, chunk_size: int = 512) -> ImportanceMatrix:
@@ -272,8 +267,37 @@ class ImportanceMatrix(Mapping[str, Entry]):
         from imatrix.formats import dat, detected, gguf
 
         if detected(path) == "dat":
-            return dat.read(path, chunk_size=chunk_size)
-        return gguf.read(path)
+            found = dat.read(path, chunk_size=chunk_size)
+        else:
+            found = gguf.read(path)
+        return cls(
+            found.entries,
+            datasets=found.datasets,
+            chunk_count=found.chunk_count,
+            chunk_size=found.chunk_size,
+            provenance=found.provenance,
+            head_blocks=found.head_blocks,
+        )
+
+    def _contents(self, *, with_stats: bool = False) -> Contents:
+        """What a file of this matrix holds. `with_stats`: the engine's statistics too, if there are
+        signed sums; without them a file is what it was before llama.cpp 0.6.0."""
+        schema: tuple[str, ...] = ()
+        stats: Mapping[str, NDArray[np.float32]] = {}
+        if with_stats and any(entry.signed_sums is not None for entry in self._entries.values()):
+            from imatrix.matrix.weight_activations import SCHEMA, schema_figures
+
+            schema, stats = SCHEMA, schema_figures(self._entries, self._head_blocks)
+        return Contents(
+            self._entries,
+            datasets=self._datasets,
+            chunk_count=self._chunk_count,
+            chunk_size=self._chunk_size,
+            provenance=self._provenance,
+            head_blocks=self._head_blocks,
+            stats_schema=schema,
+            stats=stats,
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ImportanceMatrix):

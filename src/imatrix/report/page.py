@@ -23,8 +23,9 @@ from imatrix.entries import THIN, Provenance
 from imatrix.formats import Format, detected
 from imatrix.matrix.experts import coverage_of, expert_rows
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.matrix.statistics import LayerStatistics, WeightStatistics, statistics
+from imatrix.matrix.statistics import LayerStatistics, statistics
 from imatrix.matrix.summary import Line, describe_left_out, describe_unused, lines
+from imatrix.matrix.weight_statistics import WeightStatistics
 from imatrix.pictures.numbers import STATISTICS, profile
 from imatrix.report.html import FOLDER, content_hash, make_environment
 from imatrix.report.parts import (

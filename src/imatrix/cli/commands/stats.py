@@ -18,9 +18,9 @@ from rich.table import Table
 from imatrix.cli.flags.common import Commands, add_verbose, at_least
 from imatrix.cli.flags.matrices import add_chunk_size
 from imatrix.cli.terminal import Console, DataOut, Terminal, Text, write_json
+from imatrix.entries import Part
 from imatrix.formats import detected
 from imatrix.matrix.activations import (
-    ActivationStatistics,
     LayerActivations,
     MatrixActivations,
     activation_statistics,
@@ -29,16 +29,15 @@ from imatrix.matrix.experts import describe_experts
 from imatrix.matrix.experts import experts as expert_coverage
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.matrix.statistics import (
-    ExpertStatistics,
     LayerStatistics,
-    Part,
     PartStatistics,
     Statistics,
-    WeightStatistics,
     expert_statistics,
     statistics,
 )
 from imatrix.matrix.summary import describe_weights
+from imatrix.matrix.weight_activations import ActivationStatistics
+from imatrix.matrix.weight_statistics import ExpertStatistics, WeightStatistics
 from imatrix.words import plural
 
 __all__ = ["add_parser"]
