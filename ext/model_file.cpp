@@ -131,7 +131,6 @@ Status read_model_file(const std::string & path, ModelFile & out) {
     out.split_count          = integer_value(gguf.get(), "split.count");
     out.split_no             = integer_value(gguf.get(), "split.no", -1);
     out.split_tensors        = integer_value(gguf.get(), "split.tensors.count", -1);
-    out.block_count          = integer_value(gguf.get(), out.architecture + ".block_count");
     const std::string prefix = out.architecture + ".";
     for (int64_t id = 0; id < gguf_get_n_kv(gguf.get()); ++id) {
         const std::string key = gguf_get_key(gguf.get(), id);
@@ -139,7 +138,6 @@ Status read_model_file(const std::string & path, ModelFile & out) {
             out.integers.emplace_back(key.substr(prefix.size()), integer_value(gguf.get(), key));
         }
     }
-    out.n_nextn = integer_value(gguf.get(), out.architecture + ".nextn_predict_layers");
     return {};
 }
 

@@ -26,8 +26,6 @@ struct FileTable {
 struct ModelFile {
     std::string             architecture;
     std::string             tokenizer;            // tokenizer.ggml.model, "" if there is none
-    int64_t                 block_count   = 0;    // trunk and head blocks together
-    int64_t                 n_nextn       = 0;    // how many of them are head blocks
     int64_t                 split_count   = 0;    // parts of a multi-part model, 0 or 1: one file
     int64_t                 split_no      = -1;   // which of them this is, from 0
     int64_t                 split_tensors = -1;   // of all parts together

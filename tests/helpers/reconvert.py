@@ -1,7 +1,8 @@
 """Other conversions of a model's weights: the same numbers under other names and shapes.
 
-What converters do is restated here from the engine's graphs, independently of imatrix.quantization.adaptation:
-the engine runs both conversions, and what it collects from one is held against the other.
+What converters do is restated here from the engine's graphs, independently of
+imatrix.quantization.counterparts: the engine runs both conversions, and what it collects from one
+is held against the other.
 Shapes are NumPy's: (n_out, n_in), (n_expert, n_out, n_in).
 """
 

@@ -1,5 +1,6 @@
 // The native core against a naive reference in double, for runs under sanitizers. The broad
-// search for cases is in tests/native/test_hook.py; here are fixed and pseudo-random ones without Python.
+// search for cases is in tests/native/test_hook.py; here are fixed and pseudo-random ones without
+// Python.
 //
 // imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
 #include "add_rows.h"
@@ -343,10 +344,15 @@ void check_session(const std::string & path) {
     CHECK(read_model_file(path, file).ok());
     CHECK(!read_model_file(path + ".missing", file).ok());
 
+    const bool has_head =
+        std::any_of(file.integers.begin(), file.integers.end(), [](const auto & key) {
+            return key.first == "nextn_predict_layers" && key.second > 0;
+        });
+
     Model       model;
     ModelParams model_params;
     model_params.path = path;
-    model_params.mtp  = file.n_nextn > 0;
+    model_params.mtp  = has_head;
     Status status     = model.load(model_params);
     CHECK(status.ok());
     if (!status.ok()) {
@@ -358,7 +364,7 @@ void check_session(const std::string & path) {
     params.n_batch    = 24; // two decodes a chunk
     params.n_ubatch   = 16; // two graphs a decode, the last one shorter
     params.n_threads  = 2;
-    params.mtp        = file.n_nextn > 0;
+    params.mtp        = has_head;
     params.perplexity = true;
     std::vector<int32_t> tokens(48);
     for (int32_t & token : tokens) {

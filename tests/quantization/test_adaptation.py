@@ -19,7 +19,7 @@ from helpers.running import EngineTool, Forged, run_tool
 import imatrix
 from imatrix import Collector, Entry, ImportanceMatrix, cli
 from imatrix.model.header import ModelFile
-from imatrix.quantization.adaptation import _takes_data
+from imatrix.quantization.adaptation import takes_data
 
 N_CTX = 64
 
@@ -366,12 +366,12 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("arch", ["cohere2moe", "deepseek4", "nemotron_h_moe", "qwen3next"])
-def test_what_takes_data_is_what_the_quantizer_converts(arch: str, tmp_path: Path) -> None:
+def test_whattakes_data_is_what_the_quantizer_converts(arch: str, tmp_path: Path) -> None:
     path = make_any(tmp_path / "m.gguf", arch).path
     tensors = imatrix.coverage(path, None, "Q4_0", pure=True).tensors
     unasked = ("token_embd.weight", "output.weight")
     expected = {t.name for t in tensors if t.uses_data and t.name not in unasked}
-    assert set(_takes_data(ModelFile.read(path))) == expected
+    assert set(takes_data(ModelFile.read(path))) == expected
 
 
 class TestCommand:

@@ -6,11 +6,9 @@ from numpy.typing import NDArray
 
 from imatrix.formats.checkpoint import Group
 
-class ModelHeader(TypedDict):
+class PartData(TypedDict):
     architecture: str
     tokenizer: str
-    block_count: int
-    n_nextn: int
     split_count: int
     split_no: int
     split_tensors: int
@@ -88,7 +86,7 @@ class ChunkEvaluation(TypedDict):
     accepted: NDArray[np.int8]
 
 def set_log_level() -> None: ...
-def model_file(path: str) -> ModelHeader: ...
+def model_file(path: str) -> PartData: ...
 def engine() -> tuple[str, str]: ...
 def system_info() -> str: ...
 def backends() -> tuple[list[str], list[DeviceInfo]]: ...

@@ -97,8 +97,6 @@ def model_file(path):
     return {
         "architecture": _name(found.architecture),
         "tokenizer": _text(found.tokenizer),
-        "block_count": found.block_count,
-        "n_nextn": found.n_nextn,
         "split_count": found.split_count,
         "split_no": found.split_no,
         "split_tensors": found.split_tensors,

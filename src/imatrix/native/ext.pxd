@@ -67,8 +67,6 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
     cdef cppclass ModelFile:
         string architecture
         string tokenizer
-        int64_t block_count
-        int64_t n_nextn
         int64_t split_count
         int64_t split_no
         int64_t split_tensors

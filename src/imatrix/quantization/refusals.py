@@ -114,8 +114,9 @@ def _cure(tensor: TensorCoverage, found: Coverage) -> str:
     """What to do about a tensor that lacks data."""
     if tensor.cure == "collect the head":
         block = block_of(tensor.name)
+        place = "nextn" if block is None else block
         return (
-            f"Block {'nextn' if block is None else block} is the model's MTP head, which the importance matrix does not "
+            f"Block {place} is the model's MTP head, which the importance matrix does not "
             "cover: collect it with mtp (imatrix collect --mtp)."
         )
     fixes = found.fixes

@@ -34,7 +34,7 @@ _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BASE = "Q8_0"
 _EVERY_NAME = "."
 
-# std::regex follows nested groups by recursion, so that some pattern overflows any stack.
+# std::regex follows nested groups by recursion: whatever the stack's size, some pattern overflows it.
 _MAX_PATTERN = 10_000
 _MAX_GROUPS = 200
 
@@ -183,7 +183,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; near: {', '.join(close)}" if close else ""
 
 
-def parsed(text: str) -> tuple[str, str]:
+def parse_rule(text: str) -> tuple[str, str]:
     """(pattern, type) of NAME=TYPE, as llama-quantize takes it.
 
     llama-quantize lowers the name (parse_tensor_type in tools/quantize/quantize.cpp). Here the
@@ -215,7 +215,7 @@ def read_rules(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
     for number, line in enumerate(data.split(b"\n"), 1):
         for word in line.split():  # where `>>` splits in the C locale
             try:
-                pair = parsed(word.decode())
+                pair = parse_rule(word.decode())
                 _rule(*pair)
             except UnicodeDecodeError:
                 raise ValueError(f"{file}:{number}: not UTF-8: {word!r}") from None
@@ -331,7 +331,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _near_misses(pattern: str, names: Sequence[str]) -> str:
     """Suggest what may have been meant by a pattern that matches nothing."""
-    lowered = parsed(f"{pattern}=f32")[0]
+    lowered = parse_rule(f"{pattern}=f32")[0]
     if lowered != pattern and any(quantizer.matching(lowered, names)):
         return f": names are matched with their case, and {lowered} matches some"
     plain = re.sub(r"\\(.)", r"\1", pattern).strip("^$").lower().removesuffix(".weight")

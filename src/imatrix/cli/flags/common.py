@@ -114,10 +114,10 @@ def add_tensor_type(command: argparse.ArgumentParser) -> None:
 
 
 def _tensor_type(text: str) -> tuple[str, str]:
-    from imatrix.quantization.rules import parsed  # here: it needs the native part
+    from imatrix.quantization.rules import parse_rule  # here: it needs the native part
 
     try:
-        return parsed(text)
+        return parse_rule(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
