@@ -5,6 +5,7 @@ What the engine makes of each comes from the engine: its loader, its count of th
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 import imatrix
 from imatrix import Collector, ModelError, ModelFile, coverage, drop_mtp, graft_mtp
 from imatrix.cli.program import main
+from imatrix.model.fit import check_fit
 from imatrix.native import engine as native
 
 # Where the engine asks blk.<n_trunk>.nextn.eh_proj whether there is a head.
@@ -241,6 +243,38 @@ def test_a_head_of_blocks_alone_is_grafted_and_not_run(tmp_path: Path) -> None:
     graft_mtp(trunk, blocks, tmp_path / "again.gguf")
     assert contents(tmp_path / "again.gguf") == contents(whole.path)
     assert engine(tmp_path / "again.gguf", mtp=True) == (whole.n_layer, 1)
+
+
+@pytest.mark.parametrize("folder", ["plain", "my models", "it's $HOME"])
+def test_the_command_that_is_named_can_be_pasted(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell takes each path as one word, and the command does what the message says."""
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    whole = make_any(tmp_path / folder / "whole.gguf", "glm4moe")
+    trunk, head = tmp_path / folder / "trunk.gguf", tmp_path / folder / "head.gguf"
+    imatrix.extract_mtp(whole.path, head, trunk_out=trunk)
+    names = ("token_embd", "output_norm", "output.")
+    blocks = rewrite(head, tmp_path / folder / "blocks.gguf", without=names)
+    claiming = rewrite(trunk, tmp_path / folder / "claims.gguf", keys={claim(whole): 9})
+
+    def words(error: BaseException) -> list[str]:
+        return shlex.split(str(error).rpartition("imatrix ")[2])
+
+    with pytest.raises(ModelError) as no_embedding:
+        check_fit(ModelFile.read(trunk), ModelFile.read(blocks))
+    graft = ["graft-mtp", str(trunk), str(blocks), "-o", "OUT.gguf"]
+    assert words(no_embedding.value) == graft
+    assert main(graft) == 0
+    assert contents(Path("OUT.gguf")) == contents(whole.path)
+
+    with pytest.raises(ModelError) as too_many:
+        ModelFile.read(claiming)
+    drop = ["drop-mtp", str(claiming), "-o", "OUT.gguf"]
+    assert words(too_many.value) == drop
+    assert main(drop) == 0
+    assert contents(Path("OUT.gguf")) == contents(trunk)
 
 
 def test_a_head_whose_output_stayed_in_the_trunk_is_not_run(tmp_path: Path) -> None:
