@@ -1,11 +1,16 @@
-"""Text from a file as a terminal may have it: what would act on the terminal is spelled out."""
+"""Numbers, lists and names as messages have them.
+
+A few places have formats of their own: a page of the report groups digits ("1,024 rows"), a picture
+shortens shares ("<0.01 %"), and `imatrix stats` rounds percentages as llama-imatrix does.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
-__all__ = ["duration", "printable", "size", "spelled"]
+__all__ = ["duration", "few", "plural", "printable", "ranged", "size", "spelled"]
 
 # What Unicode calls controls, C1 among them (Cc), formatting such as a turned direction or no width
 # at all (Cf), halves of surrogate pairs (Cs), and line and paragraph ends (Zl, Zp). Letters of every
@@ -20,7 +25,8 @@ _SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""The text with what is not to be printed spelled out as Python would spell it.
+    r"""Text from a file as a terminal may have it: what would act on the terminal is spelled out
+    as Python would spell it.
 
     "\x1b" for an escape, "\u202e" for a right-to-left override, "\n" for a newline. A byte of a
     name that is not UTF-8, which Python holds as half of a surrogate pair (surrogateescape), is
@@ -45,10 +51,18 @@ def spelled(character: str) -> str:
 
 
 def plural(n: int, noun: str) -> str:
+    """A number of things: "1 chunk", "2 chunks"."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def few(values: Sequence[object], n: int) -> str:
+    """The first n of several things, and how many more there are: "a, b, c and 2 more"."""
+    more = f" and {len(values) - n} more" if len(values) > n else ""
+    return ", ".join(map(str, values[:n])) + more
+
+
 def ranged(values: tuple[int, int]) -> str:
+    """The least and the most of something: "3-8", or "3" if they are one."""
     low, high = values
     return str(low) if low == high else f"{low}-{high}"
 

@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from imatrix.files.names import encoded
-from imatrix.words import duration, printable, size
+from imatrix.words import duration, plural, printable, size
 
 if TYPE_CHECKING:
     import imatrix
@@ -328,7 +328,7 @@ def describe(progress: imatrix.Progress) -> str:
     if progress.ahead:
         parts[0] += f" (+{progress.ahead})"
     if progress.workers is not None:
-        parts.append(f"{progress.workers} worker{'' if progress.workers == 1 else 's'}")
+        parts.append(plural(progress.workers, "worker"))
     if progress.seconds > 0:
         parts.append(f"{progress.tokens / progress.seconds:.0f} tokens/s")
     if progress.total and 0 < progress.chunks < progress.total:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from imatrix.entries import LeftOut
 from imatrix.errors import NonFiniteError
+from imatrix.words import few
 
 __all__ = ["describe_left_out", "tell_where"]
 
@@ -22,8 +23,7 @@ def tell_where(error: NonFiniteError, kept: int, what: str = "That chunk was") -
 
 def describe_left_out(left_out: list[LeftOut]) -> str:
     """The warning about chunks that do not count."""
-    first = ", ".join(
-        f"chunk {one.chunk} (from token {one.token}, at {one.weight})" for one in left_out[:3]
+    first = few(
+        [f"chunk {one.chunk} (from token {one.token}, at {one.weight})" for one in left_out], 3
     )
-    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    return f"left out for NaN or infinite activations: {first}{more}"
+    return f"left out for NaN or infinite activations: {first}"

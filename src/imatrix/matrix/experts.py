@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from imatrix.entries import Entry
 from imatrix.tensors import block_label, block_of
-from imatrix.words import plural
+from imatrix.words import few, plural
 
 __all__ = [
     "ExpertCoverage",
@@ -132,10 +132,8 @@ def describe_experts(found: Experts) -> str:
         return ""
     text = f"{found.n_experts} in {plural(found.n_blocks, 'block')}: "
     if found.unseen:
-        few = ", ".join(f"blk.{block} expert {expert}" for block, expert in found.unseen[:4])
-        more = len(found.unseen) - 4
-        text += f"{len(found.unseen)} saw no rows ({few}"
-        text += f" and {more} more)" if more > 0 else ")"
+        first = few([f"blk.{block} expert {expert}" for block, expert in found.unseen], 4)
+        text += f"{len(found.unseen)} saw no rows ({first})"
     else:
         text += "all saw rows"
     if found.thinnest is not None:
@@ -185,9 +183,8 @@ class ExpertCoverage:
         """In a line: "23 of 24 experts have 50 rows or more; thinnest: blk.1 expert 1, 40 rows"."""
         block, expert, rows = self.thinnest
         return (
-            f"{self.n_reached} of {self.n_experts} experts have {self.wanted} row"
-            f"{'' if self.wanted == 1 else 's'} or more; thinnest: {block} expert {expert}, "
-            f"{rows} row{'' if rows == 1 else 's'}"
+            f"{self.n_reached} of {self.n_experts} experts have {plural(self.wanted, 'row')} or "
+            f"more; thinnest: {block} expert {expert}, {plural(rows, 'row')}"
         )
 
 

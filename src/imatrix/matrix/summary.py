@@ -13,7 +13,7 @@ from imatrix.formats import Format
 from imatrix.matrix.experts import experts
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.tensors import name_in_block
-from imatrix.words import plural
+from imatrix.words import few, plural
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,5 @@ def describe_unused(sources: Sequence[TextSource]) -> str:
 
 def describe_left_out(left_out: Sequence[LeftOut]) -> str:
     """The chunks that do not count and why, the first few by number."""
-    first = ", ".join(f"{one.chunk} ({one.weight})" for one in left_out[:3])
-    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-    return f"{plural(len(left_out), 'chunk')} with NaN or infinite activations: {first}{more}"
+    first = few([f"{one.chunk} ({one.weight})" for one in left_out], 3)
+    return f"{plural(len(left_out), 'chunk')} with NaN or infinite activations: {first}"

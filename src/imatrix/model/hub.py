@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from imatrix.words import few
+
 __all__ = ["HubModel", "best_model", "best_mtp", "hide_progress", "parts_of"]
 
 _DEFAULT_TAGS = ("Q4_K_M", "Q8_0")
@@ -129,8 +131,7 @@ class HubModel:
 
     def _describe_files(self) -> str:
         models = [each for each in self.files if each.endswith(".gguf")]
-        more = f" and {len(models) - 12} more" if len(models) > 12 else ""
-        return f"it has {', '.join(models[:12])}{more}" if models else "it has no .gguf file"
+        return f"it has {few(models, 12)}" if models else "it has no .gguf file"
 
     def _fetched(self, file: str) -> Path:
         # huggingface_hub continues an interrupted download, and keeps what is there

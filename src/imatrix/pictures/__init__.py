@@ -56,13 +56,13 @@ from imatrix.pictures.page import (
     drawing,
     fitted,
     labels_width,
-    plural,
     width_of,
     within,
 )
 from imatrix.pictures.profiles import add_expert_profiles, add_profile
 from imatrix.pictures.scales import add_scale, log_scale, short
 from imatrix.pictures.writing import DPI, FORMATS, png, save, svg
+from imatrix.words import few, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -413,9 +413,8 @@ def _experts(matrix: ImportanceMatrix) -> str:
     thin = sum(0 < n < THIN for n, _, _ in places)
     text = f"{plural(len(places), 'expert')} in {plural(len(rows), 'block')}: "
     if unseen:
-        few = ", ".join(f"blk.{block} expert {expert}" for _, block, expert in unseen[:3])
-        more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-        text += f"{len(unseen)} saw no rows ({few}{more}), "
+        first = few([f"blk.{block} expert {expert}" for _, block, expert in unseen], 3)
+        text += f"{len(unseen)} saw no rows ({first}), "
     else:
         text += "all saw rows, "
     text += f"{thin} saw fewer than {THIN}."

@@ -27,7 +27,6 @@ __all__ = [
     "fitted",
     "labels_width",
     "percent",
-    "plural",
     "width_of",
     "within",
     "wrapped",
@@ -242,16 +241,13 @@ class Page:
 
 
 def percent(share: float) -> str:
+    """A share in [0, 1] in two digits; ">99.9 %" if it is nearly all, "<0.01 %" if it is hardly any."""
     value = 100 * share
     if value >= 99.95:
         return "100 %" if share == 1 else ">99.9 %"
     if value < 0.01:
         return "<0.01 %"
     return f"{value:.0f} %" if value >= 9.95 else f"{value:#.2g} %"
-
-
-def plural(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def within(value: float, low: float, high: float) -> float:

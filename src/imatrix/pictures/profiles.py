@@ -21,11 +21,11 @@ from imatrix.pictures.page import (
     clean,
     fitted,
     percent,
-    plural,
     within,
     wrapped,
 )
 from imatrix.pictures.scales import add_scale, log_scale, number_ticks
+from imatrix.words import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

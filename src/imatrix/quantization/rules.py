@@ -21,6 +21,7 @@ from pathlib import Path
 
 from imatrix.native import quantizer
 from imatrix.tensors import parsed_name
+from imatrix.words import few
 
 __all__ = ["Request", "Rule", "RuleUse", "TensorTypes", "read_rules", "request", "rules_of", "uses"]
 
@@ -307,26 +308,21 @@ def _warning(
         return f"{subject} matches no tensor of the model{_near_misses(rule.pattern, names)}"
     if len(kept) == len(first) and taken:
         return (
-            f"{subject} never counts: an earlier rule ({_few(before)}) matches whatever it could "
+            f"{subject} never counts: an earlier rule ({few(before, _FEW)}) matches whatever it could "
             "change"
         )
     if len(kept) == len(first):
         return (
             f"{subject} does nothing: the quantizer leaves the tensors that it matches as they are, "
-            f"whatever the rules say ({_few(kept or first or before)})"
+            f"whatever the rules say ({few(kept or first or before, _FEW)})"
         )
     if other:
         kinds = ", ".join(dict.fromkeys(other.values()))
         return (
             f"{subject}: the rows of {len(other)} of {len(first)} tensors are no multiple of its "
-            f"block; they get {kinds} ({_few(tuple(other))})"
+            f"block; they get {kinds} ({few(tuple(other), _FEW)})"
         )
     return ""
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    return ", ".join(names[:_FEW]) + more
 
 
 def _near_misses(pattern: str, names: Sequence[str]) -> str:

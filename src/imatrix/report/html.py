@@ -62,6 +62,7 @@ def _number(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
+    """A share in percent; a dash for what is not there."""
     if value is None or math.isnan(value):
         return _DASH
     return f"{100 * value:.1f} %"
@@ -72,6 +73,7 @@ def _whole(value: float | None) -> str:
 
 
 def _ranged(values: tuple[int, int]) -> str:
+    """As imatrix.words.ranged, with digits in groups and a real dash."""
     low, high = values
     return f"{low:,}" if low == high else f"{low:,}{_DASH}{high:,}"
 

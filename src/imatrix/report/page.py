@@ -39,6 +39,7 @@ from imatrix.report.parts import (
     Source,
     Verdict,
 )
+from imatrix.words import few
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -366,7 +367,7 @@ class _Page:
         blocks = sorted(matrix.head_blocks)
         head = f"{len(matrix.head)} head"
         if blocks:
-            head += f" (block {_few(blocks)})"
+            head += f" (block {few(blocks, 4)})"
         found = [
             Fact("weights", f"{len(matrix):,}", f"{len(matrix.trunk):,} trunk, {head}"),
             Fact("chunks", f"{matrix.chunk_count:,}" if matrix.chunk_count else "", self._cut()),
@@ -446,7 +447,7 @@ class _Page:
         left_out = self._made.left_out
         if not left_out:
             return Fact(label, "none", "no NaN or infinite activation came up")
-        places = _few([f"{one.chunk} at token {one.token:,} ({one.weight})" for one in left_out])
+        places = few([f"{one.chunk} at token {one.token:,} ({one.weight})" for one in left_out], 4)
         return Fact(label, f"{len(left_out):,}", f"a NaN or infinite activation came up: {places}")
 
     def _digest(self) -> Fact:
@@ -658,10 +659,6 @@ def _drawing(figure: Figure, media: str) -> Drawing:
     )
 
 
-def _few(values: Sequence[object], n: int = 4) -> str:
-    more = f" and {len(values) - n} more" if len(values) > n else ""
-    return ", ".join(map(str, values[:n])) + more
-
-
 def _plural(n: int, noun: str, plural: str | None = None) -> str:
+    """As imatrix.words.plural, with digits in groups, as the page has all of its numbers."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"

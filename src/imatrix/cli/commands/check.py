@@ -21,7 +21,7 @@ from imatrix.errors import ModelError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.quantization.coverage import Coverage, coverage, describe_stop
 from imatrix.quantization.verdicts import TensorCoverage
-from imatrix.words import size
+from imatrix.words import plural, size
 
 __all__ = ["add_parser", "run"]
 
@@ -177,8 +177,8 @@ def _verdict(console: Console, found: Coverage) -> None:
     )
     if found.ready:
         notes = [
-            _plural(len([t for t in found.without_data if t.uses_data]), "without data"),
-            _plural(len(found.partial), "with partial data"),
+            f"{len([t for t in found.without_data if t.uses_data])} without data",
+            f"{len(found.partial)} with partial data",
         ]
         told = ", ".join(note for note in notes if not note.startswith("0 "))
         console.print(
@@ -196,7 +196,7 @@ def _verdict(console: Console, found: Coverage) -> None:
         console.print(
             Text("would fail", "bold red") + Text(f" at {first.name}: {why}"), soft_wrap=True
         )
-        console.print(f"{_tensors(len(found.failing))} would fail, {where}", soft_wrap=True)
+        console.print(f"{plural(len(found.failing), 'tensor')} would fail, {where}", soft_wrap=True)
     console.print(Text(becomes, "dim"), soft_wrap=True)
     console.print()
 
@@ -306,11 +306,3 @@ def _table(
     console.print(table)
     if len(rows) > len(shown):
         console.print(Text(f"... and {len(rows) - len(shown)} more (--all)", "dim"))
-
-
-def _tensors(n: int) -> str:
-    return _plural(n, "tensor" if n == 1 else "tensors")
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}"

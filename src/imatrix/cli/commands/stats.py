@@ -308,7 +308,7 @@ def _render_new(
 
 
 def _collected(matrix: ImportanceMatrix) -> str:
-    text = "1 chunk" if matrix.chunk_count == 1 else f"{matrix.chunk_count} chunks"
+    text = plural(matrix.chunk_count, "chunk")
     return f"{text} of {matrix.chunk_size} tokens" if matrix.chunk_size else text
 
 
@@ -345,8 +345,7 @@ def _render(
 def _describe_whole(whole: PartStatistics) -> str:
     """A part in a line: "12 weights, N 5632: μΣ(Act²) 1530.12, μZD 9.6058%, μCosSim 0.7077"."""
     means = ", ".join(f"{c.heading} {c.told(getattr(whole, c.key))}" for c in _MEANS[:3])
-    noun = "weight" if whole.n_weights == 1 else "weights"
-    return f"{whole.n_weights} {noun}, N {whole.elements}: {means}"
+    return f"{plural(whole.n_weights, 'weight')}, N {whole.elements}: {means}"
 
 
 # --- rows --------------------------------------------------------------------

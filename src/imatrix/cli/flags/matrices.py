@@ -11,7 +11,7 @@ from imatrix.cli.flags.common import at_least
 from imatrix.cli.terminal import Terminal
 from imatrix.formats import Format
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.words import plural
+from imatrix.words import few, plural
 
 __all__ = ["add_chunk_size", "add_format", "tell_losses", "tell_unsigned"]
 
@@ -46,10 +46,9 @@ def tell_unsigned(
     }
     lost = [name for name in merged.without_signed_sums if name in known]
     if lost:
-        few = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         terminal.warn(
             f"no signed sums any more of {plural(len(lost), 'weight')}, since some of the "
-            f"files have none of them, and a mean needs all rows: {few}"
+            f"files have none of them, and a mean needs all rows: {few(lost, 3)}"
         )
 
 
