@@ -26,6 +26,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,22 +147,28 @@ def efficiency(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 # --- what a block costs beside its chunks --------------------------------------------------------
 
 
-def no_chunks(work: Work, _tokens: Any, lengths: Any, _first: int) -> Block:
-    """Stands in for collect_block: gives sums at once. A worker keeps them for the next blocks."""
+def no_chunks(n: int, _work: Work, _tokens: Any, lengths: Any, _first: int) -> Block:
+    """Stands in for collect_block: gives `n` sums at once. A worker keeps them for the next blocks."""
     if not hasattr(Block, "kept"):
-        n = dict(work.collector)["n"]
-        Block.kept = [(["w"], np.ones((1, n)), np.ones(1, np.int64))] if n else []  # type: ignore[attr-defined]
+        Block.kept = [(["w"], np.ones((1, n)), np.ones(1, np.int64), None)] if n else []  # type: ignore[attr-defined]
     return Block(groups=Block.kept, scores=[(0.0, 0.0, 0)] * len(lengths))  # type: ignore[attr-defined]
 
 
 def a_block(megabytes: int, n_blocks: int) -> dict[str, float]:
     """Milliseconds for a block with so many MB of sums: in all, for the adding, and as processor time
     of this process, in which the scheduler runs too."""
-    cluster_module.collect_block = no_chunks  # type: ignore[assignment]
+    cluster_module.collect_block = partial(no_chunks, megabytes * 1_000_000 // 8)  # type: ignore[assignment]
     tokens = np.zeros(N_CTX, np.int32)
     blocks = iter([[Chunk(tokens, ())] * BLOCK for _ in range(n_blocks + 4)])
-    arguments = (("n", megabytes * 1_000_000 // 8),)
-    work = Work("benchmark", arguments, False, False, False, ())
+    work = Work(
+        owner="benchmark",
+        collector=(),
+        mtp=False,
+        process_output=False,
+        signed_sums=False,
+        perplexity=False,
+        identity=(),
+    )
     sums = BlockSums()
     adding = 0.0
     with Cluster("local:1") as one:
