@@ -66,7 +66,7 @@ def ours(
 def theirs(model: Path, folder: Path, environment: dict[str, str], layers: int) -> ImportanceMatrix:
     text, out = folder / "text.txt", folder / "theirs.gguf"
     text.write_text(TEXT)
-    command = [models.engine_tools.find("llama-imatrix"), "-m", model, "-f", text, "-o", out]
+    command = [models.tool("llama-imatrix"), "-m", model, "-f", text, "-o", out]
     command += ["-c", N_CTX, "-b", N_CTX, "-ub", N_CTX, "-t", 1, "--chunks", CHUNKS, "--no-ppl"]
     subprocess.run(
         [str(part) for part in (*command, "-ngl", layers)],

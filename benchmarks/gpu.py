@@ -135,7 +135,7 @@ def main() -> int:
     ]
     if not devices:
         sys.exit(f"this build or machine has no {args.backend} device: {backends()}")
-    tool = models.engine_tools.find("llama-imatrix")
+    tool = models.tool("llama-imatrix")
     kept: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "device": devices[0].description,
         "backend": args.backend, "machine": machine(), "engine": backends().engine,

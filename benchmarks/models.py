@@ -17,7 +17,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers import forge  # noqa: E402
+from helpers import engine_tools, forge  # noqa: E402
+
+
+def tool(name: str) -> Path:
+    """A program of the engine that `make tools` builds, such as llama-imatrix."""
+    return engine_tools.find(name)
+
 
 # 0.6B: the widths of Qwen3-0.6B, the layers of Qwen3.5 (three recurrent layers for each one of
 # attention), a vocabulary of 152k

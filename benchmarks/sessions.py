@@ -1,4 +1,4 @@
-"""Sessions of worker.py, each in a process of its own, started when they are first asked for."""
+"""Sessions of worker.py, each in a process of its own, which is started when it is first needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from typing import Any
 
 
 class Sessions:
-    """Args: work: what worker.py is given, but for what run() chooses."""
+    """The sessions of one model and chunk size.
+
+    Args:
+        work: the settings of worker.py, without those that run() chooses.
+    """
 
     def __init__(self, work: dict[str, Any]) -> None:
         self._work = work
@@ -45,6 +49,6 @@ class Sessions:
         return answer
 
     def close(self) -> None:
-        """End them: the end of its input ends each."""
+        """End all sessions: each ends when its input ends."""
         for process in self._running.values():
             process.communicate()

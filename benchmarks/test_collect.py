@@ -132,7 +132,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def llama_imatrix(name: str, n_ctx: int, out: Path, program: str, options: list[str]) -> Cell:
-    tool = models.engine_tools.find(program)
+    tool = models.tool(program)
 
     def run(n_chunks: int) -> tuple[float, int]:
         done = subprocess.run(
