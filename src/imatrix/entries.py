@@ -13,8 +13,8 @@ __all__ = ["THIN", "Contents", "Entry", "LeftOut", "Part", "Provenance", "TextSo
 
 # Rows below which a mean is called thin. The mean square of n normal values is off by sqrt(2/n)
 # of itself on average: 25 % at 32 rows, where a quantizer, which only weighs columns against one
-# another, starts to follow the noise. A share of the other experts' rows would not tell: with
-# enough text a rarely chosen expert has all the data it needs.
+# another, starts to follow the noise. A share of the other experts' rows would say nothing: with
+# enough text a rarely chosen expert has all the data that it needs.
 THIN = 32
 
 # Of a model: the MTP/NextN head, and the rest.
@@ -89,7 +89,7 @@ class Entry:
 
     @property
     def means(self) -> NDArray[np.float64] | None:
-        """[n_mat, n_in] float64: signed sums / counts, and 0.0 where the count is 0; None without
+        """[n_mat, n_in] float64: signed sums / counts, and 0.0 if the count is 0; None without
         signed sums."""
         if self._signed_sums is None:
             return None
@@ -115,9 +115,9 @@ class Entry:
 
     @property
     def importance(self) -> NDArray[np.float64]:
-        """[n_mat, n_in] float64: sums / counts, and 1.0 where the count is 0.
+        """[n_mat, n_in] float64: sums / counts, and 1.0 if the count is 0.
 
-        The 1.0 is what llama-quantize puts where there is no data (load_imatrix in
+        The 1.0 is what llama-quantize takes if there is no data (load_imatrix in
         tools/quantize/quantize.cpp): every column of such a matrix then weighs the same.
         """
         counts = self._counts[:, np.newaxis]
@@ -163,8 +163,8 @@ class Entry:
         return _entry, (self._sums, self._counts, self._signed_sums)
 
     def __repr__(self) -> str:
-        told = "" if self._signed_sums is None else ", signed sums"
-        return f"Entry(sums={list(self._sums.shape)}, counts={list(self._counts.shape)}{told})"
+        signed = "" if self._signed_sums is None else ", signed sums"
+        return f"Entry(sums={list(self._sums.shape)}, counts={list(self._counts.shape)}{signed})"
 
 
 def _entry(sums: Any, counts: Any, signed_sums: Any) -> Entry:
@@ -196,7 +196,7 @@ class TextSource:
         documents: documents begun.
         tokens: tokens of the chunks that count, a BOS in front of a chunk among them.
         dropped: tokens that were read and fit into no chunk.
-        weight: its share against the others', None where the sources followed one another.
+        weight: its share against the others', None if the sources followed one another.
         empty: documents without a text, beside those begun.
         skipped: records that could not be used and were left out, beside those begun.
     """
@@ -297,7 +297,7 @@ def _finite(values: ArrayLike, label: str, what: str) -> NDArray[np.float64]:
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{label}: {what} must have shape [n_mat, n_in], got {list(array.shape)}")
     array = np.ascontiguousarray(array, dtype=np.float64)
-    # The extremes tell it all (NaN passes through both) without an array of flags.
+    # NaN passes through both extremes, so they are enough, and need no array of flags.
     if not (np.isfinite(array.min()) and np.isfinite(array.max())):
         raise ValueError(f"{label}: {what} must be finite, found a NaN or an infinity")
     return _read_only(array)

@@ -105,7 +105,7 @@ class FormatError(ValueError):
 
     Attributes:
         path: the file, as it was given.
-        reason: what is wrong with it and, where there is one, the way out.
+        reason: what is wrong with it and, if there is one, the way out.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:

@@ -61,10 +61,10 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"imatrix"}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for name in (
-        f"_session{suffix}",
-        f"_quantize_pybind{suffix}",
-        "_session.pyi",
-        "_quantize_pybind.pyi",
+        f"native/engine{suffix}",
+        f"native/quantizer{suffix}",
+        "native/engine.pyi",
+        "native/quantizer.pyi",
         "py.typed",
         "data/calibration.txt",
         "data/LICENSE-python.txt",

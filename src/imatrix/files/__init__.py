@@ -1,1 +1,1 @@
-"""Files, whatever is in them: written whole or not at all, locked, and outputs held against inputs."""
+"""Files, whatever is in them: written whole or not at all, locked, and never over an input."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 __all__ = ["clear", "leftovers_of", "replacing"]
 
-# Of a file's name in a temporary one. Cut, so that with its ending it stays below the usual 255
-# bytes, 4 bytes a character at worst.
+# How many characters of a file's name go into the name of its temporary file. With its ending that
+# stays below the usual limit of 255 bytes, at 4 bytes a character at worst.
 _NAME = 40
 
 
@@ -65,14 +65,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def clear(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files of processes that were killed while they replaced ``path``.
 
-    For who knows that nobody is writing it now. Of a name that is cut in temporary ones nothing
-    is removed: they may be another file's.
+    The caller knows that no process is writing it now. If the name is too long to stand in full in
+    the names of temporary files, none is removed, since they may be another file's.
     """
     target = Path(os.path.realpath(path))
     if len(target.name) > _NAME:
         return
     pattern = leftovers_of(target)
-    with contextlib.suppress(OSError):  # a courtesy
+    with contextlib.suppress(OSError):  # a leftover does no harm
         for left in target.parent.iterdir():
             if pattern.fullmatch(os.fspath(left)):
                 left.unlink(missing_ok=True)

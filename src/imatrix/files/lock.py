@@ -19,7 +19,8 @@ except ImportError:  # Windows: no lock there
     fcntl = None  # type: ignore[assignment]
 
 
-# Of this process. A fork has them too, and would keep a lock after this process is gone.
+# The descriptors of this process. A fork has them too, and would keep a lock after this process is
+# gone, so it closes them.
 _held_here: set[int] = set()
 
 
@@ -37,10 +38,11 @@ if hasattr(os, "register_at_fork"):
 def locked(path: str | os.PathLike[str], what: str = "output") -> AbstractContextManager[None]:
     """Hold the lock of ``path``, a file `<path>.lock`, until the context ends.
 
-    ``what`` it is, for the message.
+    The system drops the lock of a process that is gone, so a lock file that it left is taken over.
+    If the system supports no locks (Windows, some network file systems), nothing is locked.
 
-    The system drops the lock of a process that is gone: a lock file that is left of one is taken
-    over. Where locks are not supported (Windows, some network file systems) there is none.
+    Args:
+        what: what the file is, for the message.
 
     Raises:
         LockedError: another process has it; the message names it.
@@ -67,9 +69,9 @@ def locked(path: str | os.PathLike[str], what: str = "output") -> AbstractContex
             return contextlib.nullcontext()
         if _is_at(descriptor, file):
             break
-        os.close(descriptor)  # the one who had it has removed it meanwhile
+        os.close(descriptor)  # its holder has removed the file meanwhile
     _held_here.add(descriptor)
-    with contextlib.suppress(OSError):  # on a full disk it is held all the same, without a name
+    with contextlib.suppress(OSError):  # on a full disk the lock is held too, without a number
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return _held(descriptor, file)
@@ -80,7 +82,8 @@ def _held(descriptor: int, file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # while it is held: whoever opened this file before sees that it is gone (_is_at)
+        # The file is removed while the lock is held. A process that opened it before gets the lock
+        # next, and sees that the file is gone (_is_at).
         if descriptor in _held_here:  # not in a fork
             with contextlib.suppress(OSError):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Outputs held against inputs, before anything is written: nothing that is read may be replaced."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Output:
 
     Attributes:
         path: where it will be.
-        of: the name that it is made from, "" for one that was given.
+        of: the output that was asked for, if this one's name is made from it; "" otherwise.
         replaces: inputs that it may replace, by their paths.
     """
 
@@ -53,11 +53,10 @@ class Output:
         return f"{self.path} (for the output {self.of})" if self.of else self.path
 
 
-# --- one against the other ---------------------------------------------------
-
-
 def check_files(outputs: Iterable[Output | PathLike], inputs: Iterable[Input | PathLike]) -> None:
-    """Refuse outputs that are an input, or each other.
+    """Refuse outputs that are an input, and two outputs that are one file.
+
+    Names are not enough: links, and names that differ in case only, may lead to one file.
 
     Raises:
         ValueError: one would replace an input, two are one file, or one leads into the Hub's cache.
@@ -73,12 +72,12 @@ def check_files(outputs: Iterable[Output | PathLike], inputs: Iterable[Input | P
     there = {
         (status.st_dev, status.st_ino): output for output, _, status in found if status is not None
     }
-    # made by atomic.replacing, and removed before a run
+    # A run removes what an earlier one left of atomic.replacing, so an input must not be that.
     leftovers = [(output, atomic.leftovers_of(output.path)) for output in wanted]
     for each in given:
         status = _stat(each.path)
         if status is None:
-            continue  # whoever reads it will tell
+            continue  # reading it will say that it is missing
         real = os.path.realpath(each.path)
         hit = there.get((status.st_dev, status.st_ino)) or next(
             (one for one, pattern in leftovers if pattern.fullmatch(real)), None
@@ -94,7 +93,8 @@ def _why(output: Output, given: Input) -> str:
 
 
 def _stat(path: str) -> os.stat_result | None:
-    """What tells a file from another; None where there is none, or standard input is no file."""
+    """The status by which a file is known, whatever its name; None if there is no such file, or if
+    standard input is closed."""
     try:
         if path == "-":
             return os.fstat(sys.stdin.fileno())
@@ -108,7 +108,7 @@ def _same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
 
 
 def _place(path: str) -> str:
-    """Where a file is or would be, for comparing."""
+    """Where a file is or would be, such that two paths of one place are equal."""
     place = os.path.normcase(os.path.realpath(path))
     return place.casefold() if sys.platform == "darwin" else place
 

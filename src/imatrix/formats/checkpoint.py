@@ -15,12 +15,12 @@ length first; S stands for `imatrix.checkpoint`:
                            endian), in hexadecimal
     S.setting.<name>       string, i64 or bool, what has to be the same to go on
     S.output               string, SHA-256 of the file that the run was about to write last; only
-                           where that is one of its inputs too, and would be added to twice
+                           if that is one of its inputs too, and would be added to twice
     S.shared.weights       array of string, weights that are fed by the same rows as another ...
     S.shared.with          array of string, ... and that other weight, whose data are theirs too
     <weight>.in_sum2       F64 [n_in, n_mat]    sums of squared activations
     <weight>.counts        I64 [1, n_counts]    activation rows; n_counts is 1 or n_mat
-    <weight>.in_sum        F64 [n_in, n_mat]    sums of the activations; absent where not collected
+    <weight>.in_sum        F64 [n_in, n_mat]    sums of the activations; absent if not collected
 
 Chunks left out for a NaN are in the keys `imatrix.collector.left_out.*` of a matrix file (see
 imatrix.formats.gguf); they are among the chunks dealt with. The weights of a gemma4-assistant head

@@ -16,7 +16,7 @@ are little endian, nothing is aligned, and strings have no final zero:
     bytes      name of the text
 
 A call is a chunk in llama-imatrix (counts / chunk size, rounded up), and a graph's evaluation in
-ik_llama.cpp. Readers divide by n_call, or take the values as they are where it is 0.
+ik_llama.cpp. Readers divide by n_call, or take the values as they are if it is 0.
 
 What the format has no place for: how many rows an expert saw (one without any gets the value 1
 everywhere, as if it had data), the number of matrices of a weight, the size of a chunk, texts but
@@ -41,7 +41,7 @@ from imatrix.files.names import decoded, encoded
 __all__ = ["CHUNK_SIZE", "looks_like", "read", "write"]
 
 CHUNK_SIZE = 512
-"""Tokens a chunk where nothing tells: llama-imatrix's own default (tools/imatrix/imatrix.cpp)."""
+"""Tokens a chunk if they are not known: llama-imatrix's own default (tools/imatrix/imatrix.cpp)."""
 
 _INT32 = struct.Struct("<i")
 _INT32_MAX = 2**31 - 1
@@ -97,7 +97,7 @@ def _write_entry(file: BinaryIO, name: str, entry: Entry, chunk_size: int) -> No
 
 
 def _means(entry: Entry) -> NDArray[np.float32]:
-    """[n_mat, n_in] float32: sums / counts, 1 where nothing was counted."""
+    """[n_mat, n_in] float32: sums / counts, 1 if nothing was counted."""
     with np.errstate(over="ignore"):
         sums = entry.sums.astype(np.float32)
         if not np.isfinite(sums).all():  # the sum has no place in float32, but the mean may
@@ -134,15 +134,15 @@ def looks_like(path: str | os.PathLike[str]) -> bool:
 
 
 def read(path: str | os.PathLike[str], *, chunk_size: int = CHUNK_SIZE) -> Contents:
-    """Read a matrix that this package, llama-imatrix or ik_llama.cpp's imatrix wrote.
+    """Read what this package, llama-imatrix or ik_llama.cpp's imatrix wrote.
 
-    Like common/imatrix-loader.cpp it takes files without the part after the entries, a damaged
-    such part for none, and the later of two entries of one name. A weight comes as one row of all
-    its values, [1, n_mat * n_in], with one count: the format does not tell experts apart.
-    `ImportanceMatrix.merge` and the quantizers take it so.
+    Like common/imatrix-loader.cpp it reads files without the part after the entries, ignores that
+    part if it is damaged, and takes the later of two entries of one name. A weight comes as one
+    row of all its values, [1, n_mat * n_in], with one count: the format does not tell experts
+    apart. `ImportanceMatrix.merge` and the quantizers can use it so.
 
     Args:
-        chunk_size: tokens a chunk. The file does not tell; llama-imatrix takes its own `-c` when
+        chunk_size: tokens a chunk. The file does not hold them; llama-imatrix takes its own `-c` when
             it reads one. Means do not depend on it, but it is how much the file weighs when it
             is merged with another: n_call * chunk_size rows a weight.
 
@@ -194,7 +194,7 @@ class _Reader:
         return name, Entry(sums[np.newaxis], [rows], name=name)
 
     def end(self) -> tuple[int, tuple[str, ...]]:
-        """(chunks, datasets), 0 and none where the file has no such part."""
+        """(chunks, datasets); 0 and none if the file has no such part."""
         try:
             chunks = max(0, self.int32("the number of calls"))
         except ValueError:

@@ -14,7 +14,7 @@ and, since llama.cpp 0.6.0:
 
     imatrix.n_layer_nextn  u32, how many of the last blocks are an MTP/NextN head; absent for none
     imatrix.stats_schema   array of string, what the numbers of <weight>.stats are
-    <weight>.in_sum        F32 [n_in, n_mat]    sums of the activations; absent where not collected
+    <weight>.in_sum        F32 [n_in, n_mat]    sums of the activations; absent if not collected
     <weight>.stats         F32 [12]             statistics of the weight
 
 The statistics follow from the sums: whoever writes a file with signed sums computes them anew
@@ -28,13 +28,13 @@ The loader asks for keys and tensors by name, so it passes over the ones we add:
     imatrix.collector.n_ctx            u32
     imatrix.collector.dataset_digest   string
 
-and, where chunks were left out for a NaN or infinite activation, one element a chunk:
+and, if chunks were left out for a NaN or infinite activation, one element a chunk:
 
     imatrix.collector.left_out.chunks  array of u64, numbers in the text
     imatrix.collector.left_out.tokens  array of u64, where they start in the text
     imatrix.collector.left_out.weights array of string, what the activation reached
 
-and of the text, where it is known, one element a source in the arrays:
+and of the text, if it is known, one element a source in the arrays:
 
     imatrix.collector.tokens             u64, tokens that count
     imatrix.collector.packing            string, "stream" or "document"
@@ -134,8 +134,8 @@ def write(contents: Contents, path: str | os.PathLike[str]) -> None:
     """Write ``contents`` to ``path``, replacing a file there in one step.
 
     The file holds float32, the matrix float64 and int64. A count above 2^24 or a sum beyond
-    float32 has no exact place, so that weight is scaled down as a whole, such that sums / counts,
-    which is all that a quantizer uses, comes back within float32's precision.
+    float32 has no exact place, so that weight is scaled down as a whole. sums / counts, which is
+    all that a quantizer uses, then comes back within float32's precision.
 
     Raises:
         ValueError: the matrix is empty (llama.cpp refuses such a file), a weight's name is too
@@ -181,7 +181,7 @@ def write(contents: Contents, path: str | os.PathLike[str]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
-    """Read a matrix that this package or llama-imatrix wrote.
+    """Read what this package or llama-imatrix wrote.
 
     Sums may be F32 or F64 (llama.cpp itself reads F32 only). Like common/imatrix-loader.cpp it
     rounds counts to whole numbers, takes absent metadata as empty, and passes over tensors and
@@ -281,7 +281,7 @@ def _add_sources(writer: GGUFWriter, sources: tuple[TextSource, ...]) -> None:
 
 
 def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
-    """The chunks left out, from decoded keys; none where the keys are absent.
+    """The chunks left out, from decoded keys; none if the keys are absent.
 
     Raises:
         ValueError: the keys are of the wrong type, or of different lengths.
@@ -296,7 +296,7 @@ def left_out_from(fields: Mapping[str, Any]) -> tuple[LeftOut, ...]:
 
 
 def add_left_out(writer: GGUFWriter, left_out: tuple[LeftOut, ...]) -> None:
-    """Write the keys that left_out_from() reads; none of them where nothing was left out."""
+    """Write the keys that left_out_from() reads; none of them if nothing was left out."""
     if not left_out:
         return
     for key, kind, values in (
@@ -387,7 +387,7 @@ def _add_metadata(writer: GGUFWriter, contents: Contents) -> None:
 
 
 def _n_last(contents: Contents) -> int:
-    """How many of the last blocks are the head's; 0 where others come after them."""
+    """How many of the last blocks are the head's; 0 if others come after them."""
     head = contents.head_blocks
     return len(head) if head == _last_blocks(contents.entries, len(head)) else 0
 

@@ -78,7 +78,7 @@ def scaled_counts(name: str, entry: Entry) -> NDArray[np.int64]:
 
 
 def _factors(counts: NDArray[np.int64], scaled: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[n_counts] float64: what to multiply the sums by; 1.0 where the count is 0."""
+    """[n_counts] float64: what to multiply the sums by; 1.0 if the count is 0."""
     factors = np.ones(len(counts))
     np.divide(scaled, counts, out=factors, where=counts > 0)
     return factors

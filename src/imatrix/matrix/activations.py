@@ -107,9 +107,9 @@ def activation_statistics(matrix: ImportanceMatrix, *, exact: bool = False) -> M
 
 
 def _order(each: ActivationStatistics) -> tuple[float, bytes]:
-    """show_statistics sorts by block, weights outside them last and those of the output at the end,
-    then by name, that of the block left out where more than one item follows its number
-    (process_tensor_name)."""
+    """The order of show_statistics: by block, then by name. Weights outside the blocks come last, and
+    those of the output after them. The block is not a part of the name if more than one item
+    follows its number (process_tensor_name)."""
     block: float = math.inf
     if each.block is not None:
         block = each.block

@@ -25,7 +25,7 @@ class WeightComparison:
     What is compared is the importance, float64: per matrix of the weight (expert, slice of a 3-D
     weight; one for a plain weight) the vector of n_in means of the squared activations, a_e and
     b_e. A matrix without a row in either is left out: the 1.0 that stands for its means is not
-    data. The arrays have a value a matrix, NaN where there is none.
+    data. The arrays have a value for each matrix, NaN if there is none.
 
     Attributes:
         name: the weight.
@@ -38,10 +38,10 @@ class WeightComparison:
             are all zero, inf if only a is.
         rank_correlation: [n_mat] float64: Spearman's, the Pearson correlation of the ranks of the
             n_in means, ties given their average rank; in [-1, 1]. Every channel counts the same.
-            NaN where all means of a_e or b_e are equal, which leaves no ranks.
+            NaN if all means of a_e or of b_e are equal, which leaves no ranks.
         mean_distance: [n_mat] float64: |m_a - m_b| / |r_a|, between the means of the activations
             themselves (Entry.means), in units of a's root mean squares r_a = √a_e, since means of
-            both signs may all be near 0; inf if only r_a is zero everywhere. NaN where one of the
+            both signs may all be near 0; inf if only r_a is zero everywhere. NaN if one of the
             two has no signed sums.
         rows_a, rows_b: activation rows, those of all experts together.
         unseen_a, unseen_b: matrices without a row.
@@ -103,8 +103,8 @@ class WeightComparison:
         return self.unseen_a == self.unseen_b == self.n_mat - self.n_compared
 
     def within(self, tolerance: float) -> bool:
-        """Whether every matrix that has data in one has them in the other, no further than
-        `tolerance` away in relative L2."""
+        """Whether every matrix that has data in one has data in the other, no further away than
+        `tolerance` in relative L2."""
         return self.same_coverage and (self.worst_relative_l2 or 0.0) <= tolerance
 
 
@@ -148,7 +148,7 @@ class MatrixComparison:
         raise KeyError(name)
 
     def same(self, tolerance: float = 0.0) -> bool:
-        """Whether a quantizer is told the same by both: the same weights, the same experts with
+        """Whether a quantizer gets the same from both: the same weights, the same experts with
         data, and means no further apart than `tolerance`, as a relative L2 distance.
 
         Counts may differ: twice the text may give the same means. 1e-6 lets the float32 of files

@@ -22,7 +22,7 @@ def convert(
     """Read a matrix in either format and write it in either.
 
     Args:
-        src: GGUF or .dat, told by its contents.
+        src: GGUF or .dat, which its contents decide.
         dst: what to write; replaced in one step.
         format: "gguf" or "dat"; None: "dat" if dst ends so, else "gguf".
         chunk_size: tokens a chunk of a .dat file, see imatrix.formats.dat.read.
@@ -51,9 +51,9 @@ def merge(
 ) -> ImportanceMatrix:
     """The matrix that collecting all of them at once would have given, whatever their order.
 
-    As ImportanceMatrix.merge, in an order that the matrices themselves decide, so that the
-    metadata do not depend on it either: the largest chunk size counts, and the texts come in the
-    order of the matrices' chunk sizes, then of their names.
+    This is ImportanceMatrix.merge in an order that the matrices themselves decide, so that the
+    metadata do not depend on the order of the arguments: the largest chunk size counts, and the
+    texts come in the order of the matrices' chunk sizes, then of their names.
 
     Args:
         matrices: one or more, or the paths of files.

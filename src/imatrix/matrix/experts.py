@@ -150,7 +150,7 @@ class ExpertCoverage:
         n_experts: experts, those of all blocks together, the head's too.
         n_reached: experts with `wanted` rows or more.
         n_unseen: experts without a row.
-        wanted: rows that each shall have; 1 where nothing was said.
+        wanted: rows that each is to have; 1 if no number was given.
         thinnest: (block, expert, rows) of the expert with the fewest rows, as ("blk.3", 17, 40),
             the first of several.
     """
@@ -167,14 +167,14 @@ class ExpertCoverage:
         return self.n_reached == self.n_experts
 
     def tokens_needed(self, tokens: int) -> int | None:
-        """Tokens of the same kind of text that it would take for every expert to have the rows
-        that were wanted, were rows in proportion to tokens.
+        """Tokens of the same kind of text after which every expert would have the rows that were
+        wanted, if rows grow in proportion to tokens.
 
         Args:
             tokens: tokens that have been run.
 
         Returns:
-            Tokens in all; None where an expert saw none, so that there is no proportion.
+            Tokens in all; None if an expert saw no row, since there is no proportion then.
         """
         rows = self.thinnest[2]
         return None if rows == 0 else max(tokens, math.ceil(tokens * self.wanted / rows))
@@ -193,10 +193,10 @@ def coverage_of(counts: Mapping[str, NDArray[np.int64]], wanted: int) -> ExpertC
 
     Args:
         counts: [n_counts] by weight; weights with one count are no experts.
-        wanted: rows that each expert shall have.
+        wanted: rows that each expert is to have.
 
     Returns:
-        None where no weight has experts.
+        None if no weight has experts.
     """
     blocks = fewest_rows(
         (block, found) for name, found in counts.items() if (block := block_label(name)) is not None

@@ -114,7 +114,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
     @property
     def head_blocks(self) -> frozenset[int]:
         """Numbers of the blocks that are an MTP/NextN head: those with a `blk.N.nextn.*` entry,
-        and those that whoever made the matrix knew to be one."""
+        and those that were known to be one when the matrix was made."""
         return self._head_blocks
 
     @property
@@ -185,14 +185,14 @@ class ImportanceMatrix(Mapping[str, Entry]):
         is added with its one count for each expert, as llama-imatrix adds it.
 
         Signed sums of a weight are kept if all entries that saw rows of it have them. If one has
-        none the sum has none, as llama-imatrix does it: a mean over all rows cannot be had from
-        some of them. The property `without_signed_sums` tells which.
+        none, the sum has none, as in llama-imatrix: a mean over all rows cannot be computed from
+        some of them. The property `without_signed_sums` lists these weights.
 
         Dataset names are joined, each once. The chunk size is the first one known; chunks of
         another size are converted to it by their tokens, rounded to the nearest whole chunk.
-        Provenance keeps what all agree on; mtp is true if one of them has the head, left_out
-        lists the chunks of all, sources what each took from them, and the digest goes, since the sum is not the work of one stream
-        of tokens.
+        Provenance keeps what all agree on. mtp is true if one of them has the head, left_out lists
+        the chunks of all, and sources lists what each took from them. The digest is dropped, since
+        the sum is not the work of one stream of tokens.
 
         Raises:
             ValueError: the shapes of a weight do not fit together.
@@ -257,7 +257,7 @@ class ImportanceMatrix(Mapping[str, Entry]):
         """Read a file made by this package or by llama-imatrix, GGUF or the old .dat format.
 
         Args:
-            chunk_size: tokens a chunk of a .dat file, which does not tell; see
+            chunk_size: tokens a chunk of a .dat file, which does not hold them; see
                 imatrix.formats.dat.read.
 
         Raises:

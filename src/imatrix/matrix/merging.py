@@ -1,4 +1,4 @@
-"""TODO."""
+"""Sums of importance matrices: of entries, of numbers of chunks, and of what is known of their origin."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from numpy.typing import NDArray
 
 from imatrix.entries import Entry, Provenance, TextSource
 
+__all__ = ["add_entries", "chunks_of", "exact_sum", "merged_provenance"]
+
 _T = TypeVar("_T")
 
 
 def add_entries(name: str, parts: Sequence[Entry]) -> Entry:
-    """The sum of the entries of one weight, their spellings reconciled."""
+    """The sum of the entries of one weight, whose shapes may differ in spelling, see
+    ImportanceMatrix.merge.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
     if len(parts) == 1:
         return parts[0]
     spelling = _common_spelling(parts)
     if spelling is None:
         spellings = dict.fromkeys((tuple(part.sums.shape), part.n_counts) for part in parts)
-        told = " and ".join(f"sums {list(shape)} with {n} counts" for shape, n in spellings)
-        raise ValueError(f"{name!r}: cannot merge {told}; are the matrices from the same model?")
+        shown = " and ".join(f"sums {list(shape)} with {n} counts" for shape, n in spellings)
+        raise ValueError(f"{name!r}: cannot merge {shown}; are the matrices from the same model?")
     shape, n_counts = spelling
     counts = np.zeros(n_counts, np.int64)
     for part in parts:
@@ -57,9 +64,9 @@ def _common_spelling(parts: Sequence[Entry]) -> tuple[tuple[int, int], int] | No
 def exact_sum(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """The sum of arrays of one shape, element by element, exact but for one rounding at the end.
 
-    So it does not depend on their order. Sums and their rounding errors are added separately,
-    each by Knuth's two-sum (The Art of Computer Programming 2, 4.2.2), whose error is exact; only
-    where the sum of the errors was itself rounded is math.fsum needed.
+    The result does not depend on their order. Sums and their rounding errors are added separately,
+    each by Knuth's two-sum (The Art of Computer Programming 2, 4.2.2), whose error is exact.
+    math.fsum is needed only if the sum of the errors was rounded itself.
     """
     total = parts[0]
     if len(parts) == 2:
@@ -104,6 +111,7 @@ def chunks_of(parts: Sequence[tuple[int, int]], chunk_size: int) -> int:
 
 
 def merged_provenance(parts: Sequence[Provenance]) -> Provenance:
+    """What is known of the origin of a sum, see ImportanceMatrix.merge."""
     mtp = [part.mtp for part in parts]
     return Provenance(
         collector=_agreed([part.collector for part in parts]),
@@ -120,6 +128,7 @@ def merged_provenance(parts: Sequence[Provenance]) -> Provenance:
 
 
 def _total(values: Sequence[int | None]) -> int | None:
+    """The sum; None if one of the values is not known."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
@@ -143,4 +152,5 @@ def _merged_sources(sources: Sequence[TextSource]) -> tuple[TextSource, ...]:
 
 
 def _agreed(values: Sequence[_T | None]) -> _T | None:
+    """The value that all have; None if they differ."""
     return values[0] if all(value == values[0] for value in values) else None

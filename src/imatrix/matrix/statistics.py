@@ -136,11 +136,11 @@ class Statistics:
 def statistics(matrix: ImportanceMatrix, *, exact: bool = False) -> Statistics:
     """The figures that llama-imatrix prints for a file (--show-statistics), and some more.
 
-    They equal its own in all digits it prints, but for two things. It compares a weight with the
-    one of the block before whatever their sizes, reading past the end of the shorter one; here
-    there is no cosine similarity between different sizes (0, and no `previous`). And it passes
-    over weights of a .dat file that have no calls, whose values ImportanceMatrix.load takes as
-    means. A build of llama-imatrix whose compiler fuses multiplications with additions (ARM)
+    They equal its own in all digits that it prints, with two exceptions. It compares a weight
+    with the one of the block before even if their sizes differ, and reads past the end of the
+    shorter one; here there is no cosine similarity between different sizes (0, and no
+    `previous`). And it passes over weights of a .dat file that have no calls, whose values
+    ImportanceMatrix.load takes as means. A build of llama-imatrix whose compiler fuses multiplications with additions (ARM)
     rounds less often than the one on x86-64 that this follows.
 
     Args:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""An importance matrix at a glance: figures by weight or kind of weight, and facts in a line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from imatrix.matrix.experts import experts
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.tensors import name_in_block
 from imatrix.words import few, plural
+
+__all__ = [
+    "Line",
+    "as_data",
+    "describe_left_out",
+    "describe_sources",
+    "describe_unused",
+    "describe_weights",
+    "lines",
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def describe_weights(matrix: ImportanceMatrix) -> str:
 
 
 def as_data(matrix: ImportanceMatrix, file: str, form: Format = "gguf") -> dict[str, Any]:
-    """Everything `render` shows, and every weight, for `--json`."""
+    """What `imatrix show --json` prints: the facts, and every weight."""
     head = set(matrix.head)
     found = experts(matrix)
     provenance = matrix.provenance

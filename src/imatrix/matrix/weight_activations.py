@@ -124,11 +124,12 @@ def _percent(share: float) -> np.float32:
 def of_weights(
     entries: Mapping[str, Entry], head_blocks: Collection[int], exact: bool
 ) -> list[ActivationStatistics]:
-    """Of the weights that saw rows, in the order of the entries, each compared with an earlier one."""
+    """Statistics of the weights that saw rows, in the order of the entries, each compared with an
+    earlier weight."""
     start = min(head_blocks, default=None)
 
     def data(name: str) -> _Data:
-        # each time anew: all of them together are as large as a file
+        # made anew each time, since all of them together are as large as a file
         return _data(name, entries[name], exact)
 
     found = {
@@ -155,7 +156,7 @@ class _Data:
     signed: NDArray[Any] | None
 
     def means(self, use_signed: bool) -> NDArray[Any]:
-        """[n_mat, n_in]: of the activations, or of their squares; NaN where no row was seen."""
+        """[n_mat, n_in]: of the activations, or of their squares; NaN if no row was seen."""
         source = self.signed if use_signed else self.sums
         assert source is not None
         scale = np.full(len(self.counts), np.nan, source.dtype)
@@ -261,7 +262,7 @@ class _Pair:
     co: float
     variation: float
     variation_before: float
-    # (total, elements) of both; None where the earlier one has hardly any
+    # (total, elements) of both; None if the earlier one has hardly any
     energy: tuple[float, int, float, int] | None
 
 
@@ -355,7 +356,7 @@ def _root_ratio(total: float, n: int, total_before: float, n_before: int) -> flo
 
 
 def _cosine(product: float, a: float, b: float) -> float:
-    """product / √(a b), in [-1, 1]; 0 where one of a and b is 0, no number where both are."""
+    """product / √(a b), in [-1, 1]; 0 if one of a and b is 0, NaN if both are."""
     if a > 0 and b > 0:
         return min(1.0, max(-1.0, product / (math.sqrt(a) * math.sqrt(b))))
     return math.nan if a == b else 0.0

@@ -69,9 +69,9 @@ class WeightStatistics:
         zd: share of activations more than one standard deviation above the mean, in [0, 1];
             column "ZD" (z-score distribution) in percent.
         cossim: cosine similarity of the sums (not divided by the counts) with those of `previous`;
-            0 where there is none, NaN where either is zero everywhere.
+            0 if there is none, NaN if either is zero everywhere.
         previous: the weight of the same name in the block before, the head's first block
-            following on the trunk's last. None where that block has no such weight, or one of
+            following on the trunk's last. None if that block has no such weight, or one of
             another size.
     """
 
