@@ -9,9 +9,13 @@ matrix.save("imatrix.gguf")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+import importlib.util
+from typing import Any
 
-from imatrix._version import __version__
+from imatrix._version import (
+    __version__,
+)
 from imatrix.errors import (
     CheckpointError,
     ClusterError,
@@ -24,55 +28,90 @@ from imatrix.errors import (
     RowsMissingError,
     TemplateError,
 )
-from imatrix.formats import FormatError
-from imatrix.matrix import Entry, ImportanceMatrix, LeftOut, Provenance, TextSource
-from imatrix.text.chats import ChatOptions
-from imatrix.text.documents import Chat
-from imatrix.text.mixtures import Mixture
-from imatrix.text.sources import Source
-from imatrix.text.template import ChatTemplate
+from imatrix.formats import (
+    FormatError,
+)
+from imatrix.matrix import (
+    Entry,
+    ImportanceMatrix,
+    LeftOut,
+    Provenance,
+    TextSource,
+)
+from imatrix.text.chats import (
+    ChatOptions,
+)
+from imatrix.text.documents import (
+    Chat,
+)
+from imatrix.text.mixtures import (
+    Mixture,
+)
+from imatrix.text.sources import (
+    Source,
+)
+from imatrix.text.template import (
+    ChatTemplate,
+)
 
-if TYPE_CHECKING:
-    from imatrix.cluster import Cluster, ClusterUse
-    from imatrix.collect.collector import Collector
-    from imatrix.engine.devices import Backends, Device, add_rpc_server, backends
-    from imatrix.engine.plan import Plan
-    from imatrix.evaluation import (
-        Comparison,
-        Difference,
-        Estimate,
-        Evaluation,
-        Predictions,
-        evaluate,
-    )
-    from imatrix.heads.drop import DropReport, drop_mtp
-    from imatrix.heads.extract import ExtractReport, extract_mtp
-    from imatrix.heads.graft import GraftReport, graft_mtp
-    from imatrix.matrix.activations import (
-        LayerActivations,
-        MatrixActivations,
-        activation_statistics,
-    )
-    from imatrix.matrix.comparison import MatrixComparison, WeightComparison, compare_matrices
-    from imatrix.matrix.conversion import convert, merge
-    from imatrix.matrix.experts import ExpertCoverage
-    from imatrix.matrix.statistics import (
-        LayerStatistics,
-        PartStatistics,
-        Statistics,
-        expert_statistics,
-        statistics,
-    )
-    from imatrix.matrix.weight_activations import ActivationStatistics
-    from imatrix.matrix.weight_statistics import ExpertStatistics, WeightStatistics
-    from imatrix.model.header import ModelFile
-    from imatrix.quantization.adaptation import Adapted, Placed, adapt
-    from imatrix.quantization.coverage import Coverage, coverage
-    from imatrix.quantization.quantizer import Quantized, quantize
-    from imatrix.quantization.rules import RuleUse
-    from imatrix.quantization.verdicts import TensorCoverage
-    from imatrix.report.page import report_page
-    from imatrix.text.progress import Perplexity, Progress, Report
+# No module directly in imatrix may bear the name of a function here: importing it would replace the
+# function.
+#
+# What is imported on first use, for a short start, and so that a matrix made elsewhere can be read,
+# merged and shown in a tree without the native modules. Types are in __init__.pyi.
+_MODULES = {
+    "Cluster": "cluster",
+    "ClusterUse": "cluster",
+    "Collector": "collect.collector",
+    "Backends": "engine.devices",
+    "Device": "engine.devices",
+    "add_rpc_server": "engine.devices",
+    "backends": "engine.devices",
+    "Plan": "engine.plan",
+    "Comparison": "evaluation",
+    "Difference": "evaluation",
+    "Estimate": "evaluation",
+    "Evaluation": "evaluation",
+    "Predictions": "evaluation",
+    "evaluate": "evaluation",
+    "DropReport": "heads.drop",
+    "drop_mtp": "heads.drop",
+    "ExtractReport": "heads.extract",
+    "extract_mtp": "heads.extract",
+    "GraftReport": "heads.graft",
+    "graft_mtp": "heads.graft",
+    "LayerActivations": "matrix.activations",
+    "MatrixActivations": "matrix.activations",
+    "activation_statistics": "matrix.activations",
+    "MatrixComparison": "matrix.comparison",
+    "WeightComparison": "matrix.comparison",
+    "compare_matrices": "matrix.comparison",
+    "convert": "matrix.conversion",
+    "merge": "matrix.conversion",
+    "ExpertCoverage": "matrix.experts",
+    "LayerStatistics": "matrix.statistics",
+    "PartStatistics": "matrix.statistics",
+    "Statistics": "matrix.statistics",
+    "expert_statistics": "matrix.statistics",
+    "statistics": "matrix.statistics",
+    "ActivationStatistics": "matrix.weight_activations",
+    "ExpertStatistics": "matrix.weight_statistics",
+    "WeightStatistics": "matrix.weight_statistics",
+    "ModelFile": "model.header",
+    "Adapted": "quantization.adaptation",
+    "Placed": "quantization.adaptation",
+    "adapt": "quantization.adaptation",
+    "Coverage": "quantization.coverage",
+    "coverage": "quantization.coverage",
+    "Quantized": "quantization.quantizer",
+    "quantize": "quantization.quantizer",
+    "RuleUse": "quantization.rules",
+    "TensorCoverage": "quantization.verdicts",
+    "report_page": "report.page",
+    "Perplexity": "text.progress",
+    "Progress": "text.progress",
+    "Report": "text.progress",
+}
 
 __all__ = [
     "ActivationStatistics",
@@ -150,85 +189,21 @@ __all__ = [
     "statistics",
 ]
 
-# A module must not bear the name of a function here: importing it would replace the function.
-# What needs the native modules is imported on first use, so that a matrix made elsewhere can
-# be read, merged and shown where the engine was never built.
-_NATIVE = {
-    "Adapted": "quantization.adaptation",
-    "Placed": "quantization.adaptation",
-    "adapt": "quantization.adaptation",
-    "Backends": "engine.devices",
-    "Device": "engine.devices",
-    "add_rpc_server": "engine.devices",
-    "backends": "engine.devices",
-    "Collector": "collect.collector",
-    "Perplexity": "text.progress",
-    "Plan": "engine.plan",
-    "Progress": "text.progress",
-    "Comparison": "evaluation",
-    "Difference": "evaluation",
-    "Estimate": "evaluation",
-    "Evaluation": "evaluation",
-    "Predictions": "evaluation",
-    "evaluate": "evaluation",
-    "ModelFile": "model.header",
-    "DropReport": "heads.drop",
-    "ExtractReport": "heads.extract",
-    "GraftReport": "heads.graft",
-    "drop_mtp": "heads.drop",
-    "extract_mtp": "heads.extract",
-    "graft_mtp": "heads.graft",
-    "Coverage": "quantization.coverage",
-    "TensorCoverage": "quantization.verdicts",
-    "coverage": "quantization.coverage",
-    "ExpertCoverage": "matrix.experts",
-    "Report": "text.progress",
-    "Quantized": "quantization.quantizer",
-    "quantize": "quantization.quantizer",
-    "RuleUse": "quantization.rules",
-}
-# Plain Python, imported on first use for the sake of a short start.
-_LAZY = {
-    "Cluster": "cluster",
-    "ClusterUse": "cluster",
-    "MatrixComparison": "matrix.comparison",
-    "WeightComparison": "matrix.comparison",
-    "compare_matrices": "matrix.comparison",
-    "convert": "matrix.conversion",
-    "merge": "matrix.conversion",
-    "report_page": "report.page",
-    "ActivationStatistics": "matrix.weight_activations",
-    "LayerActivations": "matrix.activations",
-    "MatrixActivations": "matrix.activations",
-    "activation_statistics": "matrix.activations",
-    "ExpertStatistics": "matrix.weight_statistics",
-    "LayerStatistics": "matrix.statistics",
-    "PartStatistics": "matrix.statistics",
-    "Statistics": "matrix.statistics",
-    "WeightStatistics": "matrix.weight_statistics",
-    "expert_statistics": "matrix.statistics",
-    "statistics": "matrix.statistics",
-}
-
 
 def __getattr__(name: str) -> Any:
-    sources = _NATIVE if name in _NATIVE else _LAZY
-    if name not in sources:
+    if name not in _MODULES:
         raise AttributeError(f"module 'imatrix' has no attribute {name!r}")
-    import importlib
-    import importlib.util
-
-    if sources is _NATIVE and importlib.util.find_spec("imatrix.native.engine") is None:
+    try:
+        module = importlib.import_module(f"imatrix.{_MODULES[name]}")
+    except ImportError as error:
+        if importlib.util.find_spec("imatrix.native.engine") is not None:
+            raise
         raise ImportError(
             f"imatrix.{name} needs the native part, which is not built here. "
             "Run `pip install .` in the source tree (or `make dev` to work on it)."
-        )
-    module = importlib.import_module(f"imatrix.{sources[name]}")
-    # all that it offers: the import has set imatrix.backends to the module, not the function
-    for each, source in sources.items():
-        if source == sources[name]:
-            globals()[each] = getattr(module, each)
-    return globals()[name]
+        ) from error
+    globals()[name] = found = getattr(module, name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1012,7 +1012,7 @@ def test_quantize_refused(model: Path, head_matrix: Path, run: Run, tmp_path: Pa
 def test_quantize_interrupted(
     model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from imatrix.cli.terminal import StepProgress
+    from imatrix.cli.progress import StepProgress
 
     def interrupt(self: StepProgress, done: int, total: int) -> None:
         raise KeyboardInterrupt

@@ -102,7 +102,7 @@ def test_bash_completes(
 
 def test_every_file_argument_is_found() -> None:
     """What takes plain text is a file, or is known to be something else."""
-    from imatrix.cli.commands.completion import _NO_FILES
+    from imatrix.cli.commands.completion import NO_FILES
 
     def dests(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:
@@ -112,7 +112,7 @@ def test_every_file_argument_is_found() -> None:
             else:
                 yield action.dest
 
-    assert set(dests(build_parser())) >= _NO_FILES  # no name there is out of date
+    assert set(dests(build_parser())) >= NO_FILES  # no name there is out of date
 
 
 def test_without_the_library(

@@ -21,8 +21,11 @@ from helpers.running import Run
 
 from imatrix import cli
 from imatrix.cli import program
+from imatrix.cli.data import DataOut
+from imatrix.cli.logs import show_logs
 from imatrix.cli.program import build_parser
-from imatrix.cli.terminal import CollectProgress, DataOut, StepProgress, Terminal, Text
+from imatrix.cli.progress import CollectProgress, StepProgress
+from imatrix.cli.terminal import Terminal, Text
 from imatrix.entries import Entry, LeftOut, Provenance, TextSource
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.words import printable
@@ -324,7 +327,7 @@ def test_logs_warnings_bars_and_tracebacks(
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []  # as in a program of its own
     try:
-        with terminal.listening():
+        with show_logs(terminal):
             logging.getLogger("imatrix.engine").info("%s", MARKUP)
             logging.getLogger("imatrix").warning("%s", MARKUP)
             library = logging.getLogger("another.library")

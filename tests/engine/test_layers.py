@@ -18,8 +18,8 @@ from helpers.running import Forged, RpcServer
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix
-from imatrix.cli.flags.common import gpu_layers
 from imatrix.cli.flags.placement import describe_layers
+from imatrix.cli.flags.values import gpu_layers
 from imatrix.engine.layers import MARGIN, choose, sums_size
 from imatrix.engine.placement import on_cpu
 from imatrix.engine.settings import ALL, Layers

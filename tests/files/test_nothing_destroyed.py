@@ -20,9 +20,8 @@ from helpers.running import Run
 
 import imatrix
 from imatrix import Collector, Mixture, Source
-from imatrix.cli import outputs
-from imatrix.cli.commands.completion import _NO_FILES, _is_file
-from imatrix.cli.program import build_parser
+from imatrix.cli.commands.completion import may_be_file
+from imatrix.cli.program import COMMANDS, build_parser
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
 
@@ -337,9 +336,10 @@ def test_standard_input_that_is_the_output(
 
 def test_the_demo_writes_over_none_of_its_own_files(tmp_path: Path, run: Run) -> None:
     from imatrix import demo
+    from imatrix.cli.commands.demo import FILES
 
     model = hashlib.sha256(demo.MODEL.read_bytes()).hexdigest()
-    for name in demo.FILES:
+    for name in FILES:
         (tmp_path / name).symlink_to(demo.MODEL)
         done = run("demo", "--dir", tmp_path)
         assert done.status == 2
@@ -437,9 +437,9 @@ def test_every_argument_that_may_be_a_file_is_declared() -> None:
     commands = set()
     for command, action in _arguments():
         commands.add(command)
-        if action.choices or not _is_file(action) or action.dest in {*_NO_FILES, *values}:
+        if not may_be_file(action) or action.dest in values:
             continue
-        known = outputs.COMMANDS[command]
+        known = COMMANDS[command].files
         declared = {*known.models, *known.texts, *known.files}
         assert (action.dest in declared) != (action.dest in written), (command, action.dest)
-    assert commands == set(outputs.COMMANDS)
+    assert commands == set(COMMANDS)

@@ -16,7 +16,7 @@ from helpers.running import EngineTool, Run
 
 import imatrix
 from imatrix import Collector, Mixture, Source
-from imatrix.cli.terminal import DataOut
+from imatrix.cli.data import DataOut
 from imatrix.entries import Entry, Provenance, TextSource
 from imatrix.files.names import cut, decoded, encoded
 from imatrix.formats import checkpoint

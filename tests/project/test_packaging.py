@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
         f"native/quantizer{suffix}",
         "native/engine.pyi",
         "native/quantizer.pyi",
+        "__init__.pyi",
         "py.typed",
         "data/calibration.txt",
         "data/LICENSE-python.txt",

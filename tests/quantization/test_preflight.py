@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import subprocess
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,8 @@ from imatrix import (
     cli,
 )
 from imatrix import quantize as quantize_model
-from imatrix.cli.commands import check as _check_cli
+from imatrix.cli.commands.check import COMMAND as CHECK
+from imatrix.cli.program import build_parser
 from imatrix.cli.terminal import Terminal
 from imatrix.entries import THIN
 from imatrix.quantization.coverage import Coverage, coverage
@@ -716,11 +716,8 @@ def test_the_log_is_left_alone(hollow: Forged, caplog: pytest.LogCaptureFixture)
 
 
 def check(*arguments: str | os.PathLike[str]) -> int:
-    parser = ArgumentParser()
-    _check_cli.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["check", *map(os.fspath, arguments)])
-    status: int = args.run(args, Terminal())
-    return status
+    args = build_parser().parse_args(["check", *map(os.fspath, arguments)])
+    return CHECK.run(args, Terminal())
 
 
 def test_command(hollow: Forged, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""The command line."""
+"""The command line: `imatrix COMMAND`.
+
+program has the table of the commands, commands/ a module for each, flags/ what several share.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The `imatrix` command; its subcommands are those of `_COMMANDS`.
+"""The `imatrix` command; its subcommands are those of `COMMANDS`.
 
 It takes llama-imatrix's flags (tools/imatrix/imatrix.cpp and common/arg.cpp in llama.cpp) and
 does nothing that `import imatrix` does not offer.
 
 Messages and progress go to stderr, data to stdout. Exit status: 0 done, 1 it failed, 2 wrong
-usage or bad input, 130 interrupted (SIGINT, Ctrl-C), 143 terminated (SIGTERM). `collect` saves
-what there is on either; a second signal ends it at once.
+usage or bad input, 130 interrupted (SIGINT, Ctrl-C), 143 terminated (SIGTERM). On either signal
+`collect` saves what there is; a second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -14,41 +14,63 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import imatrix
+from imatrix.cli.command import Command
 from imatrix.cli.commands import (
     adapt,
     check,
+    collect,
     completion,
     convert,
+    demo,
     diff,
+    drop_mtp,
     evaluate,
+    extract_mtp,
+    graft_mtp,
+    merge,
     plot,
+    quantize,
     report,
+    show,
     stats,
 )
-from imatrix.cli.commands.collect import add_collect
-from imatrix.cli.commands.demo import add_demo
-from imatrix.cli.commands.heads import add_mtp_files
-from imatrix.cli.commands.quantize import add_quantize
-from imatrix.cli.commands.show import add_show
-from imatrix.cli.commands.version import show_version
 from imatrix.cli.flags import hub
-from imatrix.cli.flags.common import Commands, Parser
+from imatrix.cli.flags.common import Parser
+from imatrix.cli.logs import show_logs
 from imatrix.cli.outputs import check_command
-from imatrix.cli.signals import (
-    FAILED,
-    INTERRUPTED,
-    TERMINATED,
-    USAGE,
-    Stopped,
-    Terminated,
-    describe_error,
-)
+from imatrix.cli.signals import Terminated
+from imatrix.cli.status import FAILED, INTERRUPTED, TERMINATED, USAGE, Stopped, describe_error
 from imatrix.cli.terminal import Terminal
+from imatrix.cli.version import show_version
 
-__all__ = ["entry", "main"]
+__all__ = ["COMMANDS", "build_parser", "entry", "main"]
+
+COMMANDS: Mapping[str, Command] = {
+    command.name: command
+    for command in (
+        collect.COMMAND,
+        check.COMMAND,
+        show.COMMAND,
+        stats.COMMAND,
+        plot.COMMAND,
+        report.COMMAND,
+        convert.COMMAND,
+        merge.COMMAND,
+        diff.COMMAND,
+        adapt.COMMAND,
+        quantize.COMMAND,
+        evaluate.COMMAND,
+        extract_mtp.COMMAND,
+        graft_mtp.COMMAND,
+        drop_mtp.COMMAND,
+        demo.COMMAND,
+        completion.COMMAND,
+    )
+}
+"""The commands by their names, in the order of the help."""
 
 
 def entry() -> None:
@@ -56,7 +78,7 @@ def entry() -> None:
     try:
         status = main()
     except Exception:
-        # a defect of ours; its message may have text from a file all the same
+        # a defect of this program; its message may have text from a file all the same
         Terminal().traceback(traceback.format_exc())
         status = FAILED
     sys.exit(status)
@@ -74,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     try:
         args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has told the user
+    except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else USAGE
     terminal = Terminal(verbose=getattr(args, "verbose", False))
     if args.version:
@@ -82,18 +104,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return USAGE
-    with terminal.listening():
-        return _run(args.run, args, terminal)
+    args.parser = parser  # for `completion`, which writes a script of all of it
+    with show_logs(terminal):
+        return _run(COMMANDS[args.command], args, terminal)
 
 
-def _run(
-    command: Callable[[argparse.Namespace, Terminal], int],
-    args: argparse.Namespace,
-    terminal: Terminal,
-) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog="imatrix",
+        description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--version", action="store_true", help="this build: engine, backends, devices"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=hub.Parser)
+    for command in COMMANDS.values():
+        command.add_parser(commands)
+    return parser
+
+
+def _run(command: Command, args: argparse.Namespace, terminal: Terminal) -> int:
     try:
-        check_command(args)
-        return command(args, terminal)
+        check_command(command.files, args)
+        return command.run(args, terminal)
     except Terminated:
         terminal.error("terminated")
         return TERMINATED
@@ -130,40 +165,3 @@ def _status(error: Exception) -> int:
         PermissionError,
     )
     return USAGE if isinstance(error, bad_input) else FAILED
-
-
-# --- arguments ---------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="imatrix",
-        description="Importance matrices for low-bit GGUF quantization, MTP heads included.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--version", action="store_true", help="this build: engine, backends, devices"
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=hub.Parser)
-    for add_parser in _COMMANDS:
-        add_parser(commands)
-    return parser
-
-
-# in the order of the help
-_COMMANDS: tuple[Callable[[Commands], None], ...] = (
-    add_collect,
-    check.add_parser,
-    add_show,
-    stats.add_parser,
-    plot.add_parser,
-    report.add_parser,
-    convert.add_parser,
-    diff.add_parser,
-    adapt.add_parser,
-    add_quantize,
-    evaluate.add_parser,
-    add_mtp_files,
-    add_demo,
-    completion.add_parser,
-)

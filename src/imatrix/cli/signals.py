@@ -1,4 +1,4 @@
-"""TODO."""
+"""SIGINT and SIGTERM as exceptions, so that a run can save what it has before it ends."""
 
 from __future__ import annotations
 
@@ -8,37 +8,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from imatrix.cli.status import INTERRUPTED, TERMINATED
 from imatrix.cli.terminal import Terminal
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-TERMINATED = 143
+__all__ = ["Terminated", "catch_signals"]
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; treated as Ctrl-C is."""
-
-
-class Stopped(Exception):
-    """The command cannot go on. The message is for the user, the status for the shell."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def describe_error(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}" if str(error) else "out of memory"
-    return str(error) or type(error).__name__
+    """SIGTERM came; it is treated as Ctrl-C is."""
 
 
 @contextmanager
-def signals(terminal: Terminal) -> Iterator[None]:
+def catch_signals(terminal: Terminal) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends the run in good order, the second one at once.
 
-    Signals that were ignored stay so, as under nohup.
+    A signal that was ignored stays ignored, as under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""The page that pictures are drawn on: matplotlib's settings, places in inches, scales, texts."""
+"""The page that a picture is drawn on, with places in inches, and matplotlib's settings."""
 
 from __future__ import annotations
 
@@ -6,46 +6,33 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from imatrix.pictures.looks import LOOKS, Style
+from imatrix.pictures.texts import SMALL, TEXT, TITLE, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
-    "LOOKS",
+    "LEAST_PLOT",
     "MARGIN",
-    "SMALL",
-    "TEXT",
-    "TITLE",
-    "Look",
+    "WIDE",
     "Page",
-    "Style",
-    "clean",
     "drawing",
-    "fitted",
-    "labels_width",
-    "percent",
-    "width_of",
     "within",
-    "wrapped",
 ]
 
-Style = Literal["light", "dark"]
-
-# Inches. Text sizes are points, 72 an inch.
+# inches
 WIDE = 8.0  # panels stand side by side from this width on
 MARGIN = 0.14
-
-
-TITLE, TEXT, SMALL = 12.0, 9.0, 8.0
-
+LEAST_PLOT = 1.2  # width of a plot, however wide the labels are
 
 _LOCK = threading.RLock()
 
 
-# what of matplotlib's settings may show in a picture
+# groups of matplotlib's settings that may show in a picture
 _GROUPS = [
     "axes",
     "font",
@@ -70,8 +57,8 @@ _GROUPS = [
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """matplotlib with its defaults instead of the user's settings, which belong to the process:
-    hence one at a time."""
+    """matplotlib with its defaults instead of the user's settings. Settings belong to the process,
+    so that one thread at a time draws."""
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -85,7 +72,7 @@ def drawing() -> Iterator[None]:
         "text.parse_math": False,  # a weight's name is not a formula
         "hatch.linewidth": 0.7,
         "font.size": TEXT,
-        # the first comes with matplotlib; the others are for a browser that has it not
+        # the first comes with matplotlib; the others are for a browser that lacks it
         "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
     }
     with _LOCK, mpl.rc_context(ours), warnings.catch_warnings():
@@ -96,51 +83,6 @@ def drawing() -> Iterator[None]:
 
 def _shows(key: str) -> bool:
     return key.split(".")[0] in _GROUPS and key != "figure.hooks"
-
-
-@dataclass(frozen=True)
-class Look:
-    """Colours. Those of the lines are of Okabe and Ito's set, which colour-blind people tell
-    apart (jfly.uni-koeln.de/color), the vermilion darker on white, for text."""
-
-    paper: str
-    ink: str
-    muted: str
-    frame: str
-    absent: str
-    first: str
-    second: str
-    line: str
-    colours: str
-    diverging: tuple[str, ...]
-
-
-LOOKS = {
-    "light": Look(
-        paper="#ffffff",
-        ink="#1a1d21",
-        muted="#555c64",
-        frame="#aab1b9",
-        absent="#d8dce1",
-        first="#0072b2",
-        second="#b34700",
-        line="#0072b2",
-        colours="viridis",
-        diverging=("#08519c", "#6baed6", "#fafafa", "#f4a261", "#b35806"),
-    ),
-    "dark": Look(
-        paper="#14171c",
-        ink="#eceff2",
-        muted="#a9b0b9",
-        frame="#505862",
-        absent="#2a2f36",
-        first="#56b4e9",
-        second="#e69f00",
-        line="#56b4e9",
-        colours="viridis",
-        diverging=("#8fd0ff", "#3f8ac6", "#5d6570", "#c98332", "#ffc078"),
-    ),
-}
 
 
 class Page:
@@ -163,6 +105,7 @@ class Page:
 
     @property
     def figure(self) -> Figure:
+        """The figure; not before `finish` has made it."""
         assert self._figure is not None, "the page is not finished"
         return self._figure
 
@@ -173,14 +116,16 @@ class Page:
         return top
 
     def add(self, step: Callable[[], object]) -> None:
-        """Something to draw once there is a figure."""
+        """Note a step that draws something once there is a figure."""
         self._steps.append(step)
 
     def line(self, text: str, size: float, height: float, **how: Any) -> None:
+        """A line of text, the next from the top."""
         top = self.take(height)
         self.add(lambda: self.text(MARGIN, top, text, size, **how))
 
     def finish(self) -> Figure:
+        """Make the figure, as high as it needs to be, and draw everything on it."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -224,7 +169,7 @@ class Page:
             label=label,
             facecolor=self.look.absent,
         )
-        # said here, for ticks are made when they are drawn, by then with the user's settings
+        # set here, since ticks are made when they are drawn, by then with the user's settings
         axes.tick_params(
             which="both",
             labelsize=SMALL,
@@ -240,60 +185,6 @@ class Page:
         return axes
 
 
-def percent(share: float) -> str:
-    """A share in [0, 1] in two digits; ">99.9 %" if it is nearly all, "<0.01 %" if it is hardly any."""
-    value = 100 * share
-    if value >= 99.95:
-        return "100 %" if share == 1 else ">99.9 %"
-    if value < 0.01:
-        return "<0.01 %"
-    return f"{value:.0f} %" if value >= 9.95 else f"{value:#.2g} %"
-
-
 def within(value: float, low: float, high: float) -> float:
+    """The value, or the limit that it is beyond."""
     return min(max(value, low), high)
-
-
-def clean(text: str, most: int = 400) -> str:
-    """A text from a file as it may be shown: nothing that XML forbids, and not without end."""
-    text = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
-
-
-def width_of(text: str, size: float, *, bold: bool = False) -> float:
-    """Inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font = FontProperties(size=size, weight="bold" if bold else "normal")
-    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    # Agg rounds each letter to whole pixels: at 100 an inch, a twentieth more in all
-    return 1.06 * float(width) / 72
-
-
-def labels_width(labels: Sequence[str]) -> float:
-    """Room for labels left of an axes, in inches."""
-    return max(width_of(clean(label, 34), SMALL) for label in labels) + 0.12
-
-
-def fitted(text: str, room: float, size: float, *, bold: bool = False) -> str:
-    """Shortened in the middle until it fits."""
-    text = clean(text)
-    most = len(text)
-    while most > 5 and width_of(text, size, bold=bold) > room:
-        most -= 1
-        text = clean(text, most) if len(text) > most else text
-    return text
-
-
-def wrapped(text: str, room: float, size: float, *, bold: bool = False) -> list[str]:
-    """Lines that fit; "" gives none."""
-    lines: list[str] = []
-    for word in clean(text).split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and width_of(longer, size, bold=bold) <= room:
-            lines[-1] = longer
-        else:
-            lines.append(fitted(word, room, size, bold=bold))
-    return lines

@@ -1,43 +1,103 @@
-"""TODO."""
+"""`channels`: the mean squared activation of each channel, in their order and sorted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.entries import Entry
+from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.pictures.arguments import check_matrix, describe_matrix, find_weight
 from imatrix.pictures.heatmaps import row_ticks
+from imatrix.pictures.looks import Style
 from imatrix.pictures.numbers import Profile, heaviest_count, profile
-from imatrix.pictures.page import (
-    MARGIN,
-    SMALL,
-    TEXT,
-    WIDE,
-    Page,
-    Style,
-    clean,
-    fitted,
-    percent,
-    within,
-    wrapped,
-)
+from imatrix.pictures.page import MARGIN, WIDE, Page, drawing, within
 from imatrix.pictures.scales import add_scale, log_scale, number_ticks
+from imatrix.pictures.texts import SMALL, TEXT, clean, fitted, percent, wrapped
 from imatrix.words import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+__all__ = [
+    "channels",
+]
+
+_MOST_WEIGHTS = 16
 # Channels that are drawn each by itself; of more, neighbours share a column.
 _MOST_COLUMNS = 800
 
 
-# --- channels ----------------------------------------------------------------
+def channels(
+    matrix: ImportanceMatrix,
+    weights: str | Sequence[str],
+    *,
+    expert: int | Literal["pooled", "each"] = "pooled",
+    heaviest: int = 5,
+    name: str = "",
+    style: Style = "light",
+    width: float | None = None,
+) -> Figure:
+    """Profiles: mean squared activation by channel, in their order and sorted.
+
+    The heaviest channels are named by their number, from 0, and their share of the sum over all
+    channels. Of more than 800 channels neighbours share a column: from their least to their
+    largest.
+
+    Args:
+        weights: names of one weight or of up to 16; `.weight` may be left out.
+        expert: of a weight with several matrices (experts), "pooled" for all together (sums over
+            rows, so that an expert weighs as much as the rows it saw), the number of one, or
+            "each" for a map of experts against channels, where of more than 800 channels the
+            largest of neighbours is shown. Weights of one matrix have nothing to choose.
+        heaviest: how many channels to name, 0 to 20; fewer if there is no room for them.
+        name, style, width: as for `layers`.
+
+    Returns:
+        A figure with, for each weight, the axes "<weight> channels" and "<weight> sorted", or
+        "<weight> experts" for the map.
+
+    Raises:
+        ImportError, ValueError: as for `layers`.
+        KeyError: there is no such weight; the message names the nearest ones.
+        IndexError: there is no such expert.
+    """
+    check_matrix(matrix, style, width)
+    names = [
+        find_weight(matrix, each) for each in ([weights] if isinstance(weights, str) else weights)
+    ]
+    if not 1 <= len(names) <= _MOST_WEIGHTS:
+        raise ValueError(f"weights must be 1 to {_MOST_WEIGHTS} names, got {len(names)}")
+    if not 0 <= heaviest <= 20:
+        raise ValueError(f"heaviest must be 0 to 20, got {heaviest}")
+    if isinstance(expert, str) and expert not in ("pooled", "each"):
+        raise ValueError(f"expert must be a number, 'pooled' or 'each', got {expert!r}")
+    for each in names:
+        n_mat = matrix[each].n_mat
+        if not isinstance(expert, str) and n_mat > 1 and not 0 <= expert < n_mat:
+            raise IndexError(f"{each} has experts 0 to {n_mat - 1}, not {expert}")
+    with drawing():
+        page = Page(
+            style,
+            width or 9.0,
+            "Mean squared activation by channel",
+            [describe_matrix(matrix, name)],
+        )
+        for each in names:
+            entry = matrix[each]
+            if expert == "each" and entry.n_mat > 1:
+                _add_expert_profiles(page, each, entry, heaviest, style)
+            else:
+                one = expert if isinstance(expert, int) and entry.n_mat > 1 else None
+                _add_profile(page, each, entry, one, heaviest)
+        return page.finish()
 
 
-def add_profile(page: Page, name: str, entry: Entry, expert: int | None, heaviest: int) -> None:
+def _add_profile(page: Page, name: str, entry: Entry, expert: int | None, heaviest: int) -> None:
     found = profile(entry, expert)
     whose = ""
     if entry.n_mat > 1:
@@ -205,7 +265,7 @@ def _draw_sorted(
     axes.set_xlabel("rank (dashed: mean)", size=SMALL, color=page.look.muted)
 
 
-def add_expert_profiles(page: Page, name: str, entry: Entry, heaviest: int, style: Style) -> None:
+def _add_expert_profiles(page: Page, name: str, entry: Entry, heaviest: int, style: Style) -> None:
     """A map of experts against channels."""
     found = profile(entry)
     unseen = int(np.count_nonzero(np.broadcast_to(entry.counts == 0, entry.n_mat)))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Colour scales and logarithmic ticks, and numbers as they are written beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.pictures.page import LOOKS, MARGIN, SMALL, Page, Style, width_of, wrapped
+from imatrix.pictures.looks import LOOKS, Style
+from imatrix.pictures.page import MARGIN, Page
+from imatrix.pictures.texts import SMALL, width_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +94,7 @@ def add_scale(
 def log_scale(
     values: NDArray[np.float64], style: Style, name: str | None = None
 ) -> tuple[Colormap, Normalize]:
+    """Colours for these values on a logarithmic scale; name: matplotlib's, of other colours."""
     from matplotlib.colors import LogNorm
 
     low, high = (float(values.min()), float(values.max())) if values.size else (1.0, 1.0)
@@ -102,6 +105,7 @@ def log_scale(
 
 
 def colour_map(style: Style, name: str | None = None) -> Colormap:
+    """The colours of the style, or those of that name, with its own for cells without a value."""
     import matplotlib as mpl
 
     look = LOOKS[style]

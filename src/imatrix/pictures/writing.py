@@ -1,4 +1,4 @@
-"""TODO."""
+"""A figure as SVG or PNG, in a file or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatrix.files import atomic
-from imatrix.pictures.page import clean, drawing
+from imatrix.pictures.page import drawing
+from imatrix.pictures.texts import clean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,13 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["DPI", "FORMATS", "png", "save", "svg"]
 
 DPI = 144
-"""Pixels an inch of a PNG, where nothing is said."""
+"""Pixels an inch of a PNG, if nothing else is asked for."""
 
 FORMATS = (".png", ".svg")
 """What the name of a picture may end in."""
-
-
-# --- writing -----------------------------------------------------------------
 
 
 def svg(figure: Figure, *, prefix: str = "", background: bool = True) -> str:

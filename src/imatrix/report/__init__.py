@@ -1,1 +1,1 @@
-"""The HTML page of `imatrix report`."""
+"""The HTML page of `imatrix report`: page puts together what the other modules tell."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""From the template to HTML: what a value may hold, and how it is written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from markupsafe import Markup, escape
 
 from imatrix.words import size, spelled
 
-__all__ = ["plain"]
+__all__ = ["FOLDER", "content_hash", "make_environment", "plain"]
 
 _DASH = "\N{EN DASH}"
 FOLDER = Path(__file__).parent / "templates"
 
-
-# --- the template ------------------------------------------------------------
 
 # What HTML forbids (controls, halves of surrogate pairs, noncharacters), and what would turn the
 # direction of the text that follows, so that a name could pass for another.
@@ -55,7 +53,7 @@ def _breaking(value: str) -> Markup:
 
 
 def _number(value: float | None) -> str:
-    """Four digits; a dash for what is not there."""
+    """Four digits; a dash for a value that is not there."""
     if value is None or math.isnan(value):
         return _DASH
     return f"{value:.4g}"
@@ -79,6 +77,7 @@ def _ranged(values: tuple[int, int]) -> str:
 
 
 def make_environment() -> Environment:
+    """Jinja's, which escapes every value, refuses a name that is not there, and has our filters."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -100,5 +99,5 @@ def make_environment() -> Environment:
 
 
 def content_hash(text: str) -> str:
-    """For the page's policy: the browser runs, or applies, only what has this hash."""
+    """The hash of a script or style for the page's policy: the browser takes no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,15 +1,25 @@
-"""TODO."""
+"""What the template shows, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+__all__ = [
+    "Drawing",
+    "ExpertBlock",
+    "Fact",
+    "Fix",
+    "Heavy",
+    "Level",
+    "Part",
+    "Picture",
+    "Source",
+    "Verdict",
+]
+
 Level = Literal["good", "warn", "bad", "note"]
 Part = Literal["trunk", "head"]
-
-
-# --- what the template shows -------------------------------------------------
 
 
 @dataclass(frozen=True)

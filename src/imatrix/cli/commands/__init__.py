@@ -1,1 +1,1 @@
-"""A module a command, or a few that belong together."""
+"""A module for each command, named as it is; each offers COMMAND (see imatrix.cli.command)."""

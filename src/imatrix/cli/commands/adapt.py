@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 
-from imatrix.cli.flags.common import Commands, add_verbose
-from imatrix.cli.flags.matrices import add_chunk_size, add_format, tell_losses
-from imatrix.cli.outputs import check_output
-from imatrix.cli.terminal import Console, Terminal, Text, write_json
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_json
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
+from imatrix.cli.flags.matrices import add_chunk_size, add_format, warn_of_losses
+from imatrix.cli.outputs import Files, check_output, named_outputs
+from imatrix.cli.status import OK
+from imatrix.cli.terminal import Console, Terminal, Text
 from imatrix.formats import Format
 from imatrix.matrix.conversion import format_of
 from imatrix.matrix.summary import describe_weights
@@ -20,22 +23,12 @@ from imatrix.quantization.adaptation import Adapted, Placed, adapt
 from imatrix.tensors import apart_expert, block_of, kind_of
 from imatrix.words import plural
 
-__all__ = ["add_parser"]
+__all__ = ["COMMAND"]
 
 _LIST = 12  # of what has no data or no place, unless all is asked for
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "adapt",
-        help="importance data for another conversion of the model",
-        description="Give importance data the names and shapes of another conversion of their "
-        "model, where the same activations reach the weights: q, k and v or gate and up fused or "
-        "not, experts merged or apart. Data of another model are refused.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_adapt)
+def _add_arguments(command: Parser) -> None:
     add = command.add_argument
     add("file", metavar="FILE", help="importance matrix, GGUF or .dat")
     add("--to", metavar="MODEL", required=True, help="GGUF model to serve; only its header is read")
@@ -47,7 +40,7 @@ def add_parser(commands: Commands) -> None:
     add_verbose(command)
 
 
-def _adapt(args: argparse.Namespace, terminal: Terminal) -> int:
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.output is not None:
         check_output(args.output)
     found = adapt(args.file, args.to, chunk_size=args.ctx_size)
@@ -55,15 +48,14 @@ def _adapt(args: argparse.Namespace, terminal: Terminal) -> int:
         write_json(_as_data(found))
     else:
         _render(terminal.out, found, every=args.all)
-    sys.stdout.flush()  # here, where a closed pipe is expected
     if args.output is None:
         terminal.note("nothing written: name a file with -o")
-        return 0
+        return OK
     form: Format = args.output_format or format_of(args.output)
     found.matrix.save(args.output, format=form)
     terminal.note(f"wrote {args.output}: {form}, {describe_weights(found.matrix)}")
-    tell_losses(found.matrix, form, terminal)
-    return 0
+    warn_of_losses(found.matrix, form, terminal)
+    return OK
 
 
 def _as_data(found: Adapted) -> dict[str, object]:
@@ -87,8 +79,8 @@ def _render(console: Console, found: Adapted, *, every: bool) -> None:
         else _by_kind(changed)
     )
     width = max((len(name) for name, _ in lines), default=0)
-    for name, told in lines:
-        say(f"  {name:<{width}}  {told}".rstrip())
+    for name, text in lines:
+        say(f"  {name:<{width}}  {text}".rstrip())
     for heading, names in (
         ("in the model, without data", found.missing),
         ("in the matrix, without a place", found.unplaced),
@@ -118,11 +110,11 @@ def _by_kind(places: Sequence[Placed]) -> list[tuple[str, str]]:
     groups: dict[tuple[str, str], list[str]] = {}
     for place in places:
         sources = dict.fromkeys(_kind(source) for source in place.sources)
-        told = f"{', '.join(place.steps)}: from {', '.join(sources)}"
+        steps = f"{', '.join(place.steps)}: from {', '.join(sources)}"
         if place.unseen and place.steps != ("cut",):
-            told += f"; {place.unseen} experts saw no rows"
-        groups.setdefault((_kind(place.name), told), []).append(place.name)
-    return [(_ranged(kind, names), told) for (kind, told), names in groups.items()]
+            steps += f"; {place.unseen} experts saw no rows"
+        groups.setdefault((_kind(place.name), steps), []).append(place.name)
+    return [(_ranged(kind, names), steps) for (kind, steps), names in groups.items()]
 
 
 def _reasons(names: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -150,3 +142,15 @@ def _ranged(kind: str, names: Sequence[str]) -> str:
         numbers = [block for _, block in run]
         runs.append(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]))
     return f"blk.{','.join(runs)}.{kind}"
+
+
+COMMAND = Command(
+    name="adapt",
+    help="importance data for another conversion of the model",
+    description="Give importance data the names and shapes of another conversion of their "
+    "model, where the same activations reach the weights: q, k and v or gate and up fused or "
+    "not, experts merged or apart. Data of another model are refused.",
+    add_arguments=_add_arguments,
+    files=Files(models=("to",), files=("file",), outputs=named_outputs("output")),
+    run=_run,
+)

@@ -1,9 +1,8 @@
-"""`imatrix check`: what a quantization would do, told before it is done."""
+"""`imatrix check`: what a quantization would do, before it is done."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,9 +10,12 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from imatrix.cli.flags import hub
-from imatrix.cli.flags.common import Commands, add_tensor_type, add_verbose, tensor_types
-from imatrix.cli.terminal import Console, Terminal, Text, write_json
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_json
+from imatrix.cli.flags import hub, tensor_types
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.outputs import Files
+from imatrix.cli.terminal import Console, Terminal, Text
 from imatrix.collect.collector import Collector
 from imatrix.engine.plan import Plan
 from imatrix.entries import THIN
@@ -23,30 +25,20 @@ from imatrix.quantization.coverage import Coverage, coverage, describe_stop
 from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.words import plural, size
 
-__all__ = ["add_parser", "run"]
+__all__ = ["COMMAND"]
 
 READY, WOULD_FAIL = 0, 1
 
 _ROWS = 12  # of a table, unless all are asked for
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "check",
-        help="would this model, with this matrix, quantize to that type?",
-        description="Tell what a quantization would do to every tensor, without doing it: which "
-        "tensors stop it, which are quantized without data, and what to do about them. Exit "
-        "status: 0 ready, 1 it would fail, 2 wrong usage or bad input.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run)
+def _add_arguments(command: hub.Parser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
     hub.add_to_positional(command)
     add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
-    add_tensor_type(command)
+    tensor_types.add_arguments(command)
     add("--allow-requantize", action="store_true", help="start from quantized weights")
     add("--pure", action="store_true", help="one format for all weights, no mixture")
     add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
@@ -60,11 +52,10 @@ def add_parser(commands: Commands) -> None:
     add_verbose(command)
 
 
-def run(args: argparse.Namespace, terminal: Terminal) -> int:
-    """Do what `add_parser` describes; the exit status."""
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
-    rules = tensor_types(args)
-    args.model, _ = hub.fetched(args.model, args, terminal)
+    rules = tensor_types.read(args)
+    args.model, _ = hub.fetch(args.model, args, terminal)
     plan = _plan(args.model) if args.plan else None
     found = coverage(
         args.model,
@@ -80,15 +71,14 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
     for text in found.warnings:
         terminal.warn(text)
     if args.json:
-        write_json(as_data(found, args.imatrix))
+        write_json(_as_data(found, args.imatrix))
     else:
-        render(terminal.out, found, args.imatrix, plan=plan, limit=None if args.all else _ROWS)
-    sys.stdout.flush()  # here, where a closed pipe is expected
+        _render(terminal.out, found, args.imatrix, plan=plan, limit=None if args.all else _ROWS)
     return READY if found.ready else WOULD_FAIL
 
 
 def _plan(model: str) -> Plan:
-    """What a run would collect: with the head where the engine can run it."""
+    """What a run would collect, with the head if the engine can run it."""
     with Collector(model) as collector:
         if collector.n_nextn:
             try:
@@ -98,7 +88,7 @@ def _plan(model: str) -> Plan:
         return collector.plan()
 
 
-def as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:
+def _as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:
     """Everything there is, for `--json`."""
     return {
         "model": str(found.model),
@@ -119,7 +109,7 @@ def as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:
     }
 
 
-def render(
+def _render(
     console: Console,
     found: Coverage,
     imatrix: str | None,
@@ -180,9 +170,9 @@ def _verdict(console: Console, found: Coverage) -> None:
             f"{len([t for t in found.without_data if t.uses_data])} without data",
             f"{len(found.partial)} with partial data",
         ]
-        told = ", ".join(note for note in notes if not note.startswith("0 "))
+        gaps = ", ".join(note for note in notes if not note.startswith("0 "))
         console.print(
-            Text("ready", "bold green") + Text(f": {told}" if told else ""), soft_wrap=True
+            Text("ready", "bold green") + Text(f": {gaps}" if gaps else ""), soft_wrap=True
         )
     else:
         first = found.failing[0]
@@ -306,3 +296,15 @@ def _table(
     console.print(table)
     if len(rows) > len(shown):
         console.print(Text(f"... and {len(rows) - len(shown)} more (--all)", "dim"))
+
+
+COMMAND = Command(
+    name="check",
+    help="would this model, with this matrix, quantize to that type?",
+    description="Tell what a quantization would do to every tensor, without doing it: which "
+    "tensors stop it, which are quantized without data, and what to do about them. Exit "
+    "status: 0 ready, 1 it would fail, 2 wrong usage or bad input.",
+    add_arguments=_add_arguments,
+    files=Files(models=("model",), files=("imatrix",), reads=tensor_types.rule_files),
+    run=_run,
+)

@@ -1,285 +1,47 @@
-"""TODO."""
+"""`imatrix collect`: run text through a model and write an importance matrix."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import imatrix
-from imatrix.cli.commands.saver import (
-    Saver,
-    checkpoint_path,
-    chunks_before,
-    file_digest,
-    save_matrix,
-)
-from imatrix.cli.flags import cluster as _cluster_cli
-from imatrix.cli.flags import hub, placement, sources
+from imatrix.cli.command import Command
+from imatrix.cli.earlier import check_same_model, chunks_before, merge_earlier
+from imatrix.cli.flags import cluster, hub, placement, sources
 from imatrix.cli.flags.common import (
-    Commands,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
     add_verbose,
-    at_least,
-    chunks,
-    files,
 )
-from imatrix.cli.flags.matrices import tell_unsigned
-from imatrix.cli.outputs import check_command, check_copies, check_output
-from imatrix.cli.signals import OK, USAGE, Stopped, signals
-from imatrix.cli.terminal import CollectProgress, Terminal
+from imatrix.cli.flags.matrices import warn_of_lost_signed_sums
+from imatrix.cli.flags.values import at_least, chunks, files
+from imatrix.cli.outputs import Files, check_command, check_copies, check_output
+from imatrix.cli.progress import CollectProgress
+from imatrix.cli.saving import Saver, checkpoint_path, head_output, is_same_file, save_matrix
+from imatrix.cli.signals import catch_signals
+from imatrix.cli.status import OK, USAGE, Stopped
+from imatrix.cli.terminal import Terminal
+from imatrix.collect.finished import is_finished
 from imatrix.files import atomic
 from imatrix.files.lock import locked
-from imatrix.formats import FormatError
-from imatrix.formats.checkpoint import read as read_checkpoint
+from imatrix.files.outputs import Output
 from imatrix.matrix.experts import describe_experts, experts
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.matrix.summary import describe_weights
 from imatrix.text.inputs import Texts
 from imatrix.words import duration
 
-# tokens a decode where none are given, as llama.cpp has it (common/common.h, n_batch)
+__all__ = ["COMMAND"]
+
+# tokens a decode if none are given, as llama.cpp has it (common/common.h, n_batch)
 _BATCH_SIZE = 2048
 
 
-# --- collect -----------------------------------------------------------------
-
-
-def _collect(args: argparse.Namespace, terminal: Terminal) -> int:
-    text = sources.texts(args)
-    if text is None and not args.in_file:
-        raise Stopped(
-            "nothing to collect from: give a text with -f FILE or -p TEXT, or files to combine "
-            "with --in-file",
-            USAGE,
-        )
-    if text is not None:
-        hub.resolve(args, terminal)
-    if text is not None and args.model is None:
-        raise Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
-    _cluster_cli.check(args)
-    check_command(args)  # again, now that a model of the Hub has a path
-    check_output(args.output)
-    try:
-        lock = locked(args.output)
-    except imatrix.LockedError as error:
-        raise Stopped(str(error), USAGE) from None
-    with lock, signals(terminal):
-        # what a killed run left half written; nobody else writes these now
-        for path in (args.output, checkpoint_path(args)):
-            atomic.clear(path)
-        if text is not None and not args.restart and _is_finished(args):
-            checkpoint_path(args).unlink()
-            terminal.note(
-                f"{args.output} is done: the run before this one was ended between writing it and "
-                "removing its checkpoint, which is done now. Nothing was added; the same command "
-                "again would collect anew"
-            )
-            return OK
-        # under the lock: the output may be one of them
-        earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
-        if args.save_frequency:
-            check_copies(args, chunks_before(earlier, args.ctx_size))
-        return _collect_locked(args, text, earlier, terminal)
-
-
-def _collect_locked(
-    args: argparse.Namespace,
-    text: Texts | None,
-    earlier: list[ImportanceMatrix],
-    terminal: Terminal,
-) -> int:
-    if text is None:
-        matrix = earlier[0].merge(*earlier[1:])
-        save_matrix(matrix, args.output, args.output_format)
-        terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
-        tell_unsigned(earlier, matrix, terminal)
-        _tell_matrix(matrix, terminal)
-        return OK
-    if earlier:
-        _check_same_model(earlier, args)
-    placement.use_servers(args, isolate=args.isolate)
-    if args.output_frequency is None:
-        # blocks of a cluster may come several times a second, and their sums be large
-        args.output_frequency = 10 if args.dask is None else 0
-    with _cluster_cli.connected(args, terminal) as cluster:
-        return _collect_text(args, text, earlier, terminal, cluster)
-
-
-def _collect_text(
-    args: argparse.Namespace,
-    text: Texts,
-    earlier: list[ImportanceMatrix],
-    terminal: Terminal,
-    cluster: imatrix.Cluster | None,
-) -> int:
-    mtp = args.mtp or args.mtp_model is not None
-    text_arguments = sources.run_arguments(args)
-    checkpoint = checkpoint_path(args)
-    n_seq = 1
-    n_batch = _BATCH_SIZE if args.batch_size is None else args.batch_size
-    if n_batch == "auto":
-        if args.ubatch_size is not None:
-            raise Stopped("-b auto chooses the tokens a graph too: leave -ub out", USAGE)
-    else:
-        # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
-        n_seq = 1 if mtp else max(1, n_batch // args.ctx_size)
-        n_batch = min(n_batch, args.ctx_size * n_seq)
-
-    def made(n_batch: int | Literal["auto"] | None) -> imatrix.Collector:
-        return imatrix.Collector(
-            args.model,
-            mtp_model=args.mtp_model,
-            n_ctx=args.ctx_size,
-            n_batch=n_batch,
-            n_ubatch=args.ubatch_size,
-            n_seq=n_seq,
-            **placement.arguments(args),
-            n_threads=args.threads,
-            use_mmap=not args.no_mmap,
-            check_tensors=args.check_tensors,
-            isolate=args.isolate,
-        )
-
-    if args.batch_size is None and args.ctx_size > _BATCH_SIZE:
-        # the default is no wish: where chunks cannot be divided it gives way
-        with made(None) as asked:
-            if not asked.causal:
-                n_batch = None
-    with made(n_batch) as collector:
-        if cluster is None:
-            placement.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
-        head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
-        terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
-        saver = Saver(args, collector, earlier, terminal)
-        bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
-
-        def on_step(progress: imatrix.Progress) -> None:
-            if saver.progress is None:
-                if args.batch_size == "auto":
-                    terminal.note(describe_batch(collector))
-                if args.gpu_layers in (None, "auto") and (
-                    told := placement.describe_layers(collector, args)
-                ):
-                    terminal.note(told)
-            bar(progress)
-            saver.step(progress)
-
-        try:
-            with bar:
-                collector.run(
-                    text,
-                    mtp=mtp,
-                    max_chunks=args.chunks,
-                    skip_chunks=args.chunk,
-                    process_output=args.process_output,
-                    signed_sums=args.signed_sums,
-                    parse_special=args.parse_special,
-                    **text_arguments,
-                    min_expert_rows=args.min_expert_rows,
-                    perplexity=args.ppl,
-                    on_nonfinite=args.on_nonfinite,
-                    checkpoint=checkpoint,
-                    checkpoint_every=args.output_frequency,
-                    restart=args.restart,
-                    progress=on_step,
-                    cluster=cluster,
-                )
-        except BaseException as error:
-            saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
-            raise
-        if (head_matrix := collector.mtp_matrix) is not None:
-            path = saver.head_path
-            save_matrix(head_matrix, path, args.output_format)
-            terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
-        matrix = saver.finish()  # the last of them: where it is, all is done (_is_finished)
-        terminal.note(f"wrote {args.output}")
-        _tell_matrix(matrix, terminal)
-        if earlier:
-            tell_unsigned([*earlier, collector.matrix], matrix, terminal)
-        checkpoint.unlink(missing_ok=True)  # all it held is safe now
-        sources.tell(collector.report, terminal)
-        if saver.progress is not None:
-            _tell_run(saver.progress, terminal)
-        if args.ppl is None and not collector.causal:
-            terminal.note(
-                f"no perplexity: the tokens of {collector.architecture} see those after them, so "
-                "that there is no next token to predict"
-            )
-        if cluster is not None:
-            _cluster_cli.tell(cluster, terminal)
-    return OK
-
-
-def _is_finished(args: argparse.Namespace) -> bool:
-    """Whether the checkpoint is of a run that has written all it had to.
-
-    An output that is an input too must not be added to once more. What it was going to be is in
-    the checkpoint (Saver.finish).
-    """
-    try:
-        output = read_checkpoint(checkpoint_path(args)).output
-        return bool(output) and file_digest(args.output) == output
-    except (OSError, FormatError):
-        return False  # the run itself tells what is wrong with it
-
-
-def describe_batch(collector: imatrix.Collector) -> str:
-    batch = collector.batch
-    side = f"{batch.n_seq} chunks side by side, " if batch.n_seq > 1 else ""
-    return f"-b auto: {side}{batch.n_batch} tokens a decode, {batch.n_ubatch} a graph"
-
-
-def _check_same_model(earlier: list[ImportanceMatrix], args: argparse.Namespace) -> None:
-    """Refuse earlier files of another model now, not when the work is done."""
-    tensors = imatrix.ModelFile.read(args.model).tensors
-    for matrix, path in zip(earlier, args.in_file, strict=True):
-        if not any(name in tensors for name in matrix):
-            raise Stopped(
-                f"{path} names no weight of {args.model} (its first is {next(iter(matrix))}); was "
-                "it collected from another model?",
-                USAGE,
-            )
-        for name, entry in matrix.items():
-            n_in, _, *n_mat = (*tensors.get(name, (entry.sums.size, 1)), 1, 1)[:4]
-            if entry.sums.size != n_in * n_mat[0] * n_mat[1]:
-                raise Stopped(
-                    f"{path}: {name} has {entry.sums.size} sums, in {args.model} it has "
-                    f"{n_in * n_mat[0] * n_mat[1]}; was it collected from another model?",
-                    USAGE,
-                )
-
-
-def _tell_matrix(matrix: ImportanceMatrix, terminal: Terminal) -> None:
-    terminal.note(f"{describe_weights(matrix)}; {matrix.chunk_count} chunks")
-    found = experts(matrix)
-    if found.unseen:
-        terminal.warn(
-            f"experts: {describe_experts(found)}. A quantizer weighs every column of an expert "
-            "without rows the same; more or other text may reach it."
-        )
-
-
-def _tell_run(progress: imatrix.Progress, terminal: Terminal) -> None:
-    if progress.perplexity is not None:
-        # as llama-imatrix prints it
-        found = progress.perplexity
-        terminal.note(f"Final estimate: PPL = {found.value:.4f} +/- {found.error:.5f}")
-    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-    took = f"{progress.seconds:.1f} s" if progress.seconds < 60 else duration(progress.seconds)
-    terminal.note(f"{progress.tokens} tokens in {took}, {speed:.0f} tokens/s")
-
-
-def add_collect(commands: Commands) -> None:
-    command = commands.add_parser(
-        "collect",
-        help="run text through a model and write an importance matrix",
-        description="Run text through a model and write an importance matrix. The flags mean "
-        "what they mean to llama-imatrix.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_collect)
+def _add_arguments(command: hub.Parser) -> None:
     add = command.add_argument
     add("-m", "--model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     hub.add_arguments(command)
@@ -330,7 +92,7 @@ def add_collect(commands: Commands) -> None:
     )
     add_threads(command)
     placement.add_arguments(command)
-    _cluster_cli.add_arguments(command)
+    cluster.add_arguments(command)
     add_skipped_chunks(command)
     add(
         "--chunks",
@@ -414,3 +176,246 @@ def add_collect(commands: Commands) -> None:
 
 def _batch_size(text: str) -> int | str:
     return text if text == "auto" else at_least(1)(text)
+
+
+def _outputs(args: argparse.Namespace) -> Iterator[Output]:
+    out = args.output
+    checkpoint = str(checkpoint_path(out))
+    # an earlier matrix may be added to, under its own name
+    yield Output(out, replaces=tuple(each for each in args.in_file if is_same_file(each, out)))
+    yield Output(_lock_of(out), out)
+    yield Output(checkpoint, out)
+    yield Output(_lock_of(checkpoint), out)
+    if args.mtp_model is not None and _is_assistant(args.mtp_model):
+        yield Output(head_output(out), out)
+
+
+def _lock_of(path: str) -> str:
+    return f"{os.path.realpath(path)}.lock"  # as imatrix.files.lock has it
+
+
+def _is_assistant(path: str) -> bool:
+    """Whether a head is a model of its own kind, whose matrix goes to a file of its own."""
+    try:
+        return imatrix.ModelFile.read(path).architecture == "gemma4-assistant"
+    except (OSError, ValueError):
+        return False  # the run tells what is wrong with it
+
+
+_FILES = Files(
+    models=("model", "mtp_model", "dask_model", "dask_mtp_model"),
+    texts=("file",),
+    files=("in_file", "chat_template_file", "chat_tools"),
+    outputs=_outputs,
+)
+
+
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
+    text = sources.texts(args)
+    if text is None and not args.in_file:
+        raise Stopped(
+            "nothing to collect from: give a text with -f FILE or -p TEXT, or files to combine "
+            "with --in-file",
+            USAGE,
+        )
+    if text is not None:
+        hub.resolve(args, terminal)
+    if text is not None and args.model is None:
+        raise Stopped("no model: give one with -m MODEL (or -hf)", USAGE)
+    cluster.check(args)
+    check_command(_FILES, args)  # again, now that a model of the Hub has a path
+    check_output(args.output)
+    try:
+        lock = locked(args.output)
+    except imatrix.LockedError as error:
+        raise Stopped(str(error), USAGE) from None
+    checkpoint = checkpoint_path(args.output)
+    with lock, catch_signals(terminal):
+        # what a killed run left half written; nobody else writes these now
+        for path in (args.output, checkpoint):
+            atomic.clear(path)
+        if text is not None and not args.restart and is_finished(checkpoint, args.output):
+            checkpoint.unlink()
+            terminal.note(
+                f"{args.output} is done: the run before this one was ended between writing it and "
+                "removing its checkpoint, which is done now. Nothing was added; the same command "
+                "again would collect anew"
+            )
+            return OK
+        # under the lock: the output may be one of them
+        earlier = [ImportanceMatrix.load(path, chunk_size=args.ctx_size) for path in args.in_file]
+        if args.save_frequency:
+            before = chunks_before(merge_earlier(earlier), args.ctx_size)
+            check_copies(_FILES, args, before)
+        if text is None:
+            return _combine(args, earlier, terminal)
+        if earlier:
+            check_same_model(earlier, args.in_file, args.model)
+        placement.use_servers(args, isolate=args.isolate)
+        if args.output_frequency is None:
+            # blocks of a cluster may come several times a second, and their sums be large
+            args.output_frequency = 10 if args.dask is None else 0
+        with cluster.connect(args, terminal) as workers:
+            return _collect(args, text, earlier, terminal, workers)
+
+
+def _combine(
+    args: argparse.Namespace, earlier: Sequence[ImportanceMatrix], terminal: Terminal
+) -> int:
+    """Without a text: the earlier files as one."""
+    matrix = earlier[0].merge(*earlier[1:])
+    save_matrix(matrix, args.output, args.output_format)
+    terminal.note(f"combined {len(earlier)} file(s) into {args.output}")
+    warn_of_lost_signed_sums(earlier, matrix, terminal)
+    _print_matrix(matrix, terminal)
+    return OK
+
+
+def _collect(
+    args: argparse.Namespace,
+    text: Texts,
+    earlier: Sequence[ImportanceMatrix],
+    terminal: Terminal,
+    workers: imatrix.Cluster | None,
+) -> int:
+    mtp = args.mtp or args.mtp_model is not None
+    text_arguments = sources.run_arguments(args)
+    checkpoint = checkpoint_path(args.output)
+    with _make_collector(args, mtp=mtp) as collector:
+        if workers is None:
+            placement.warn_of_no_device(args, terminal, lambda: collector.has_gpu)
+        head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
+        terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
+        saver = Saver(args, collector, merge_earlier(earlier), terminal)
+        bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
+
+        def on_step(progress: imatrix.Progress) -> None:
+            if saver.progress is None:
+                _print_choices(args, collector, terminal)
+            bar(progress)
+            saver.step(progress)
+
+        try:
+            with bar:
+                collector.run(
+                    text,
+                    mtp=mtp,
+                    max_chunks=args.chunks,
+                    skip_chunks=args.chunk,
+                    process_output=args.process_output,
+                    signed_sums=args.signed_sums,
+                    parse_special=args.parse_special,
+                    **text_arguments,
+                    min_expert_rows=args.min_expert_rows,
+                    perplexity=args.ppl,
+                    on_nonfinite=args.on_nonfinite,
+                    checkpoint=checkpoint,
+                    checkpoint_every=args.output_frequency,
+                    restart=args.restart,
+                    progress=on_step,
+                    cluster=workers,
+                )
+        except BaseException as error:
+            saver.rescue(interrupted=isinstance(error, KeyboardInterrupt))
+            raise
+        if (head_matrix := collector.mtp_matrix) is not None:
+            path = head_output(args.output)
+            save_matrix(head_matrix, path, args.output_format)
+            terminal.note(f"wrote {path}, for {args.mtp_model}: {len(head_matrix)} weights")
+        matrix = saver.finish()  # the last file: if it is there, all is done (is_finished)
+        terminal.note(f"wrote {args.output}")
+        _print_matrix(matrix, terminal)
+        if earlier:
+            warn_of_lost_signed_sums([*earlier, collector.matrix], matrix, terminal)
+        checkpoint.unlink(missing_ok=True)  # all it held is safe now
+        sources.print_report(collector.report, terminal)
+        if saver.progress is not None:
+            _print_run(saver.progress, terminal)
+        if args.ppl is None and not collector.causal:
+            terminal.note(
+                f"no perplexity: the tokens of {collector.architecture} see those after them, so "
+                "that there is no next token to predict"
+            )
+        if workers is not None:
+            cluster.print_use(workers, terminal)
+    return OK
+
+
+def _make_collector(args: argparse.Namespace, *, mtp: bool) -> imatrix.Collector:
+    n_seq = 1
+    n_batch: int | Literal["auto"] | None
+    n_batch = _BATCH_SIZE if args.batch_size is None else args.batch_size
+    if n_batch == "auto":
+        if args.ubatch_size is not None:
+            raise Stopped("-b auto chooses the tokens a graph too: leave -ub out", USAGE)
+    else:
+        # llama-imatrix fills its batch with chunks side by side; the head takes one at a time
+        n_seq = 1 if mtp else max(1, n_batch // args.ctx_size)
+        n_batch = min(n_batch, args.ctx_size * n_seq)
+
+    def make(n_batch: int | Literal["auto"] | None) -> imatrix.Collector:
+        return imatrix.Collector(
+            args.model,
+            mtp_model=args.mtp_model,
+            n_ctx=args.ctx_size,
+            n_batch=n_batch,
+            n_ubatch=args.ubatch_size,
+            n_seq=n_seq,
+            **placement.arguments(args),
+            n_threads=args.threads,
+            use_mmap=not args.no_mmap,
+            check_tensors=args.check_tensors,
+            isolate=args.isolate,
+        )
+
+    if args.batch_size is None and args.ctx_size > _BATCH_SIZE:
+        # the default is nobody's wish: if chunks cannot be divided, it gives way
+        with make(None) as asked:
+            if not asked.causal:
+                n_batch = None
+    return make(n_batch)
+
+
+def _print_choices(
+    args: argparse.Namespace, collector: imatrix.Collector, terminal: Terminal
+) -> None:
+    """Print what was chosen for the user, once the model is loaded."""
+    if args.batch_size == "auto":
+        batch = collector.batch
+        side = f"{batch.n_seq} chunks side by side, " if batch.n_seq > 1 else ""
+        terminal.note(f"-b auto: {side}{batch.n_batch} tokens a decode, {batch.n_ubatch} a graph")
+    if args.gpu_layers in (None, "auto"):
+        layers = placement.describe_layers(collector, args)
+        if layers:
+            terminal.note(layers)
+
+
+def _print_matrix(matrix: ImportanceMatrix, terminal: Terminal) -> None:
+    terminal.note(f"{describe_weights(matrix)}; {matrix.chunk_count} chunks")
+    found = experts(matrix)
+    if found.unseen:
+        terminal.warn(
+            f"experts: {describe_experts(found)}. A quantizer weighs every column of an expert "
+            "without rows the same; more or other text may reach it."
+        )
+
+
+def _print_run(progress: imatrix.Progress, terminal: Terminal) -> None:
+    if progress.perplexity is not None:
+        # as llama-imatrix prints it
+        found = progress.perplexity
+        terminal.note(f"Final estimate: PPL = {found.value:.4f} +/- {found.error:.5f}")
+    speed = progress.tokens / progress.seconds if progress.seconds else 0.0
+    took = f"{progress.seconds:.1f} s" if progress.seconds < 60 else duration(progress.seconds)
+    terminal.note(f"{progress.tokens} tokens in {took}, {speed:.0f} tokens/s")
+
+
+COMMAND = Command(
+    name="collect",
+    help="run text through a model and write an importance matrix",
+    description="Run text through a model and write an importance matrix. The flags mean "
+    "what they mean to llama-imatrix.",
+    add_arguments=_add_arguments,
+    files=_FILES,
+    run=_run,
+)

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from imatrix.cli.flags.common import Commands
+from imatrix.cli.command import Command
+from imatrix.cli.flags.hub import Parser
+from imatrix.cli.outputs import Files
+from imatrix.cli.status import OK
 from imatrix.cli.terminal import Terminal
 
-__all__ = ["SHELLS", "add_parser", "run", "script"]
+__all__ = ["COMMAND", "NO_FILES", "SHELLS", "may_be_file"]
 
 SHELLS = ("bash", "zsh", "fish")
 
-# Values spelled out by a person; every other argument that is plain text is a file.
-_NO_FILES = {
+# Values that a person spells out; every other argument that is plain text is a file.
+NO_FILES = {
     "chat_system",
     "chat_template",
     "hf_file",
@@ -30,30 +33,17 @@ _NO_FILES = {
 }
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "completion",
-        help="a script that completes commands, options, files and types in a shell",
-        description="Write a shell's completion script to stdout. bash: put it into "
-        "~/.local/share/bash-completion/completions/imatrix. zsh: as _imatrix into a folder of "
-        "$fpath. fish: ~/.config/fish/completions/imatrix.fish.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run)
+def _add_arguments(command: Parser) -> None:
     command.add_argument("shell", choices=SHELLS, help="whose script")
 
 
-def run(args: argparse.Namespace, _terminal: Terminal) -> int:
-    """Do what `add_parser` describes; the exit status."""
-    from imatrix.cli.program import build_parser
-
-    sys.stdout.write(script(build_parser(), args.shell))
+def _run(args: argparse.Namespace, _terminal: Terminal) -> int:
+    sys.stdout.write(_script(args.parser, args.shell))  # which main puts there
     sys.stdout.flush()
-    return 0
+    return OK
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def _script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script of one of SHELLS.
 
     Args:
@@ -77,7 +67,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
             action.choices = sorted(FTYPES)
         elif action.metavar == "DIR":
             action.complete = shtab.DIRECTORY
-        elif action.dest not in _NO_FILES and not action.choices and _is_file(action):
+        elif may_be_file(action):
             action.complete = shtab.FILE
         if isinstance(action.metavar, str) and re.search(r"[^\w=,./-]", action.metavar):
             action.metavar = action.dest  # a colon or bracket would end it, in zsh's script
@@ -85,15 +75,30 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def _is_file(action: argparse.Action) -> bool:
+def may_be_file(action: argparse.Action) -> bool:
+    """Whether the value of an argument is completed as the name of a file."""
+    if action.choices or action.dest in NO_FILES:
+        return False
     return action.type in (None, Path) or str(action.metavar).startswith("FILE")
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Those that take a value, of all commands."""
+    """The arguments of all commands that take a value."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 yield from _actions(command)
         elif action.nargs != 0:
             yield action
+
+
+COMMAND = Command(
+    name="completion",
+    help="a script that completes commands, options, files and types in a shell",
+    description="Write a shell's completion script to stdout. bash: put it into "
+    "~/.local/share/bash-completion/completions/imatrix. zsh: as _imatrix into a folder of "
+    "$fpath. fish: ~/.config/fish/completions/imatrix.fish.",
+    add_arguments=_add_arguments,
+    files=Files(),
+    run=_run,
+)

@@ -1,4 +1,4 @@
-"""TODO."""
+"""`imatrix demo`: the whole job on a small trained model, and what the head's data are worth."""
 
 from __future__ import annotations
 
@@ -15,37 +15,32 @@ from rich.padding import Padding
 from rich.table import Table
 
 import imatrix
+from imatrix.cli.command import Command
 from imatrix.cli.commands import show
-from imatrix.cli.flags.common import Commands, add_verbose
-from imatrix.cli.signals import FAILED, OK
-from imatrix.cli.terminal import CollectProgress, StepProgress, Terminal, Text, describe_tensors
-from imatrix.demo import CALIBRATION, HELD_OUT, MODEL, TRUNK_ONLY, TYPE, WITH_HEAD
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
+from imatrix.cli.outputs import Files
+from imatrix.cli.progress import CollectProgress, StepProgress, describe_tensors
+from imatrix.cli.status import FAILED, OK
+from imatrix.cli.terminal import Terminal, Text
+from imatrix.demo import CALIBRATION, HELD_OUT, MODEL
 from imatrix.entries import Entry
+from imatrix.files.outputs import Input, Output
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.words import size
 
-__all__ = ["run"]
+__all__ = ["COMMAND", "FILES", "run"]
 
 
-def run_demo(args: argparse.Namespace, terminal: Terminal) -> int:
-    return OK if run(terminal, args.dir, keep=args.keep) else FAILED
+TYPE = "IQ2_XXS"
 
+WITH_HEAD, TRUNK_ONLY = "with-head.gguf", "trunk-only.gguf"
 
-def add_demo(commands: Commands) -> None:
-    command = commands.add_parser(
-        "demo",
-        help="collect, quantize and evaluate a small trained model",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run_demo)
-    command.add_argument(
-        "--dir", metavar="DIR", type=Path, help="keep the files here (default: a temporary folder)"
-    )
-    command.add_argument(
-        "--keep", action="store_true", help="do not remove the temporary folder at the end"
-    )
-    add_verbose(command)
-
+FILES = (
+    *(WITH_HEAD, TRUNK_ONLY),
+    *(f"head-{TYPE}-{data}.gguf" for data in ("flat", "collected", "none")),
+)
+"""What it writes into its folder."""
 
 _N_CTX = 512
 _VERDICTS = {
@@ -62,22 +57,45 @@ _CALIBRATION_CHUNKS: int | None = None
 _HELD_OUT_CHUNKS: int | None = None
 
 
+def _add_arguments(command: Parser) -> None:
+    command.add_argument(
+        "--dir", metavar="DIR", type=Path, help="keep the files here (default: a temporary folder)"
+    )
+    command.add_argument(
+        "--keep", action="store_true", help="do not remove the temporary folder at the end"
+    )
+    add_verbose(command)
+
+
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
+    return OK if run(terminal, args.dir, keep=args.keep) else FAILED
+
+
+def _reads(_args: argparse.Namespace) -> Iterator[Input]:
+    yield from map(Input, map(str, (MODEL, CALIBRATION, HELD_OUT)))
+
+
+def _outputs(args: argparse.Namespace) -> Iterator[Output]:
+    if args.dir is not None:
+        yield from (Output(str(args.dir / name), str(args.dir)) for name in FILES)
+
+
 def run(terminal: Terminal, folder: Path | None = None, *, keep: bool = False) -> bool:
     """Collect from the package's trained model and its MTP head, bring the head to a low-bit type
     with and without its data, and measure what it drafts.
 
     Args:
-        terminal: where to tell.
+        terminal: where to print.
         folder: where to put the files, made if need be, and left there; None for a temporary one.
         keep: leave the temporary folder too.
 
     Returns:
-        Whether everything went as told: the quantizer refused the matrix of the trunk alone, and
-        took those with data for the head.
+        Whether everything went as announced: the quantizer refused the matrix of the trunk alone,
+        and took those with data for the head.
 
     Raises:
         OSError: the files cannot be written.
-        ImatrixError: the engine failed where it should not.
+        ImatrixError: the engine failed at what it should do.
     """
     with _place(folder, keep) as place:
         done = _steps(terminal, place)
@@ -265,3 +283,12 @@ def _indented(terminal: Terminal, what: RenderableType) -> None:
 
 def _describe_estimate(estimate: imatrix.Estimate | None, form: str) -> str:
     return "" if estimate is None else form.format(estimate.value)
+
+
+COMMAND = Command(
+    name="demo",
+    help="collect, quantize and evaluate a small trained model",
+    add_arguments=_add_arguments,
+    files=Files(outputs=_outputs, reads=_reads),
+    run=_run,
+)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +10,19 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from imatrix.cli.flags.common import Commands, add_verbose
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_csv, write_json
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
 from imatrix.cli.flags.matrices import add_chunk_size
-from imatrix.cli.terminal import Console, DataOut, Terminal, Text, write_json
+from imatrix.cli.outputs import Files
+from imatrix.cli.terminal import Console, Terminal, Text
 from imatrix.matrix.comparison import MatrixComparison, WeightComparison, compare_matrices
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.matrix.summary import describe_weights
 from imatrix.words import plural
 
-__all__ = ["add_parser"]
+__all__ = ["COMMAND"]
 
 SAME, DIFFERENT = 0, 1
 
@@ -32,17 +34,7 @@ _LEGEND = (
 )
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "diff",
-        help="where two importance matrices differ, the worst first",
-        description="Compare two importance matrices of one model, weight by weight, the least "
-        "alike first. Exit status: 0; with --exit-code 1 if they differ; 2 wrong usage or bad "
-        "input.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_diff)
+def _add_arguments(command: Parser) -> None:
     add = command.add_argument
     add("a", metavar="A", help="importance matrix, GGUF or .dat")
     add("b", metavar="B", help="the one to compare with it")
@@ -73,7 +65,7 @@ def _distance(text: str) -> float:
     return value
 
 
-def _diff(args: argparse.Namespace, terminal: Terminal) -> int:
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     matrices = [ImportanceMatrix.load(each, chunk_size=args.ctx_size) for each in (args.a, args.b)]
     found = compare_matrices(*matrices)
     same = found.same(args.tolerance)
@@ -95,15 +87,14 @@ def _diff(args: argparse.Namespace, terminal: Terminal) -> int:
         _write_csv(found)
     else:
         for label, path, matrix in zip("AB", (args.a, args.b), matrices, strict=True):
-            told = f"{label}  {path}: {describe_weights(matrix)}; {matrix.chunk_count} chunks"
-            terminal.out.print(Text(told), soft_wrap=True)
+            text = f"{label}  {path}: {describe_weights(matrix)}; {matrix.chunk_count} chunks"
+            terminal.out.print(Text(text), soft_wrap=True)
         _render(terminal.out, found, same, args.tolerance, None if args.all else _ROWS)
-    sys.stdout.flush()  # here, where a closed pipe is expected
     return DIFFERENT if args.exit_code and not same else SAME
 
 
 def _as_data(weight: WeightComparison) -> dict[str, Any]:
-    """A line of CSV; None where a figure is undefined or infinite."""
+    """A line of CSV; None if a figure is undefined or infinite."""
     return {
         "name": weight.name,
         "part": weight.part,
@@ -130,7 +121,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _with_matrices(weight: WeightComparison) -> dict[str, Any]:
-    """With the figures of every matrix, where there are several."""
+    """A weight with the figures of every matrix, if there are several."""
     data = _as_data(weight)
     if weight.n_mat > 1:
         data["matrices"] = {
@@ -156,9 +147,7 @@ def _write_csv(found: MatrixComparison) -> None:
         for name in names:
             rows.append({"name": name, "part": "head" if name in head else "trunk", "note": note})
     columns = [*_COLUMNS, "note"]
-    writer = csv.DictWriter(DataOut(), columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    write_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
 
 
 _COLUMNS = (
@@ -179,8 +168,8 @@ def _render(
             if shown:
                 console.print(_table(part, shown))
             if len(differing) > len(shown):
-                told = f"{len(differing) - len(shown)} more that differ: --all"
-                console.print(Text(told, "dim"))
+                more = f"{len(differing) - len(shown)} more that differ: --all"
+                console.print(Text(more, "dim"))
     for label, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         _list(console, label, list(names), found.head_names, limit)
     for label, alone in (
@@ -267,9 +256,9 @@ def _list(
         return
     n_head = sum(name.split(" ")[0] in head for name in names)
     counted = plural(len(names), "weight")
-    told = f"{label}: {counted}" + (f", {n_head} of the head" if n_head else "")
+    heading = f"{label}: {counted}" + (f", {n_head} of the head" if n_head else "")
     console.print()
-    console.print(Text(told))
+    console.print(Text(heading))
     for name in names[:limit]:
         console.print(Text(f"  {name}"), soft_wrap=True)
     if limit is not None and len(names) > limit:
@@ -278,3 +267,15 @@ def _list(
 
 def _shape(shape: tuple[int, int]) -> str:
     return f"[{shape[0]}, {shape[1]}]"
+
+
+COMMAND = Command(
+    name="diff",
+    help="where two importance matrices differ, the worst first",
+    description="Compare two importance matrices of one model, weight by weight, the least "
+    "alike first. Exit status: 0; with --exit-code 1 if they differ; 2 wrong usage or bad "
+    "input.",
+    add_arguments=_add_arguments,
+    files=Files(files=("a", "b")),
+    run=_run,
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,34 +12,25 @@ from rich import box
 from rich.table import Table
 
 import imatrix
-from imatrix.cli.flags import hub, sources
-from imatrix.cli.flags import placement as _placement_cli
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_json
+from imatrix.cli.flags import hub, placement, sources
 from imatrix.cli.flags.common import (
-    Commands,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
     add_verbose,
-    at_least,
-    chunks,
 )
-from imatrix.cli.terminal import CollectProgress, Terminal, write_json
+from imatrix.cli.flags.values import at_least, chunks
+from imatrix.cli.outputs import Files
+from imatrix.cli.progress import CollectProgress
+from imatrix.cli.status import OK
+from imatrix.cli.terminal import Terminal
 
-__all__ = ["add_parser", "run"]
+__all__ = ["COMMAND"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "evaluate",
-        help="how well a model and its MTP head predict a text",
-        description="Score a text with a model and its MTP head: perplexity, the head's loss, how "
-        "often the trunk accepts what the head drafts and, with a reference, how far both stray "
-        "from it. With --against, score other models on the same text and say which is better. "
-        "Take other text than the calibration's.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=run)
+def _add_arguments(command: hub.Parser) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     hub.add_to_positional(command)
@@ -88,7 +78,7 @@ def add_parser(commands: Commands) -> None:
         "them)",
     )
     add_threads(command)
-    _placement_cli.add_arguments(command)
+    placement.add_arguments(command)
     add_skipped_chunks(command)
     add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
     add_parse_special(command)
@@ -96,12 +86,7 @@ def add_parser(commands: Commands) -> None:
     add_verbose(command)
 
 
-def run(args: argparse.Namespace, terminal: Terminal) -> int:
-    """Run the command.
-
-    Returns:
-        0; a dead head is told, not an error.
-    """
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     if args.against_mtp_model and len(args.against_mtp_model) != len(args.against):
         raise ValueError(
             f"{len(args.against)} models in --against, but {len(args.against_mtp_model)} files in "
@@ -117,9 +102,9 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
         with Path(path).open("rb"):
             pass
 
-    _placement_cli.use_servers(args, isolate=False)
-    placement = _placement_cli.arguments(args)
-    _placement_cli.warn_of_no_device(
+    placement.use_servers(args, isolate=False)
+    placed = placement.arguments(args)
+    placement.warn_of_no_device(
         args, terminal, lambda: any(device.gpu for device in imatrix.backends().devices)
     )
 
@@ -141,7 +126,7 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 skip_chunks=args.chunk,
                 parse_special=args.parse_special,
                 **text_arguments,
-                **placement,
+                **placed,
                 n_threads=args.threads,
                 progress=bar,
             )
@@ -157,7 +142,6 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
                 for other, difference in zip(others, differences, strict=True)
             ]
         write_json(data)
-        sys.stdout.flush()
     else:
         for one in (found, *others):
             _render(one, terminal)
@@ -165,18 +149,19 @@ def run(args: argparse.Namespace, terminal: Terminal) -> int:
             _render_difference(found, other, difference, terminal)
     for one in (found, *others):
         if one.verdict is not None:
+            # a dead head is no error
             terminal.warn(f"{one.model}: {one.verdict}" if others else one.verdict)
-    return 0
+    return OK
 
 
 def _fetch(args: argparse.Namespace, terminal: Terminal) -> None:
-    """What the Hub has, with the heads beside it."""
+    """Fetch the models that the Hub has, with the heads beside them."""
 
     def fetched(
         model: str, mtp_model: str | None, *, first: bool = False
     ) -> tuple[str, str | None]:
         head = not args.no_mtp and mtp_model is None
-        path, beside = hub.fetched(model, args, terminal, first=first, head=head)
+        path, beside = hub.fetch(model, args, terminal, first=first, head=head)
         return path, mtp_model if beside is None else beside
 
     args.model, args.mtp_model = fetched(args.model, args.mtp_model, first=True)
@@ -204,12 +189,12 @@ def _render(found: imatrix.Evaluation, terminal: Terminal) -> None:
     def add(name: str, figure: imatrix.Estimate | None, share: bool = False) -> None:
         if figure is None:
             return
-        told = [
+        texts = [
             "-" if math.isnan(v) else f"{100 * v:.2f} %" if share else f"{v:.5f}"
             for v in (figure.value, figure.error, figure.low, figure.high)
         ]
-        interval = "-" if told[2] == "-" else f"{told[2]} to {told[3]}"
-        table.add_row(name, told[0], told[1], interval, str(figure.n))
+        interval = "-" if texts[2] == "-" else f"{texts[2]} to {texts[3]}"
+        table.add_row(name, texts[0], texts[1], interval, str(figure.n))
 
     add("trunk: perplexity", found.perplexity)
     for name, figure, share in _figures(found):
@@ -268,3 +253,23 @@ def _figures(
 
 def _named(found: imatrix.Evaluation) -> str:
     return found.model if found.mtp_model is None else f"{found.model} with {found.mtp_model}"
+
+
+COMMAND = Command(
+    name="evaluate",
+    help="how well a model and its MTP head predict a text",
+    description="Score a text with a model and its MTP head: perplexity, the head's loss, how "
+    "often the trunk accepts what the head drafts and, with a reference, how far both stray "
+    "from it. With --against, score other models on the same text and say which is better. "
+    "Take other text than the calibration's.",
+    add_arguments=_add_arguments,
+    files=Files(
+        models=(
+            *("model", "mtp_model", "reference", "reference_mtp_model"),
+            *("against", "against_mtp_model"),
+        ),
+        texts=("file",),
+        files=("chat_template_file", "chat_tools"),
+    ),
+    run=_run,
+)

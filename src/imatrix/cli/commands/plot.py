@@ -6,18 +6,22 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imatrix.cli.flags.common import Commands, add_verbose, at_least
+from imatrix.cli.command import Command
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
 from imatrix.cli.flags.matrices import add_chunk_size
-from imatrix.cli.outputs import check_output
+from imatrix.cli.flags.values import at_least
+from imatrix.cli.outputs import Files, check_output, named_outputs
+from imatrix.cli.status import OK
 from imatrix.cli.terminal import Terminal
 from imatrix.matrix.importance import ImportanceMatrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_parser"]
+__all__ = ["COMMAND"]
 
-# The choices are spelt out: asking imatrix.pictures for them would make every command slower.
+# The choices are spelled out: asking imatrix.pictures for them would make every command slower.
 _KINDS = ("layers", "experts", "channels", "compare")
 _STATISTICS = ("mean", "top", "peak", "coverage", "rows")
 _DIFFERENCES = ("ratio", "cosine")
@@ -40,17 +44,7 @@ _FLAGS = {
 }
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "plot",
-        help="pictures: layers, experts, channels, two matrices side by side",
-        description="Draw an importance matrix as PNG or SVG: weight kinds against blocks; rows by "
-        "expert and block; one weight's channels, the heaviest named; two matrices and their "
-        "difference. Needs matplotlib: pip install 'imatrix[plot]'.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_plot)
+def _add_arguments(command: Parser) -> None:
     add = command.add_argument
     add("file", metavar="MATRIX", help="importance matrix")
     add(
@@ -110,7 +104,7 @@ def add_parser(commands: Commands) -> None:
     add_verbose(command)
 
 
-def _plot(args: argparse.Namespace, terminal: Terminal) -> int:
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     from imatrix import pictures
 
     kind = _kind(args)
@@ -140,11 +134,11 @@ def _plot(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     pictures.save(figure, args.output, dpi=args.dpi or pictures.DPI)
     terminal.note(f"wrote {args.output}: {figure.get_label()}")
-    return 0
+    return OK
 
 
 def _kind(args: argparse.Namespace) -> str:
-    """The kind of picture, once it is sure that the flags go with it.
+    """The kind of picture, after a check that the flags go with it.
 
     Raises:
         ValueError: they do not.
@@ -212,3 +206,15 @@ def _dpi(text: str) -> int:
     if value > 600:
         raise argparse.ArgumentTypeError(f"must be 600 or less, got {value}")
     return value
+
+
+COMMAND = Command(
+    name="plot",
+    help="pictures: layers, experts, channels, two matrices side by side",
+    description="Draw an importance matrix as PNG or SVG: weight kinds against blocks; rows by "
+    "expert and block; one weight's channels, the heaviest named; two matrices and their "
+    "difference. Needs matplotlib: pip install 'imatrix[plot]'.",
+    add_arguments=_add_arguments,
+    files=Files(files=("file", "other"), outputs=named_outputs("output")),
+    run=_run,
+)

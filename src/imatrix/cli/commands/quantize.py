@@ -1,28 +1,41 @@
-"""TODO."""
+"""`imatrix quantize`: quantize a model with the engine's quantizer."""
 
 from __future__ import annotations
 
 import argparse
 
 import imatrix
-from imatrix.cli.flags import hub
-from imatrix.cli.flags.common import (
-    Commands,
-    add_tensor_type,
-    add_threads,
-    add_verbose,
-    tensor_types,
-)
-from imatrix.cli.outputs import check_output
-from imatrix.cli.signals import OK
-from imatrix.cli.terminal import StepProgress, Terminal, describe_tensors
+from imatrix.cli.command import Command
+from imatrix.cli.flags import hub, tensor_types
+from imatrix.cli.flags.common import add_threads, add_verbose
+from imatrix.cli.outputs import Files, check_output, named_outputs
+from imatrix.cli.progress import StepProgress, describe_tensors
+from imatrix.cli.status import OK
+from imatrix.cli.terminal import Terminal
 from imatrix.words import size
 
+__all__ = ["COMMAND"]
 
-def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
+
+def _add_arguments(command: hub.Parser) -> None:
+    add = command.add_argument
+    add("src", metavar="SRC", help="GGUF model, F16 or BF16")
+    add("dst", metavar="DST", help="what to write")
+    hub.add_to_positional(command)
+    add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
+    add("--imatrix", metavar="FILE", help="importance matrix")
+    tensor_types.add_arguments(command)
+    add("--allow-requantize", action="store_true", help="start from quantized weights")
+    add("--pure", action="store_true", help="one format for all weights, no mixture")
+    add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
+    add_threads(command)
+    add_verbose(command)
+
+
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.dst)
-    rules = tensor_types(args)
-    args.src, _ = hub.fetched(args.src, args, terminal)
+    rules = tensor_types.read(args)
+    args.src, _ = hub.fetch(args.src, args, terminal)
     with StepProgress(terminal, "quantizing", describe_tensors) as bar:
         done = imatrix.quantize(
             args.src,
@@ -43,23 +56,16 @@ def _quantize(args: argparse.Namespace, terminal: Terminal) -> int:
     return OK
 
 
-def add_quantize(commands: Commands) -> None:
-    command = commands.add_parser(
-        "quantize",
-        help="quantize a model with the engine's quantizer",
-        description="Quantize a model as llama-quantize does.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_quantize)
-    add = command.add_argument
-    add("src", metavar="SRC", help="GGUF model, F16 or BF16")
-    add("dst", metavar="DST", help="what to write")
-    hub.add_to_positional(command)
-    add("type", metavar="TYPE", help="llama-quantize's name for it: IQ2_XXS, Q4_K_M, ...")
-    add("--imatrix", metavar="FILE", help="importance matrix")
-    add_tensor_type(command)
-    add("--allow-requantize", action="store_true", help="start from quantized weights")
-    add("--pure", action="store_true", help="one format for all weights, no mixture")
-    add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
-    add_threads(command)
-    add_verbose(command)
+COMMAND = Command(
+    name="quantize",
+    help="quantize a model with the engine's quantizer",
+    description="Quantize a model as llama-quantize does.",
+    add_arguments=_add_arguments,
+    files=Files(
+        models=("src",),
+        files=("imatrix",),
+        outputs=named_outputs("dst"),
+        reads=tensor_types.rule_files,
+    ),
+    run=_run,
+)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from imatrix.cli.flags.common import Commands, add_verbose
+from imatrix.cli.command import Command
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
 from imatrix.cli.flags.matrices import add_chunk_size
-from imatrix.cli.outputs import check_output
+from imatrix.cli.outputs import Files, check_output, named_outputs
+from imatrix.cli.status import OK
 from imatrix.cli.terminal import Terminal
 from imatrix.files import atomic
 from imatrix.words import size
 
-__all__ = ["add_parser"]
+__all__ = ["COMMAND"]
 
 
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "report",
-        help="all about a matrix on one HTML page",
-        description="Write one HTML page that tells what a matrix holds, how and from what text it "
-        "was collected, what is thin and, given the model, whether it would quantize. The page "
-        "stands alone: it can be mailed, and read on a phone.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_run)
+def _add_arguments(command: Parser) -> None:
     add = command.add_argument
     add("file", metavar="MATRIX", help="importance matrix, GGUF or .dat")
     add("-m", "--model", metavar="MODEL", help="its model: also tell whether it would quantize")
@@ -64,4 +57,16 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     with atomic.replacing(args.output) as temporary:
         temporary.write_bytes(page)
     terminal.note(f"wrote {args.output}: {size(len(page))}, loads nothing; open it in a browser")
-    return 0
+    return OK
+
+
+COMMAND = Command(
+    name="report",
+    help="all about a matrix on one HTML page",
+    description="Write one HTML page that tells what a matrix holds, how and from what text it "
+    "was collected, what is thin and, given the model, whether it would quantize. The page "
+    "stands alone: it can be mailed, and read on a phone.",
+    add_arguments=_add_arguments,
+    files=Files(models=("model",), files=("file", "against"), outputs=named_outputs("output")),
+    run=_run,
+)

@@ -1,17 +1,20 @@
-"""What a matrix holds, at a glance: lines of numbers, as tables or as plain data."""
+"""`imatrix show`: what an importance matrix holds, as tables or as plain data."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 
 from rich import box
 from rich.table import Table
 
-from imatrix.cli.flags.common import Commands, add_verbose
-from imatrix.cli.signals import OK
-from imatrix.cli.terminal import Console, Terminal, Text, write_json
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_json
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
+from imatrix.cli.outputs import Files
+from imatrix.cli.status import OK
+from imatrix.cli.terminal import Console, Terminal, Text
 from imatrix.formats import Format, detected
 from imatrix.matrix.experts import describe_experts, experts
 from imatrix.matrix.importance import ImportanceMatrix
@@ -26,11 +29,32 @@ from imatrix.matrix.summary import (
 )
 from imatrix.words import plural, ranged
 
+__all__ = ["COMMAND", "render"]
+
 _FORMATS: Mapping[Format, str] = {"gguf": "GGUF", "dat": ".dat"}
 
 _LEGEND = (
     "mean: squared activation of a channel, on average; peak: the strongest channel / the mean"
 )
+
+
+def _add_arguments(command: Parser) -> None:
+    command.add_argument("file", metavar="FILE", help="importance matrix")
+    command.add_argument(
+        "--all", action="store_true", help="every weight by itself, not one line a kind"
+    )
+    command.add_argument("--json", action="store_true", help="as JSON, every weight")
+    add_verbose(command)
+
+
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
+    matrix = ImportanceMatrix.load(args.file)
+    form = detected(args.file)
+    if args.json:
+        write_json(as_data(matrix, args.file, form))
+    else:
+        render(terminal.out, matrix, args.file, form, every_weight=args.all)
+    return OK
 
 
 def render(
@@ -80,10 +104,10 @@ def _facts(matrix: ImportanceMatrix) -> dict[str, str]:
         facts["tokens"] = f"SHA-256 {made.dataset_digest[:16]}..."
     if made is not None and made.left_out:
         facts["left out"] = describe_left_out(made.left_out)
-    if made is not None and (told := describe_unused(made.sources)):
-        facts["not used"] = told
-    if told := describe_experts(experts(matrix)):
-        facts["experts"] = told
+    if made is not None and (unused := describe_unused(made.sources)):
+        facts["not used"] = unused
+    if rows := describe_experts(experts(matrix)):
+        facts["experts"] = rows
     if signed := sum(entry.signed_sums is not None for entry in matrix.values()):
         of = "all weights" if signed == len(matrix) else f"{signed} of {len(matrix)} weights"
         facts["signed"] = f"sums of the activations themselves, of {of}"
@@ -113,28 +137,10 @@ def _table(part: str, found: list[Line]) -> Table:
     return table
 
 
-# --- show, quantize, demo, version -------------------------------------------
-
-
-def _show_file(args: argparse.Namespace, terminal: Terminal) -> int:
-    matrix = ImportanceMatrix.load(args.file)
-    form = detected(args.file)
-    if args.json:
-        write_json(as_data(matrix, args.file, form))
-    else:
-        render(terminal.out, matrix, args.file, form, every_weight=args.all)
-    sys.stdout.flush()  # here, where a closed pipe is expected
-    return OK
-
-
-def add_show(commands: Commands) -> None:
-    command = commands.add_parser(
-        "show", help="what an importance matrix holds, the head apart", allow_abbrev=False
-    )
-    command.set_defaults(run=_show_file)
-    command.add_argument("file", metavar="FILE", help="importance matrix")
-    command.add_argument(
-        "--all", action="store_true", help="every weight by itself, not one line a kind"
-    )
-    command.add_argument("--json", action="store_true", help="as JSON, every weight")
-    add_verbose(command)
+COMMAND = Command(
+    name="show",
+    help="what an importance matrix holds, the head apart",
+    add_arguments=_add_arguments,
+    files=Files(files=("file",)),
+    run=_run,
+)

@@ -4,20 +4,35 @@ that llama.cpp had before 0.6.0."""
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
-import numpy as np
-from rich import box
-from rich.table import Table
-
-from imatrix.cli.flags.common import Commands, add_verbose, at_least
+from imatrix.cli.command import Command
+from imatrix.cli.data import write_csv, write_json
+from imatrix.cli.flags.common import add_verbose
+from imatrix.cli.flags.hub import Parser
 from imatrix.cli.flags.matrices import add_chunk_size
-from imatrix.cli.terminal import Console, DataOut, Terminal, Text, write_json
+from imatrix.cli.flags.values import at_least
+from imatrix.cli.outputs import Files
+from imatrix.cli.stats_tables import (
+    EXPERTS,
+    FIELDS,
+    LAYERS,
+    LEGACY_LAYERS,
+    LEGACY_LEGEND,
+    LEGACY_WEIGHTS,
+    LEGEND,
+    MEANS,
+    UNSIGNED,
+    WEIGHTS,
+    choose_rows,
+    find_sort_key,
+    print_table,
+)
+from imatrix.cli.status import OK
+from imatrix.cli.terminal import Console, Terminal, Text
 from imatrix.entries import Part
 from imatrix.formats import detected
 from imatrix.matrix.activations import (
@@ -40,134 +55,14 @@ from imatrix.matrix.weight_activations import ActivationStatistics
 from imatrix.matrix.weight_statistics import ExpertStatistics, WeightStatistics
 from imatrix.words import plural
 
-__all__ = ["add_parser"]
+__all__ = ["COMMAND"]
 
 _Row = TypeVar("_Row")
 
 _PARTS: tuple[Part, Part] = ("trunk", "head")
 
-_LEGEND = (
-    "A: a channel's activation. Mean, StdDev, Skew, Kurt: of the channels' means E[A]; H Norm: "
-    "entropy of their shares of ∑ E[A²], of log2 N, 100 % where all are alike. Beside the same "
-    "weight of the nearest earlier block: Gain, the ratio of the root mean squares; L2 Dist, "
-    "CosSim, PCC (correlation), Cov, of the means."
-)
-_UNSIGNED = "without signed sums, Mean to Kurt and what follows Gain are of E[A²]: "
-_LEGACY_LEGEND = (
-    "Act²: a channel's squared activation, on average. μ, σ: mean and standard deviation of these. "
-    "% Active: above 1e-5. N: how many. Entropy: of their shares, in bits; E (norm): of log2 N, "
-    "100 % where all are alike. ZD: more than σ above μ. CosSim: with the same weight of the block "
-    "before; 0 where there is none."
-)
 
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of a table.
-
-    Attributes:
-        key: the field it shows and --sort names.
-        heading: llama-imatrix's, where it has the column.
-        told: the cell, with llama-imatrix's digits.
-        left: whether it stands at the left.
-    """
-
-    key: str
-    heading: str
-    told: Callable[[Any], str]
-    left: bool = False
-
-
-def _digits(n: int) -> Callable[[float], str]:
-    return lambda value: "" if value is None else f"{value:.{n}f}"
-
-
-def _percent(n: int) -> Callable[[float], str]:
-    # show_statistics in tools/imatrix/imatrix.cpp multiplies in float32
-    return lambda value: f"{float(np.float32(100.0 * value)):.{n}f}%"
-
-
-_BLOCK = _Column("block", "Layer", lambda block: "-" if block is None else str(block))
-_TENSOR = _Column("tensor", "Tensor", str, left=True)
-_TOTAL = _Column("total", "Σ(Act²)", _digits(2))
-_FIGURES = (
-    _Column("minimum", "Min", _digits(4)),
-    _Column("maximum", "Max", _digits(4)),
-    _Column("mean", "μ", _digits(2)),
-    _Column("stddev", "σ", _digits(2)),
-    _Column("active", "% Active", _percent(2)),
-)
-_ENTROPY = (
-    _Column("entropy", "Entropy", _digits(4)),
-    _Column("entropy_norm", "E (norm)", _percent(2)),
-    _Column("zd", "ZD", _percent(2)),
-)
-_UNSEEN = _Column("unseen", "no rows", lambda n: str(n or ""))
-_ROWS = (
-    _Column("n_experts", "experts", lambda n: str(n or "")),
-    _UNSEEN,
-    _Column("rows_min", "fewest rows", str),
-    _Column("rows_max", "most rows", str),
-)
-_LEGACY_WEIGHTS = (
-    *(_BLOCK, _TENSOR, _TOTAL, *_FIGURES, _Column("elements", "N", str), *_ENTROPY),
-    *(_Column("cossim", "CosSim", _digits(4)), _UNSEEN),
-)
-_MEANS = (
-    _Column("mean_total", "μΣ(Act²)", _digits(2)),
-    _Column("mean_zd", "μZD", _percent(4)),
-    _Column("mean_cossim", "μCosSim", _digits(4)),
-    _Column("n_weights", "weights", str),
-    _Column("elements", "N", str),
-)
-_LEGACY_LAYERS = (_BLOCK, *_MEANS, *_ROWS)
-
-_LABEL = _Column("label", "Layer", str)
-_ENERGY = _Column("total", "∑ E[A²]", _digits(4))
-_GAIN = _Column("gain", "Gain", _digits(2))
-_L2 = _Column("l2_dist", "L2 Dist", _digits(4))
-_COSSIM = _Column("cossim", "CosSim", _digits(4))
-_BETWEEN = (_Column("pearson", "PCC", _digits(4)), _Column("covariance", "Cov", _digits(4)))
-_WEIGHTS = (
-    *(_LABEL, _Column("name", "Tensor", str, left=True)),
-    *(_Column("mean", "Mean", _digits(4)), _Column("stddev", "StdDev", _digits(4))),
-    *(_Column("skewness", "Skew", _digits(4)), _Column("kurtosis", "Kurt", _digits(4))),
-    *(_Column("entropy_norm", "H Norm", _percent(2)), _ENERGY, _GAIN, _L2, *_BETWEEN),
-    *(_Column("elements", "N", str),),
-)
-_LAYERS = (_LABEL, _ENERGY, _GAIN, _L2, _COSSIM, *_BETWEEN, *_ROWS)
-_EXPERTS = (
-    *(_BLOCK, _TENSOR, _Column("expert", "Expert", str), _Column("rows", "Rows", str)),
-    *(_Column("share", "Share", _percent(2)), _TOTAL, *_FIGURES, *_ENTROPY),
-)
-
-# what can be sorted by, and the fields of a CSV file
-_KINDS: Mapping[type, tuple[str, ...]] = {
-    kind: tuple(field.name for field in fields(kind))
-    for kind in (WeightStatistics, LayerStatistics, ExpertStatistics)
-} | {
-    kind: tuple(field.name for field in fields(kind) if field.repr)
-    for kind in (ActivationStatistics, LayerActivations)
-}
-_COLUMNS_OF: Mapping[type, tuple[_Column, ...]] = {
-    ActivationStatistics: _WEIGHTS,
-    LayerActivations: _LAYERS,
-    WeightStatistics: _LEGACY_WEIGHTS,
-    LayerStatistics: _LEGACY_LAYERS,
-    ExpertStatistics: _EXPERTS,
-}
-
-
-def add_parser(commands: Commands) -> None:
-    """Add the command to the parser's."""
-    command = commands.add_parser(
-        "stats",
-        help="the statistics that llama-imatrix --show-statistics prints, the head apart",
-        description="Statistics of an importance matrix: a line a weight, then a line a layer, the "
-        "trunk and the head apart. The figures are those of llama-imatrix in llama.cpp 0.6.0.",
-        allow_abbrev=False,
-    )
-    command.set_defaults(run=_stats)
+def _add_arguments(command: Parser) -> None:
     add = command.add_argument
     add("file", metavar="MATRIX", help="importance matrix, GGUF or .dat")
     what = command.add_mutually_exclusive_group()
@@ -208,21 +103,21 @@ def add_parser(commands: Commands) -> None:
     add_verbose(command)
 
 
-def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
+def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     legacy = args.legacy or args.experts
     kind: type = WeightStatistics if legacy else ActivationStatistics
     if args.experts:
         kind = ExpertStatistics
     elif args.layers:
         kind = LayerStatistics if legacy else LayerActivations
-    key = None if args.sort is None else _sort_key(args.sort, kind)
+    key = None if args.sort is None else find_sort_key(args.sort, kind)
     matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
 
     def chosen(rows: Sequence[_Row]) -> list[_Row]:
-        return _chosen(rows, key, reverse=args.reverse, top=args.top)
+        return choose_rows(rows, key, reverse=args.reverse, top=args.top)
 
     parts: tuple[Part, ...] = (args.part,) if args.part else _PARTS
-    experts = _thinnest_first(expert_statistics(matrix)) if args.experts else []
+    experts = sorted(expert_statistics(matrix), key=lambda each: each.rows) if args.experts else []
     old = statistics(matrix, exact=args.exact) if legacy else None
     new = None if legacy else activation_statistics(matrix, exact=args.exact)
     if args.json or args.csv:
@@ -251,7 +146,9 @@ def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
             data["experts"] = [each for each in experts if each.part in parts]
         data[name] = chosen(data[name])
         if args.csv:
-            _write_csv(kind, data[name])
+            write_csv(
+                FIELDS[kind], [[getattr(row, key) for key in FIELDS[kind]] for row in data[name]]
+            )
         else:
             write_json(_plain(data), allow_nan=False)
     else:
@@ -262,18 +159,17 @@ def _stats(args: argparse.Namespace, terminal: Terminal) -> int:
             of_part = matrix.trunk if part == "trunk" else matrix.head
             if old is not None:
                 one = old.trunk if part == "trunk" else old.head
-                _render(out, one, part, of_part, args, chosen)
+                _print_legacy_part(out, one, part, of_part, args, chosen)
             elif new is not None:
-                _render_new(out, new.part(part), part, of_part, args, chosen)
+                _print_part(out, new.part(part), part, of_part, args, chosen)
             if args.experts:
-                _print_table(out, _EXPERTS, chosen([e for e in experts if e.part == part]), keys=3)
+                print_table(out, EXPERTS, chosen([e for e in experts if e.part == part]), keys=3)
         out.print()
-        out.print(Text(_LEGACY_LEGEND if legacy else _LEGEND, "dim"))
-    sys.stdout.flush()  # here, where a closed pipe is expected
-    return 0
+        out.print(Text(LEGACY_LEGEND if legacy else LEGEND, "dim"))
+    return OK
 
 
-def _render_new(
+def _print_part(
     out: Console,
     found: MatrixActivations,
     part: Part,
@@ -286,25 +182,25 @@ def _render_new(
     if not matrix:
         out.print(Text(part, "bold") + Text(": no weights"))
         return
-    told = f": {len(matrix)} weights, none saw a row"
+    summary = f": {len(matrix)} weights, none saw a row"
     if found.weights:
         elements = sum(each.elements for each in found.weights)
-        told = f": {plural(len(found.weights), 'weight')}, N {elements}"
-    out.print(Text(part, "bold") + Text(told), soft_wrap=True)
+        summary = f": {plural(len(found.weights), 'weight')}, N {elements}"
+    out.print(Text(part, "bold") + Text(summary), soft_wrap=True)
     if experts := describe_experts(expert_coverage(matrix)):
         out.print(f"  experts: {experts}", markup=False, soft_wrap=True)
     for heading, names in (
         ("without rows: ", [name for name in found.without_rows if name in matrix]),
-        (_UNSIGNED, [each.name for each in found.weights if not each.signed]),
+        (UNSIGNED, [each.name for each in found.weights if not each.signed]),
     ):
         if names:
-            all_of_them = heading == _UNSIGNED and len(names) == len(found.weights) > 3
+            all_of_them = heading == UNSIGNED and len(names) == len(found.weights) > 3
             listed = "all weights" if all_of_them else ", ".join(names)
             out.print(Text(f"  {heading}", "yellow") + Text(listed), soft_wrap=True)
     if not args.layers:
-        _print_table(out, _WEIGHTS, chosen(found.weights), keys=2)
+        print_table(out, WEIGHTS, chosen(found.weights), keys=2)
     layers = chosen(found.layers) if args.layers else found.layers
-    _print_table(out, _LAYERS, layers, keys=1)
+    print_table(out, LAYERS, layers, keys=1)
 
 
 def _collected(matrix: ImportanceMatrix) -> str:
@@ -312,7 +208,7 @@ def _collected(matrix: ImportanceMatrix) -> str:
     return f"{text} of {matrix.chunk_size} tokens" if matrix.chunk_size else text
 
 
-def _render(
+def _print_legacy_part(
     out: Console,
     found: Statistics,
     part: Part,
@@ -330,146 +226,45 @@ def _render(
         out.print(Text(part, "bold") + Text(f": {_describe_whole(whole)}"), soft_wrap=True)
     if not found.parts:
         out.print(Text(part, "bold") + Text(f": {len(matrix)} weights, none saw a row"))
-    if told := describe_experts(expert_coverage(matrix)):
-        out.print(f"  experts: {told}", soft_wrap=True)
+    if rows := describe_experts(expert_coverage(matrix)):
+        out.print(f"  experts: {rows}", soft_wrap=True)
     if found.without_rows:
-        told = ", ".join(found.without_rows)
-        out.print(Text("  without rows: ", "yellow") + Text(told), soft_wrap=True)
+        names = ", ".join(found.without_rows)
+        out.print(Text("  without rows: ", "yellow") + Text(names), soft_wrap=True)
     if not args.layers and not args.experts:
-        _print_table(out, _LEGACY_WEIGHTS, chosen(found.weights), keys=2)
+        print_table(out, LEGACY_WEIGHTS, chosen(found.weights), keys=2)
     if not args.experts:
         layers = chosen(found.layers) if args.layers else found.layers
-        _print_table(out, _LEGACY_LAYERS, layers, keys=1)
+        print_table(out, LEGACY_LAYERS, layers, keys=1)
 
 
 def _describe_whole(whole: PartStatistics) -> str:
     """A part in a line: "12 weights, N 5632: μΣ(Act²) 1530.12, μZD 9.6058%, μCosSim 0.7077"."""
-    means = ", ".join(f"{c.heading} {c.told(getattr(whole, c.key))}" for c in _MEANS[:3])
+    means = ", ".join(f"{c.heading} {c.describe(getattr(whole, c.key))}" for c in MEANS[:3])
     return f"{plural(whole.n_weights, 'weight')}, N {whole.elements}: {means}"
 
 
-# --- rows --------------------------------------------------------------------
-
-
-def _sort_key(name: str, kind: type) -> str:
-    """The field that a heading or a field's name means.
-
-    Raises:
-        ValueError: there is no such column.
-    """
-    known = {column.heading.lower(): column.key for column in _COLUMNS_OF[kind]}
-    if "label" in _KINDS[kind]:
-        known["layer"] = "block"  # by number, not by its letters
-    known |= {key: key for key in _KINDS[kind]}
-    try:
-        return known[name.lower()]
-    except KeyError:
-        raise ValueError(
-            f"there is no column {name!r} to sort by; there are: {', '.join(_KINDS[kind])}"
-        ) from None
-
-
-def _chosen(rows: Sequence[_Row], key: str | None, *, reverse: bool, top: int | None) -> list[_Row]:
-    """The rows by that field: numbers the largest first, text and numbers of things by order;
-    what is missing last."""
-    found = list(rows)
-    if key is not None:
-        ascending = key in (
-            "block",
-            "expert",
-            "thinnest",
-            "name",
-            "label",
-            "tensor",
-            "part",
-            "previous",
-        )
-        present = [row for row in found if not _missing(getattr(row, key))]
-        down = ascending if reverse else not ascending
-        present.sort(key=lambda row: getattr(row, key), reverse=down)
-        found = present + [row for row in found if _missing(getattr(row, key))]
-    elif reverse:
-        found.reverse()
-    return found[:top]
-
-
-def _missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _thinnest_first(found: Sequence[ExpertStatistics]) -> list[ExpertStatistics]:
-    return sorted(found, key=lambda each: each.rows)
-
-
-# --- output ------------------------------------------------------------------
-
-
 def _plain(value: Any) -> Any:
-    """Dataclasses as JSON has them; a number that is none becomes null."""
+    """Dataclasses as JSON objects; NaN and infinity become null."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if (names := _KINDS.get(type(value))) is not None:
+    if (names := FIELDS.get(type(value))) is not None:
         return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, PartStatistics):
         return _plain(asdict(value))
     return value
 
 
-def _write_csv(kind: type, rows: Sequence[Any]) -> None:
-    """A heading and a line a row; None is empty, and a float is written so that it comes back."""
-    writer = csv.writer(DataOut(), lineterminator="\n")
-    writer.writerow(_KINDS[kind])
-    for row in rows:
-        writer.writerow([getattr(row, key) for key in _KINDS[kind]])
-
-
-def _print_table(
-    out: Console, columns: Sequence[_Column], rows: Sequence[object], *, keys: int
-) -> None:
-    """A table, or several that repeat the first `keys` columns where one would be too wide."""
-    if not rows:
-        return
-    cells = {
-        column.key: [column.told(getattr(row, column.key)) for row in rows] for column in columns
-    }
-    # a column that says nothing for any row
-    shown = [c for c in columns if c in columns[:keys] or any(cells[c.key])]
-    for group, gap in _groups(shown, cells, keys, out.width):
-        table = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap - 1, 0, 0)
-        )
-        for column in group:
-            table.add_column(
-                column.heading,
-                justify="left" if column.left else "right",
-                no_wrap=True,
-                overflow="ellipsis",
-            )
-        for number in range(len(rows)):
-            table.add_row(*(Text(cells[column.key][number]) for column in group))
-        out.print()
-        out.print(table)
-
-
-def _groups(
-    columns: Sequence[_Column], cells: Mapping[str, Sequence[str]], keys: int, width: int
-) -> Iterator[tuple[list[_Column], int]]:
-    """(columns, blanks between them) of each table that fits into the width."""
-    need = {c.key: max(map(len, (c.heading, *cells[c.key]))) for c in columns}
-    for gap in (2, 1):
-        if sum(need.values()) + gap * (len(columns) - 1) <= width:
-            yield list(columns), gap
-            return
-    first = list(columns[:keys])
-    group = list(first)
-    for column in columns[keys:]:
-        used = sum(need[c.key] for c in group) + 2 * len(group)
-        if len(group) > keys and used + need[column.key] > width:
-            yield group, 2
-            group = list(first)
-        group.append(column)
-    yield group, 2
+COMMAND = Command(
+    name="stats",
+    help="the statistics that llama-imatrix --show-statistics prints, the head apart",
+    description="Statistics of an importance matrix: a line a weight, then a line a layer, the "
+    "trunk and the head apart. The figures are those of llama-imatrix in llama.cpp 0.6.0.",
+    add_arguments=_add_arguments,
+    files=Files(files=("file",)),
+    run=_run,
+)

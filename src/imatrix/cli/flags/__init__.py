@@ -1,1 +1,1 @@
-"""Flags that several commands share."""
+"""Flags that several commands share, a module a subject."""

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 from contextlib import AbstractContextManager
 
-from imatrix.cli.flags.common import at_least
+from imatrix.cli.flags.values import at_least
 from imatrix.cli.terminal import Terminal
 from imatrix.cluster.cluster import BLOCK, Cluster
 from imatrix.words import size
 
-__all__ = ["add_arguments", "check", "connected", "tell"]
+__all__ = ["add_arguments", "check", "connect", "print_use"]
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """That the flags go together.
+    """Check that the flags go together.
 
     Raises:
         ValueError: they do not.
@@ -69,10 +69,8 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def connected(
-    args: argparse.Namespace, terminal: Terminal
-) -> AbstractContextManager[Cluster | None]:
-    """The cluster that the flags name; None for none.
+def connect(args: argparse.Namespace, terminal: Terminal) -> AbstractContextManager[Cluster | None]:
+    """Connect to the cluster that the flags name; None if they name none.
 
     Raises:
         ValueError, ImportError, ClusterError: as Cluster does.
@@ -90,7 +88,7 @@ def connected(
     return cluster
 
 
-def tell(cluster: Cluster, terminal: Terminal) -> None:
+def print_use(cluster: Cluster, terminal: Terminal) -> None:
     """How the cluster fared."""
     use = cluster.use
     if not use.blocks:

@@ -1,8 +1,8 @@
 """-hf and what belongs to it: models from the Hugging Face Hub.
 
-Where a model is a positional argument, `-hf X` anywhere in the command line stands for `hf:X` in the
-first one's place. `hf:X` is taken in place of any model's path, so that a second one can come from
-the Hub too.
+If a model is a positional argument, `-hf X` anywhere in the command line stands for `hf:X` in the
+place of the first one. `hf:X` may stand for the path of any model, so that a second one can come
+from the Hub too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import imatrix
 from imatrix.cli.flags import common
 from imatrix.cli.terminal import Terminal
 
-__all__ = ["Parser", "add_arguments", "add_to_positional", "fetched", "is_hub", "resolve"]
+__all__ = ["Parser", "add_arguments", "add_to_positional", "fetch", "is_hub", "resolve"]
 
 _FLAGS = ("-hf", "-hfr", "--hf-repo")
 _PREFIX = "hf:"
@@ -27,7 +27,7 @@ _QUANT = (
 
 
 class Parser(common.Parser):
-    """Of a command; with -hf for its first positional argument where add_to_positional() says so."""
+    """The parser of a command; with add_to_positional(), -hf stands for its first positional argument."""
 
     model_comes_first = False
     _parsing = False
@@ -111,7 +111,7 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> None:
         return
     if args.model is not None:
         raise ValueError("-m and -hf both name a model; give one of them")
-    path, head = _fetch(
+    path, head = _download(
         args.hf_repo, args, terminal, file=args.hf_file, head=args.mtp and args.mtp_model is None
     )
     args.model = path
@@ -120,11 +120,11 @@ def resolve(args: argparse.Namespace, terminal: Terminal) -> None:
 
 
 def is_hub(model: str) -> bool:
-    """Whether a model is named, not given by its path."""
+    """Whether a model is named on the Hub, not given by its path."""
     return model.startswith(_PREFIX) and not Path(model).exists()
 
 
-def fetched(
+def fetch(
     model: str,
     args: argparse.Namespace,
     terminal: Terminal,
@@ -135,11 +135,11 @@ def fetched(
     """The path of a model, downloaded if it is hf:USER/MODEL[:QUANT].
 
     Args:
-        first: whether --hf-file speaks of this one.
+        first: whether --hf-file is about this one.
         head: whether to fetch the mtp-*.gguf beside it too, if it has no head of its own.
 
     Returns:
-        The path, and that of the head, None for none.
+        The path, and that of the head, None if there is none.
 
     Raises:
         ValueError, OSError, ImportError: as HubModel does.
@@ -149,10 +149,10 @@ def fetched(
             raise ValueError("--hf-file names a file of a repository; give it with -hf")
         return model, None
     file = args.hf_file if first else None
-    return _fetch(model.removeprefix(_PREFIX), args, terminal, file=file, head=head)
+    return _download(model.removeprefix(_PREFIX), args, terminal, file=file, head=head)
 
 
-def _fetch(
+def _download(
     name: str, args: argparse.Namespace, terminal: Terminal, *, file: str | None, head: bool
 ) -> tuple[str, str | None]:
     from imatrix.model.hub import HubModel, hide_progress

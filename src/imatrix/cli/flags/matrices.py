@@ -1,4 +1,4 @@
-"""TODO."""
+"""Flags of commands that read and write matrices, and what a written file loses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from imatrix.cli.flags.common import at_least
+from imatrix.cli.flags.values import at_least
 from imatrix.cli.terminal import Terminal
 from imatrix.formats import Format
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.words import few, plural
 
-__all__ = ["add_chunk_size", "add_format", "tell_losses", "tell_unsigned"]
+__all__ = ["add_chunk_size", "add_format", "warn_of_losses", "warn_of_lost_signed_sums"]
 
 
 def add_format(command: argparse.ArgumentParser) -> None:
@@ -37,10 +37,10 @@ def add_chunk_size(command: argparse.ArgumentParser) -> None:
     )
 
 
-def tell_unsigned(
+def warn_of_lost_signed_sums(
     parts: Iterable[ImportanceMatrix], merged: ImportanceMatrix, terminal: Terminal
 ) -> None:
-    """Warn of signed sums that some of the files have and their sum has not."""
+    """Warn of signed sums that some of the files have and their sum does not."""
     known = {
         name for part in parts for name, entry in part.items() if entry.signed_sums is not None
     }
@@ -52,8 +52,8 @@ def tell_unsigned(
         )
 
 
-def tell_losses(matrix: ImportanceMatrix, form: Format, terminal: Terminal) -> None:
-    """Warn of what a .dat file says otherwise than the matrix."""
+def warn_of_losses(matrix: ImportanceMatrix, form: Format, terminal: Terminal) -> None:
+    """Warn of what a .dat file does not say, or says differently from the matrix."""
     if form != "dat":
         return
     empty = [name for name, entry in matrix.items() if not entry.counts.any()]

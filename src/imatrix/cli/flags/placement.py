@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import imatrix
-from imatrix.cli.flags.common import add_gpu_layers, at_least, whole
+from imatrix.cli.flags.values import at_least, gpu_layers, whole
 from imatrix.cli.terminal import Terminal
 from imatrix.engine.placement import SplitMode, on_cpu, parse_overrides
 from imatrix.engine.settings import ALL
@@ -22,8 +22,16 @@ _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """All of them, and --list-devices."""
-    add_gpu_layers(command)
     add = command.add_argument
+    add(
+        "-ngl",
+        "--gpu-layers",
+        "--n-gpu-layers",
+        metavar="N",
+        type=gpu_layers,
+        help="layers on the GPU, a number, 'all' or 'auto': as many as there is room for (default: "
+        "auto)",
+    )
     add(
         "-sm",
         "--split-mode",
@@ -114,7 +122,7 @@ def arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe_layers(collector: imatrix.Collector, args: argparse.Namespace) -> str | None:
-    """What -ngl auto came to; None where all is on the GPU, or there is none."""
+    """What -ngl auto came to; None if all is on the GPU, or there is no GPU."""
     layers = collector.layers
     if layers in (None, ALL) or not collector.has_gpu:
         return None
@@ -123,7 +131,7 @@ def describe_layers(collector: imatrix.Collector, args: argparse.Namespace) -> s
 
 
 def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:
-    """Make those of --rpc known.
+    """Make the servers of --rpc known to the engine.
 
     Raises:
         ValueError, OSError, EngineError: as add_rpc_server() does.
@@ -138,10 +146,10 @@ def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:
 def warn_of_no_device(
     args: argparse.Namespace, terminal: Terminal, has_gpu: Callable[[], bool]
 ) -> None:
-    """Where there is no device but the CPU: which flags mean nothing.
+    """Warn of flags that mean nothing, if there is no device but the CPU.
 
     Args:
-        has_gpu: asked only where such a flag is given.
+        has_gpu: asked only if such a flag is given.
     """
     given = {
         "-ngl": args.gpu_layers not in (None, 0),
@@ -180,7 +188,7 @@ def _overrides(text: str) -> list[tuple[str, str]]:
 
 
 class _Override(argparse.Action):
-    """Adds to the one list of overrides, whichever flag it comes from: their order counts."""
+    """Adds to the one list of overrides, whichever flag they come from: their order counts."""
 
     def __call__(
         self,
@@ -213,10 +221,10 @@ class _ListDevices(argparse.Action):
         out.print("devices for -dev, and the buffer types of -ot:")
         for device in devices:
             memory = f", {size(device.memory_free)} free" if device.memory_total else ""
-            told = (
+            line = (
                 f"  {device.name}: {device.description}{memory}, buffer type {device.buffer_type}"
             )
             if device.backend == "CPU":
-                told += " (not for -dev)"
-            out.print(told, soft_wrap=True)
+                line += " (not for -dev)"
+            out.print(line, soft_wrap=True)
         parser.exit()

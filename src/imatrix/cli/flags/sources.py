@@ -1,5 +1,5 @@
-"""Flags of `collect` and `evaluate` for their text: where it comes from, how chats are rendered, how
-it is cut."""
+"""Flags of `collect` and `evaluate` for their text: where it comes from, how chats are rendered, and
+how it is cut."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Any
 
 import imatrix
-from imatrix.cli.flags.common import at_least
+from imatrix.cli.flags.values import at_least
 from imatrix.cli.terminal import Terminal
 from imatrix.text.documents import FIELDS
 from imatrix.text.inputs import Texts
 from imatrix.text.plain import parsed_json, read_json, read_text
 from imatrix.text.template import DATE
 
-__all__ = ["add_arguments", "add_min_expert_rows", "run_arguments", "tell", "texts"]
+__all__ = ["add_arguments", "add_min_expert_rows", "print_report", "run_arguments", "texts"]
 
 
 def add_arguments(
@@ -114,10 +114,11 @@ def add_min_expert_rows(command: argparse.ArgumentParser) -> None:
 
 
 def texts(args: argparse.Namespace, *, again: bool = False) -> Texts | None:
-    """What the flags name; None for nothing. Finds out now whether it can be read.
+    """The text that the flags name, None for no text. It is found out now whether it can be read.
 
     Args:
-        again: whether it will be read more than once: what comes by standard input is held.
+        again: whether it will be read more than once; the text of standard input is then held in
+            memory.
 
     Raises:
         ValueError, OSError, ImportError: as Mixture.check does.
@@ -169,8 +170,8 @@ def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tell(report: imatrix.Report, terminal: Terminal) -> None:
-    """What the run made of its text."""
+def print_report(report: imatrix.Report, terminal: Terminal) -> None:
+    """Print what the run made of its text."""
     for line in report.lines():
         terminal.note(line)
     experts = report.experts

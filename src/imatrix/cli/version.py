@@ -1,14 +1,17 @@
-"""TODO."""
+"""`imatrix --version`: what this build has."""
 
 from __future__ import annotations
 
 import imatrix
-from imatrix.cli.signals import FAILED, OK
+from imatrix.cli.status import FAILED, OK
 from imatrix.cli.terminal import Terminal
 from imatrix.words import size
 
+__all__ = ["show_version"]
+
 
 def show_version(terminal: Terminal) -> int:
+    """Print the engine, its backends and the devices; the exit status."""
     out = terminal.out
     out.print(f"imatrix {imatrix.__version__}")
     try:
