@@ -84,4 +84,14 @@ void clear_error() {
     g_first_error.clear();
 }
 
+Status engine_error(Code code, const std::string & what) {
+    const std::string why = first_error();
+    const auto        has = [&](const char * words) {
+        return why.find(words) != std::string::npos;
+    };
+    const bool memory = has("allocate") || has("out of memory") || has("bad_alloc");
+    return Status::failed(memory ? Code::out_of_memory : code,
+                          why.empty() ? what : what + ": " + why);
+}
+
 } // namespace imatrix

@@ -7,124 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
-#include <string_view>
 
 namespace imatrix {
-namespace {
-
-bool is_matmul(const ggml_tensor * node) {
-    return node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
-}
-
-// plain_name() without a copy: where the weight's own name starts and how long it is
-std::pair<const char *, size_t> name_span(const char * name) {
-    const char * hash = std::strchr(name, '#');
-    if (hash == nullptr) {
-        return {name, std::strlen(name)};
-    }
-    const char * start = hash + 1;
-    const char * end   = std::strchr(start, '#');
-    return {start, end == nullptr ? std::strlen(start) : static_cast<size_t>(end - start)};
-}
-
-bool is_wanted(const char * name, bool output_weight, bool head) {
-    const auto [start, length] = name_span(name);
-    if (length > 4 && std::memcmp(start, "blk.", 4) == 0) {
-        return true;
-    }
-    // gemma4-assistant: its projections belong to no block
-    if (length > 6 && std::memcmp(start, "nextn.", 6) == 0) {
-        return true;
-    }
-    // deepseek4, qwen4exp: what brings the trunk's hyper-connection streams together. deepseek4's
-    // head multiplies it too; a head in a file of its own has another one of that name.
-    if (!head && length > 10 && std::memcmp(start, "output_hc_", 10) == 0) {
-        return true;
-    }
-    // a model without an output.weight multiplies its token embedding instead
-    return output_weight && (std::string_view(start, length) == "output.weight" ||
-                             std::string_view(start, length) == "token_embd.weight");
-}
-
-Shape shape_of(const ggml_tensor * node) {
-    const ggml_tensor * weight = node->src[0];
-    Shape               shape;
-    shape.n_in     = node->src[1]->ne[0];
-    shape.n_mat    = weight->ne[2] * weight->ne[3];
-    shape.n_counts = node->op == GGML_OP_MUL_MAT_ID ? shape.n_mat : 1;
-    return shape;
-}
-
-// Rows that a node feeds its weight: per matrix for a dense weight, in all for experts.
-int64_t rows_of(const ggml_tensor * node) {
-    if (node->op == GGML_OP_MUL_MAT_ID) {
-        return ggml_nelements(node->src[2]);
-    }
-    return ggml_nrows(node->src[1]) / (node->src[0]->ne[2] * node->src[0]->ne[3]);
-}
-
-// A multiplication that the hook wants. Without rows it is a last layer cropped to no output rows.
-bool has_rows(const ggml_tensor * node, bool output_weight, bool head) {
-    return is_matmul(node) && node->src[1]->type == GGML_TYPE_F32 &&
-           is_wanted(node->src[0]->name, output_weight, head) && rows_of(node) > 0;
-}
-
-// Writes to what outlives the graph.
-bool has_effect(const ggml_tensor * node) {
-    return node->op == GGML_OP_CPY || node->op == GGML_OP_SET_ROWS || node->op == GGML_OP_SET ||
-           node->op == GGML_OP_ACC;
-}
-
-} // namespace
-
-std::string plain_name(const char * name) {
-    const auto [start, length] = name_span(name);
-    return std::string(start, length);
-}
-
-std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
-                                           const std::string & prefix, bool head) {
-    std::vector<PlannedWeight> plan;
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (!is_matmul(node) || node->src[1]->type != GGML_TYPE_F32 ||
-            !is_wanted(node->src[0]->name, output_weight, head)) {
-            continue;
-        }
-        const std::string name = prefix + plain_name(node->src[0]->name);
-        const auto known = std::find_if(plan.begin(), plan.end(),
-                                        [&](const PlannedWeight & w) { return w.name == name; });
-        if (known != plan.end()) {
-            known->rows += rows_of(node);
-        } else {
-            plan.push_back({name, rows_of(node)});
-        }
-    }
-    return plan;
-}
-
-GraphEnd end_of(ggml_cgraph * graph, bool output_weight, bool head) {
-    GraphEnd end;
-    bool     later = false;
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (has_rows(node, output_weight, head)) {
-            ++end.n_wanted;
-            later = false;
-            continue;
-        }
-        if (has_effect(node)) {
-            ++end.n_effects;
-            later = true;
-        }
-        // Other splits still run, on what was never computed: numbers that no row may be
-        // looked up by.
-        later |= node->op == GGML_OP_MUL_MAT_ID ||
-                 (node->op == GGML_OP_GET_ROWS && node->src[1]->op != GGML_OP_NONE);
-    }
-    return later ? GraphEnd{} : end;
-}
-
 bool EvalHook::callback(ggml_tensor * node, bool ask, void * user_data) noexcept {
     auto & hook = *static_cast<EvalHook *>(user_data);
     // After an error the chunk is lost anyway: let the rest of the graph run unobserved.
@@ -177,10 +61,9 @@ void EvalHook::finish_chunk() {
         });
 }
 
-void EvalHook::begin_decode(bool output_weight, const std::string & prefix, bool head) {
-    output_weight_ = output_weight;
-    of_head_       = head;
-    prefix_        = prefix;
+void EvalHook::begin_decode(Wanted wanted, const std::string & prefix) {
+    wanted_ = wanted;
+    prefix_ = prefix;
     ++graph_;
     start_graph();
     activations_.clear();
@@ -213,7 +96,7 @@ bool EvalHook::ask(ggml_tensor * node) {
     // A node that is about to be computed is no activation of an earlier graph any more, even
     // where its address is: tensors of the next graph are made in the same memory.
     forget(node);
-    const bool wanted = has_rows(node, output_weight_, of_head_);
+    const bool wanted = has_rows(node, wanted_);
     const bool effect = has_effect(node);
     if (!wanted && !effect) {
         return false;
@@ -223,8 +106,8 @@ bool EvalHook::ask(ggml_tensor * node) {
     ending_ =
         end_.n_wanted > 0 && run_.n_wanted == end_.n_wanted && run_.n_effects == end_.n_effects;
     // the last one is stopped at whether or not its rows are known
-    wanted_ = wanted && is_new(node, rows_of(node));
-    return wanted_ || ending_;
+    collecting_ = wanted && is_new(node, rows_of(node));
+    return collecting_ || ending_;
 }
 
 // Whether the rows of a wanted node are to be collected; if not, they were for another weight.
@@ -343,8 +226,7 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
     const Shape         shape = sums_.slots()[slot].shape;
     sums_.count(slot, 0, rows_of(node));
 
-    // Matrix (i2, i3) of the weight multiplies the rows whose own i2, i3 are the same
-    // modulo the weight's: ggml's broadcast rule for MUL_MAT.
+    // in order: matrix m of the slot multiplies the m-th of equal parts of the rows
     const bool in_order = shape.n_mat == 1 || (w->ne[2] == x->ne[2] && w->ne[3] == x->ne[3]);
     const bool far      = device_sums_ && DeviceSums::is_far(x);
     const bool both     = !sums_.slots()[slot].signed_total.empty();
@@ -352,20 +234,7 @@ void EvalHook::collect_dense(size_t weight, const ggml_tensor * node) {
         summed_there(weight, devices_.add(x, weight, slot, shape, both), ggml_nrows(x))) {
         return;
     }
-    rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
-    for (int64_t w3 = 0; w3 < w->ne[3]; ++w3) {
-        for (int64_t w2 = 0; w2 < w->ne[2]; ++w2) {
-            std::vector<int32_t> & rows = rows_of_[static_cast<size_t>(w3 * w->ne[2] + w2)];
-            rows.clear();
-            for (int64_t i3 = w3; i3 < x->ne[3]; i3 += w->ne[3]) {
-                for (int64_t i2 = w2; i2 < x->ne[2]; i2 += w->ne[2]) {
-                    for (int64_t i1 = 0; i1 < x->ne[1]; ++i1) {
-                        rows.push_back(static_cast<int32_t>((i3 * x->ne[2] + i2) * x->ne[1] + i1));
-                    }
-                }
-            }
-        }
-    }
+    list_rows_of_matrices(w, x, rows_of_);
     if (far && !in_order &&
         summed_there(weight, devices_.add_routed(x, weight, slot, shape, rows_of_, both),
                      ggml_nrows(x))) {
@@ -460,21 +329,10 @@ void EvalHook::collect_experts(size_t weight, const ggml_tensor * node) {
         return;
     }
     read_ids(ids);
-    rows_of_.resize(std::max(rows_of_.size(), static_cast<size_t>(shape.n_mat)));
-    for (int64_t e = 0; e < shape.n_mat; ++e) {
-        rows_of_[static_cast<size_t>(e)].clear();
-    }
-    for (int64_t token = 0; token < ids->ne[1]; ++token) {
-        for (int64_t used = 0; used < ids->ne[0]; ++used) {
-            const int32_t expert = ids_[static_cast<size_t>(token * ids->ne[0] + used)];
-            if (expert < 0 || expert >= n_expert) {
-                fail(Failure::bad_expert, sums_.weights()[weight].name, expert);
-                return;
-            }
-            // gate and up get one row for all experts of a token, down gets one for each
-            rows_of_[static_cast<size_t>(expert)].push_back(
-                static_cast<int32_t>(token * x->ne[1] + used % x->ne[1]));
-        }
+    int32_t bad = 0;
+    if (!list_rows_of_experts(node->src[0], x, ids_, ids->ne[0], rows_of_, bad)) {
+        fail(Failure::bad_expert, sums_.weights()[weight].name, bad);
+        return;
     }
     for (int64_t e = 0; e < n_expert; ++e) {
         const size_t n_rows = rows_of_[static_cast<size_t>(e)].size();
@@ -523,7 +381,7 @@ void EvalHook::collect(ggml_tensor * node) {
 
 // After a node that ask() stopped at. False leaves the rest of this graph out.
 bool EvalHook::visit(ggml_tensor * node) {
-    if (wanted_) {
+    if (collecting_) {
         collect(node);
     }
     if (!ending_) {

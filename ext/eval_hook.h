@@ -7,6 +7,7 @@
 #include "parallel.h"
 #include "staged_rows.h"
 #include "sums.h"
+#include "wanted_nodes.h"
 
 #include <cstdint>
 #include <functional>
@@ -14,7 +15,6 @@
 #include <vector>
 
 struct ggml_tensor;
-struct ggml_cgraph;
 
 namespace imatrix {
 
@@ -45,32 +45,6 @@ struct HookCounters {
     int64_t ended            = 0; // graphs that were left before their end
 };
 
-// How many rows a graph feeds each wanted weight, read off the graph without running it.
-struct PlannedWeight {
-    std::string name;
-    int64_t     rows = 0; // rows, or (row, expert) pairs
-};
-// `prefix` is put before every name; `head`: it is the graph of a head (see
-// EvalHook::begin_decode).
-std::vector<PlannedWeight> planned_weights(ggml_cgraph * graph, bool output_weight,
-                                           const std::string & prefix, bool head = false);
-
-// "CUDA0#blk.0.attn_k.weight#0" -> "blk.0.attn_k.weight"; other names stay.
-// The scheduler decorates copies of tensors this way (ggml-backend.cpp).
-std::string plain_name(const char * name);
-
-// Where a graph may be left: after it has run so many nodes that multiply a wanted weight, and so
-// many that have an effect which outlives the graph (keys, values, states). A backend may run its
-// nodes in another order than the model built them (graph_optimize in ggml-vulkan.cpp and
-// ggml-metal-common.cpp), so that the last weight alone would not do.
-struct GraphEnd {
-    int64_t n_wanted  = 0; // 0: nowhere
-    int64_t n_effects = 0;
-};
-// Nowhere if something after the last wanted weight, as the model built it, has such an effect or
-// looks up rows by numbers that the graph computes.
-GraphEnd end_of(ggml_cgraph * graph, bool output_weight, bool head = false);
-
 class EvalHook {
 public:
     explicit EvalHook(Sums & sums) : sums_(sums) {}
@@ -86,9 +60,8 @@ public:
     // sums. Throws bad_alloc only.
     void finish_chunk();
     // Before every llama_process: a new graph comes. `prefix` keeps the weights of a model of
-    // its own, whose block numbers start again at 0, apart from the trunk's. With `head`, weights
-    // at the end of the trunk (output_hc_*) are passed over.
-    void begin_decode(bool output_weight, const std::string & prefix = {}, bool head = false);
+    // its own, whose block numbers start again at 0, apart from the trunk's.
+    void begin_decode(Wanted wanted, const std::string & prefix = {});
     void set_enabled(bool enabled) { enabled_ = enabled; }
     bool enabled() const { return enabled_; }
     // Off for graphs that only prepare keys and values.
@@ -145,33 +118,32 @@ private:
     Sums &       sums_;
     HookError    error_;
     HookCounters counters_;
-    bool         enabled_       = true;
-    bool         observing_     = true;
-    bool         grouping_      = true;
-    bool         output_weight_ = false;
-    bool         of_head_       = false;
+    bool         enabled_   = true;
+    bool         observing_ = true;
+    bool         grouping_  = true;
+    Wanted       wanted_;
     std::string  prefix_;
 
-    GraphEnd end_;            // of every graph
-    GraphEnd run_;            // of this graph so far
-    bool     ending_ = false; // the node to be computed now is the last one
-    bool     wanted_ = false; // its rows are to be collected
+    GraphEnd end_;                // of every graph
+    GraphEnd run_;                // of this graph so far
+    bool     ending_     = false; // the node to be computed now is the last one
+    bool     collecting_ = false; // its rows are to be collected
 
-    uint64_t                          graph_ = 0;    // which graph execution this is
-    std::vector<uint64_t>             seen_in_;      // per weight: the graph it was last seen in
-    std::vector<uint64_t>             slot_made_in_; // per slot: the graph it was made in
-    std::vector<uint64_t>             slot_fed_in_;  // per slot: the graph it was last fed in
-    std::vector<Activation>           activations_;  // of this graph
-    bool                              device_sums_ = true;
-    DeviceSums                        devices_;
-    StagedRows                        staged_; // rows copied from devices
-    std::vector<char>                 staging_ids_;
-    std::vector<int32_t>              ids_;     // [n_tokens, n_used]
-    std::vector<std::vector<int32_t>> rows_of_; // numbers of rows by matrix or expert
-    std::vector<const float *>        rows_;
-    std::vector<RowBlock>             blocks_;
-    std::vector<int64_t>              block_mats_;
-    Parallel                          threads_;
+    uint64_t                   graph_ = 0;    // which graph execution this is
+    std::vector<uint64_t>      seen_in_;      // per weight: the graph it was last seen in
+    std::vector<uint64_t>      slot_made_in_; // per slot: the graph it was made in
+    std::vector<uint64_t>      slot_fed_in_;  // per slot: the graph it was last fed in
+    std::vector<Activation>    activations_;  // of this graph
+    bool                       device_sums_ = true;
+    DeviceSums                 devices_;
+    StagedRows                 staged_; // rows copied from devices
+    std::vector<char>          staging_ids_;
+    std::vector<int32_t>       ids_; // [n_tokens, n_used]
+    RowNumbers                 rows_of_;
+    std::vector<const float *> rows_;
+    std::vector<RowBlock>      blocks_;
+    std::vector<int64_t>       block_mats_;
+    Parallel                   threads_;
 };
 
 } // namespace imatrix

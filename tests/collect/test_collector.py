@@ -267,7 +267,7 @@ def test_the_head_wants_one_sequence(headed: ModelSpec) -> None:
 
 
 def test_the_native_session_refuses_it_too(headed: ModelSpec) -> None:
-    """keep_rows() in ext/session.cpp would give a chunk's first slots another chunk's rows."""
+    """keep_rows() in ext/contexts.cpp would give a chunk's first slots another chunk's rows."""
     model = engine.Model(
         str(headed.path), mtp=True, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )

@@ -7,7 +7,7 @@
 #include "engine_log.h"
 #include "far_device.h"
 #include "harness.h"
-#include "model_file.h"
+#include "model_header.h"
 #include "parallel.h"
 #include "row_kernels.h"
 #include "session.h"
@@ -178,7 +178,7 @@ void check_dense(Where where, bool device_sums) {
         const std::string name = "blk." + std::to_string(round) + ".ffn_up.weight";
         const std::string gate = "blk." + std::to_string(round) + ".ffn_gate.weight";
         harness.hook.begin_chunk();
-        harness.hook.begin_decode(false);
+        harness.hook.begin_decode({});
         const std::vector<Product> products{{name, 4, w2, w3, 0, -1}, {gate, 2, w2, w3, 0, -1}};
         Reference want{std::vector<double>(static_cast<size_t>(n_in * w2 * w3)), {0}};
         for (int ubatch = 0; ubatch < 2; ++ubatch) {
@@ -229,7 +229,7 @@ void check_experts(Where where, bool device_sums) {
 
         const std::string name = "blk." + std::to_string(round) + ".ffn_down_exps.weight";
         harness.hook.begin_chunk();
-        harness.hook.begin_decode(false);
+        harness.hook.begin_decode({});
         CHECK(harness.run({x.rows}, {ids}, {{name, 3, n_expert, 1, 0, 0}}, false).empty());
         Reference want{std::vector<double>(static_cast<size_t>(n_in * n_expert)),
                        std::vector<int64_t>(static_cast<size_t>(n_expert))};
@@ -259,7 +259,7 @@ void check_errors() {
 
     x.data[static_cast<size_t>(x.rows.offset + 5)] = std::numeric_limits<float>::quiet_NaN();
     harness.hook.begin_chunk();
-    harness.hook.begin_decode(false);
+    harness.hook.begin_decode({});
     harness.run({x.rows}, {}, product, false);
     CHECK(harness.hook.error().kind == Failure::non_finite && harness.hook.error().channel == 5);
     CHECK(harness.hook.error().weight == "blk.0.w.weight" && harness.hook.error().mat == -1);
@@ -268,14 +268,14 @@ void check_errors() {
     const std::vector<int32_t> bad{0, 7};
     Activation                 y(8, 1, 2, 1);
     harness.hook.begin_chunk();
-    harness.hook.begin_decode(false);
+    harness.hook.begin_decode({});
     harness.run({y.rows}, {{bad.data(), 2, 1, 2, 1, 0}}, {{"blk.0.e.weight", 2, 4, 1, 0, 0}}, true);
     CHECK(harness.hook.error().kind == Failure::bad_expert && harness.hook.error().mat == 7);
     harness.sums.discard();
 
     Activation z(4, 2, 1, 1);
     harness.hook.begin_chunk();
-    harness.hook.begin_decode(false);
+    harness.hook.begin_decode({});
     harness.run({z.rows}, {}, product, false);
     CHECK(harness.hook.error().kind == Failure::shape_changed);
     harness.sums.discard();
@@ -288,9 +288,9 @@ void check_errors() {
                                      {"blk.1.k.weight", 2, 1, 1, 1, -1}};
     for (int attempt = 0; attempt < 2; ++attempt) {
         harness.hook.begin_chunk();
-        harness.hook.begin_decode(false);
+        harness.hook.begin_decode({});
         harness.run({a.rows}, {}, together, false);
-        harness.hook.begin_decode(false);
+        harness.hook.begin_decode({});
         harness.run({a.rows, b.rows}, {}, apart, false);
         if (attempt == 0) {
             CHECK(harness.hook.error().kind == Failure::regroup || !harness.hook.groups_agree());
@@ -340,9 +340,9 @@ void check_refusal() {
 // second session beside it, and the log's settings changed all the while.
 void check_session(const std::string & path) {
     set_log_sink(on_line, 3);
-    ModelFile file;
-    CHECK(read_model_file(path, file).ok());
-    CHECK(!read_model_file(path + ".missing", file).ok());
+    ModelHeader file;
+    CHECK(read_model_header(path, file).ok());
+    CHECK(!read_model_header(path + ".missing", file).ok());
 
     const bool has_head =
         std::any_of(file.integers.begin(), file.integers.end(), [](const auto & key) {

@@ -203,12 +203,12 @@ std::vector<PlannedWeight> Harness::plan(const std::vector<Rows> &    rows,
                                          const std::vector<Ids> &     ids,
                                          const std::vector<Product> & products,
                                          bool                         output_weight) {
-    return planned_weights(build(rows, ids, products)->graph, output_weight, {});
+    return planned_weights(build(rows, ids, products)->graph, {output_weight, /*head=*/false}, {});
 }
 
 GraphEnd Harness::end(const std::vector<Rows> & rows, const std::vector<Ids> & ids,
                       const std::vector<Product> & products) {
-    return end_of(build(rows, ids, products)->graph, /*output_weight=*/false);
+    return end_of(build(rows, ids, products)->graph, {});
 }
 
 } // namespace imatrix::testing

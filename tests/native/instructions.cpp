@@ -123,7 +123,7 @@ extern "C" __attribute__((noinline)) void imatrix_measured(Case & measured) {
         return;
     }
     measured.hook.begin_chunk();
-    measured.hook.begin_decode(false);
+    measured.hook.begin_decode({});
     for (ggml_tensor * node : measured.chunk->nodes) {
         if (EvalHook::callback(node, true, &measured.hook)) {
             EvalHook::callback(node, false, &measured.hook);

@@ -156,7 +156,8 @@ PYBIND11_MODULE(_imatrix_testing, m) {
              py::arg("where") = "host")
         .def("begin_chunk", [](Harness & h) { h.hook.begin_chunk(); })
         .def(
-            "begin_decode", [](Harness & h, bool output) { h.hook.begin_decode(output); },
+            "begin_decode",
+            [](Harness & h, bool output) { h.hook.begin_decode({output, /*head=*/false}); },
             py::arg("output_weight") = false)
         .def("finish", [](Harness & h) { h.hook.finish_chunk(); })
         .def("commit",

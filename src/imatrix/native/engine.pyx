@@ -21,7 +21,7 @@ from libcpp.vector cimport vector
 from imatrix.native cimport ext
 from imatrix.native.ext cimport (
     CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, FirstSlot,
-    ModelFile, ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
+    ModelHeader, ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
     Sums,
 )
 
@@ -88,11 +88,11 @@ cdef object _check(const Status & status, str prefix=""):
 
 def model_file(path):
     """The header of a GGUF model file as a dict; raises ModelError where it is not one."""
-    cdef ModelFile found
+    cdef ModelHeader found
     cdef string native = os.fsencode(path)
     cdef Status status
     with nogil:
-        status = ext.read_model_file(native, found)
+        status = ext.read_model_header(native, found)
     _check(status, path + ": ")
     return {
         "architecture": _name(found.architecture),
@@ -610,7 +610,7 @@ cdef class Session:
 
     @property
     def memory(self):
-        """Bytes taken, a dict for each kind of memory (see MemoryUse in ext/session.h)."""
+        """Bytes taken, a dict for each kind of memory (see ext/memory_use.h)."""
         return [
             {"device": _text(use.device), "host": bool(use.host), "plain": bool(use.plain),
              "model": use.model, "context": use.context, "compute": use.compute}

@@ -53,7 +53,7 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
     string system_info()
 
 
-cdef extern from "model_file.h" namespace "imatrix" nogil:
+cdef extern from "model_header.h" namespace "imatrix" nogil:
     cdef cppclass FileTensor:
         string name
         int n_dims
@@ -64,7 +64,7 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         int64_t offset
         int64_t count
 
-    cdef cppclass ModelFile:
+    cdef cppclass ModelHeader:
         string architecture
         string tokenizer
         int64_t split_count
@@ -76,7 +76,7 @@ cdef extern from "model_file.h" namespace "imatrix" nogil:
         vector[FileTable] tables
         vector[pair[string, int64_t]] integers
 
-    Status read_model_file(const string & path, ModelFile & out)
+    Status read_model_header(const string & path, ModelHeader & out)
 
 
 cdef extern from "row_kernels.h" namespace "imatrix" nogil:
@@ -139,6 +139,8 @@ cdef extern from "eval_hook.h" namespace "imatrix" nogil:
         int64_t squared_elements
         int64_t ended
 
+
+cdef extern from "wanted_nodes.h" namespace "imatrix" nogil:
     cdef cppclass PlannedWeight:
         string name
         int64_t rows
@@ -156,7 +158,7 @@ cdef extern from "placement.h" namespace "imatrix" nogil:
     Status find_name(const string & pattern, const vector[string] & names, int64_t & found)
 
 
-cdef extern from "session.h" namespace "imatrix" nogil:
+cdef extern from "model.h" namespace "imatrix" nogil:
     cdef cppclass ModelParams:
         string path
         cbool mtp
@@ -184,6 +186,31 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         Status tokenize(const string & text, cbool add_special, cbool parse_special,
                         vector[int32_t] & out) const
 
+
+cdef extern from "scores.h" namespace "imatrix" nogil:
+    cdef cppclass ChunkScore:
+        double nll
+        double nll_sq
+        int64_t n_scored
+
+
+cdef extern from "graph_plan.h" namespace "imatrix" nogil:
+    cdef cppclass GraphPlan:
+        vector[PlannedWeight] weights
+        cbool needs_outputs
+
+
+cdef extern from "memory_use.h" namespace "imatrix" nogil:
+    cdef cppclass MemoryUse:
+        string device
+        cbool host
+        cbool plain
+        int64_t model
+        int64_t context
+        int64_t compute
+
+
+cdef extern from "session.h" namespace "imatrix" nogil:
     cdef enum class FirstSlot(int32_t):
         cached
         counted
@@ -203,23 +230,6 @@ cdef extern from "session.h" namespace "imatrix" nogil:
         cbool leave_out_logits
         FirstSlot first_slot
         cbool computes
-
-    cdef cppclass ChunkScore:
-        double nll
-        double nll_sq
-        int64_t n_scored
-
-    cdef cppclass GraphPlan:
-        vector[PlannedWeight] weights
-        cbool needs_outputs
-
-    cdef cppclass MemoryUse:
-        string device
-        cbool host
-        cbool plain
-        int64_t model
-        int64_t context
-        int64_t compute
 
     cdef cppclass CSession "imatrix::Session":
         CSession(const CModel & trunk, const CModel * head)

@@ -1,4 +1,4 @@
-#include "model_file.h"
+#include "model_header.h"
 
 #include "engine_log.h"
 
@@ -62,7 +62,7 @@ constexpr uint64_t kMappable = 32;
 
 } // namespace
 
-Status read_model_file(const std::string & path, ModelFile & out) {
+Status read_model_header(const std::string & path, ModelHeader & out) {
     clear_error();
     ggml_context *                                shapes = nullptr;
     const gguf_init_params                        params{/*.no_alloc =*/true, /*.ctx =*/&shapes};

@@ -23,7 +23,7 @@ struct FileTable {
     int64_t     count  = 0; // of int32
 };
 
-struct ModelFile {
+struct ModelHeader {
     std::string             architecture;
     std::string             tokenizer;            // tokenizer.ggml.model, "" if there is none
     int64_t                 split_count   = 0;    // parts of a multi-part model, 0 or 1: one file
@@ -39,6 +39,6 @@ struct ModelFile {
 
 // Reads the header of a GGUF file with the engine's own reader and checks that the file is
 // long enough for its tensors. bad_model says what is wrong with it.
-Status read_model_file(const std::string & path, ModelFile & out);
+Status read_model_header(const std::string & path, ModelHeader & out);
 
 } // namespace imatrix

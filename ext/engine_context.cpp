@@ -1,9 +1,7 @@
-#include "context.h"
+#include "engine_context.h"
 
 #include "engine_log.h"
-#include "eval_hook.h"
 #include "live.h"
-#include "session.h"
 
 #include "llama.h"
 
@@ -18,12 +16,13 @@ void FreeContext::operator()(llama_context * ctx) const {
 void FreeBatch::operator()(llama_batch_ext * batch) const { llama_batch_ext_free(batch); }
 
 bool is_causal(const llama_context * ctx) {
-    // what has no memory is encoded, and that without a causal mask whatever the metadata say
+    // a context without a memory encodes, without a causal mask, whatever the metadata say
     // (llama-context.cpp, llama_context::encode)
     return llama_get_causal_attn(ctx) && llama_get_memory(ctx) != nullptr;
 }
 
-Status make_context(const Model & model, const ContextParams & params, ContextPtr & out) {
+Status make_engine_context(llama_model * model, const EngineContextParams & params,
+                           ContextPtr & out) {
     clear_error();
     llama_context_params engine = llama_context_default_params();
     engine.n_ctx                = static_cast<uint32_t>(params.n_ctx);
@@ -34,19 +33,18 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
     engine.n_threads            = params.n_threads;
     engine.n_threads_batch      = params.n_threads;
     engine.no_perf              = true;
-    // a cache of experts in device memory puts its own tensor and ids into MUL_MAT_ID, which would
-    // then be counted for the wrong experts (src/llama-moe-cache.cpp)
+    // A cache of experts in device memory puts its own tensor and ids into MUL_MAT_ID, and rows
+    // would then be counted for the wrong experts (src/llama-moe-cache.cpp).
     engine.moe_cache_size = 0;
     engine.abort_callback = [](void * data) -> bool {
         return static_cast<std::atomic<bool> *>(data)->load(std::memory_order_relaxed);
     };
     engine.abort_callback_data = params.cancelled;
-    if (params.hook != nullptr) {
-        engine.cb_eval           = EvalHook::callback;
-        engine.cb_eval_user_data = params.hook;
-    }
+    engine.cb_eval             = params.on_node.call;
+    engine.cb_eval_user_data   = params.on_node.data;
     if (!params.computes) {
-        // asked before the first node, when all else of a decode is done (ggml-backend.cpp)
+        // the engine asks before the first node, when all else of a decode is done
+        // (ggml-backend.cpp)
         engine.cb_eval = [](ggml_tensor *, bool, void *) -> bool {
             throw NothingComputed{};
         };
@@ -62,11 +60,11 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
         engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
     }
     const auto init = [&] {
-        out.reset(llama_init_from_model(model.get(), engine));
+        out.reset(llama_init_from_model(model, engine));
         g_live_contexts += out == nullptr ? 0 : 1;
     };
     init();
-    // without a memory every token is an output (llama_context::encode), asked for or not
+    // without a memory every token is an output (llama_context::encode), whether or not asked for
     if (out != nullptr && llama_get_memory(out.get()) == nullptr &&
         engine.n_outputs_max < engine.n_batch) {
         engine.n_outputs_max = engine.n_batch;
@@ -78,8 +76,8 @@ Status make_context(const Model & model, const ContextParams & params, ContextPt
                                                      ? "the engine made no MTP context"
                                                      : "the engine made no context");
     }
-    // the engine would end the process on a larger decode, and smaller ones would hide from tokens
-    // what they should see
+    // The engine would end the process on a larger decode, and in smaller ones tokens would not see
+    // all that they should.
     if (!is_causal(out.get()) && engine.n_ubatch < static_cast<uint32_t>(params.n_whole)) {
         out.reset();
         return Status::failed(Code::bad_argument,
