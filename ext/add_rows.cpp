@@ -10,15 +10,15 @@ namespace imatrix {
 namespace {
 
 // float32 partial sums run over at most this many rows, then go to float64. The relative
-// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact; of a
-// signed sum so much of the sum of the magnitudes.
+// error of such a sum is below 512 * 2^-24 = 3e-5 in the worst case and near 1e-6 in fact; the
+// error of a signed sum is that much of the sum of the magnitudes.
 constexpr size_t kRowsPerPartial = 512;
 
-// Columns a kernel call adds: their partial sums stay in the first cache level.
+// Columns that one kernel call adds: their partial sums stay in the first cache level.
 constexpr size_t kColumns = 2048;
 
-// A task gets at least so many columns, and starts at a multiple of the kernels' vectors: a
-// column of a kernel's tail is rounded otherwise than one of its middle (row_kernels.cpp).
+// A task gets at least this many columns, and starts at a multiple of the kernels' vectors: a
+// column of a kernel's tail is rounded differently from one of its middle (row_kernels.cpp).
 constexpr size_t kLeastColumns = 64;
 
 // Fewer elements than this take less time than it takes to wake a thread.
@@ -73,7 +73,7 @@ NonFinite add_rows(Parallel & threads, const std::vector<RowBlock> & blocks, siz
         }
         return bad;
     }
-    // several tasks a thread, so that the last ones to finish are not waited for long
+    // each thread gets several tasks, so that the last ones to finish are not waited for long
     const size_t want  = (4 * threads.threads() + blocks.size() - 1) / blocks.size();
     const size_t most  = std::max<size_t>(1, n / kLeastColumns);
     const size_t parts = std::min(want, most);

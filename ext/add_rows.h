@@ -1,4 +1,4 @@
-// Squares of rows, and the rows themselves, into float64 sums, by several threads.
+// Adds squares of rows, and the rows themselves, to float64 sums, with several threads.
 #pragma once
 
 #include <cstddef>
@@ -23,9 +23,9 @@ struct NonFinite {
     int64_t channel = -1; // -1: all is finite
 };
 
-// sums[j] += the squares of column j, signed_sums[j] += column j, for every block. Which thread
-// adds what is a matter of columns and of blocks, never of rows, so that the sums do not depend on
-// the number of threads. After a NaN or Inf the sums of that block are of no use.
+// sums[j] += the squares of column j, signed_sums[j] += column j, for every block. The work
+// is divided among threads by columns and by blocks, never by rows, so that the sums do not depend
+// on the number of threads. After a NaN or Inf the sums of that block are of no use.
 NonFinite add_rows(Parallel & threads, const std::vector<RowBlock> & blocks, size_t n);
 
 } // namespace imatrix

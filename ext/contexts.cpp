@@ -35,7 +35,7 @@ Status Contexts::open(const ContextsParams & params) {
 }
 
 Status Contexts::open_both() {
-    if (params_.mtp && head_model_ == nullptr) {
+    if (params_.mtp && (head_model_ == nullptr || head_model_->n_heads() == 0)) {
         return Status::failed(Code::bad_argument, "no model with a head was given");
     }
     if (params_.mtp && params_.n_seq != 1) {

@@ -1,8 +1,6 @@
-// A model's two contexts, the trunk's and its MTP head's: how they are opened, what they decode,
-// and which of the trunk's rows a slot of the head gets. What collects (session.h) and what scores
-// (evaluator.h) both run on it.
-//
-// A slot of the head holds a token of the text and the trunk's row for the token before it.
+// A model's two contexts, the trunk's and its MTP head's: they are opened together, and the rows
+// that the trunk gives become the states of the head's slots. A slot holds a token of the text and
+// a state. Both a session, which collects, and an evaluator, which scores, run on it.
 #pragma once
 
 #include "engine_context.h"
@@ -28,21 +26,21 @@ struct ContextsParams {
     bool    mtp       = false; // a head is there too; it takes one chunk at a time
     bool    computes  = true;  // see EngineContextParams
 
-    // Rows of a decode whose logits may be asked for. If the graph asks for more, there are more.
+    // Rows of a decode whose logits are asked for, at most.
     int32_t n_outputs      = 1; // of the trunk
     int32_t n_head_outputs = 1;
     // Cells of its own that each branch of the head's text needs, see share_cells(); negative: the
-    // head's memory has no branches. A head that shares the trunk's memory has branches without
-    // cells in any case.
+    // head's memory has no branches. If a head shares the trunk's memory, that one has branches
+    // without cells in any case.
     int32_t branch_cells = -1;
-    // Rows that the head gives are read: the next head, or the next step of a draft, gets them.
+    // The rows that the head gives are read: the next head, or the next step of a draft, gets them.
     bool reads_head_rows = false;
-    // Every row of a decode is to reach every wanted weight. If something sees only rows whose
-    // logits are asked for, they are asked for of all.
+    // Every row of a decode must reach every wanted weight. If some weights see only rows whose
+    // logits are asked for, the logits of all rows are.
     bool all_rows      = false;
     bool output_weight = false; // the trunk's LM head is wanted too
 
-    EvalCallback on_node; // is shown every node of both contexts
+    EvalCallback on_node; // sees every node of both contexts
 };
 
 // Chunks of tokens, which follow each other in `tokens`.
@@ -102,15 +100,15 @@ public:
 
     // --- decodes of the trunk
 
-    // How chunks go through the trunk, without outputs: in parts of n_batch tokens; each in one
-    // decode if tokens see those after them.
+    // The decodes that take chunks through the trunk: parts of n_batch tokens, or whole chunks if
+    // tokens see those after them. The logits of no row are wanted yet.
     std::vector<TrunkDecode> trunk_decodes(const Chunks & chunks) const;
 
-    // Before a chunk of n_tokens: forgets the rows of the last one.
+    // To be called before chunks of at most n_tokens: forgets the rows of the last ones.
     void forget_rows(int32_t n_tokens);
 
-    // The memory is emptied first if the chunks begin with this decode. With a head, the rows that
-    // the trunk gives are kept for its slots.
+    // Empties the memory first if the chunks begin with this decode. If there is a head, the rows
+    // that the trunk gives are kept for its slots.
     Status decode_trunk(const TrunkDecode & decode);
 
     // Waits for what still runs.
@@ -118,10 +116,11 @@ public:
 
     // --- decodes of the head
 
-    // Token x_p and its state: the trunk's row of p-1, zeros for slot 0.
+    // Slot p holds token x_p, and as its state the trunk's row of p-1, or zeros if p is 0.
     Row slot(const int32_t * tokens, int32_t p, int32_t seq, bool output = false) const;
 
-    // Makes `head` the one that decodes. Its memory is emptied, since all heads use the same one.
+    // Makes `head` the one that decodes, and empties its memory, which all heads use. Not of a head
+    // that shares the trunk's memory.
     void select_head(int32_t head);
 
     // At most n_batch rows.
@@ -130,8 +129,8 @@ public:
     // Slots [first, end) of the text, as sequence 0.
     Status feed_text(const int32_t * tokens, int32_t first, int32_t end);
 
-    // Sequence `seq` becomes a branch of the text: it shares those cells of sequence 0 that are
-    // below position `end`. Without shares_parts() these must be all that there are.
+    // Makes sequence `seq` a branch of the text: it shares those cells of sequence 0 that are below
+    // position `end`. Without shares_parts() these must be all that there are.
     void share_cells(int32_t seq, int32_t end) const;
     void drop_branches(int32_t n) const; // sequences 1 .. n
 

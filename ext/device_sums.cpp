@@ -61,7 +61,7 @@ struct Held {
 
 struct DeviceSums::Device {
     ggml_backend_dev_t     device = nullptr;
-    BackendPtr             backend; // our own; NULL where there can be none
+    BackendPtr             backend; // our own; NULL if there can be none
     AllocatorPtr           allocator;
     std::map<size_t, Held> held;           // by slot
     bool                   told   = false; // that it cannot
@@ -216,7 +216,7 @@ DeviceSums::Outcome DeviceSums::run(Device & device, Graph & graph, ggml_tensor 
         }
     }
     // Reserved anew each time: alloc_graph alone keeps the plan of an earlier graph that has as
-    // many nodes of sizes that fit, whatever reads what (ggml-alloc.c, needs_realloc).
+    // many nodes of sizes that fit, even if others read them (ggml-alloc.c, needs_realloc).
     if (!ggml_gallocr_reserve(device.allocator.get(), graph.graph) ||
         !ggml_gallocr_alloc_graph(device.allocator.get(), graph.graph)) {
         device.tell("it has no memory left for squares");

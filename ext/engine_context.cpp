@@ -57,9 +57,10 @@ Status make_engine_context(llama_model * model, const EngineContextParams & para
         engine.kv_unified = true;
         engine.n_seq_max += kSlotsTogether;
         engine.n_ctx += static_cast<uint32_t>(params.branch_cells);
-        engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
     }
-    const auto init = [&] {
+    // the engine asserts that every sequence may have one (llama_context::output_reserve)
+    engine.n_outputs_max = std::max(engine.n_outputs_max, engine.n_seq_max);
+    const auto init      = [&] {
         out.reset(llama_init_from_model(model, engine));
         g_live_contexts += out == nullptr ? 0 : 1;
     };

@@ -22,7 +22,7 @@ struct Device {
 std::vector<std::string> backend_names(); // registered backends, with or without a device
 std::vector<Device>      devices();
 // Makes the devices of an RPC server ("host:port") known, for models loaded from now on. The
-// engine ends the process if it cannot connect: look first whether somebody listens there.
+// engine ends the process if it cannot connect, so look first whether a server listens there.
 Status      add_rpc_server(const std::string & endpoint);
 std::string engine_version(); // llama.cpp's own, such as "0.6.0"
 std::string engine_build();   // "build 11549" or a commit, as pinned; "unknown" of other sources

@@ -18,9 +18,10 @@ std::string          g_first_error;
 
 bool starts_with(const std::string & line, const char * start) { return line.rfind(start, 0) == 0; }
 
-// Warnings about what we do on purpose, on nearly every run: they become news of the level INFO.
-//  - our probe reserves graphs of other sizes than the context planned for, which it remarks
-//    on when it is freed (llama-context.cpp, ~llama_context);
+// These warnings are about what we do on purpose, on nearly every run, and become lines of the
+// level INFO.
+//  - our probe reserves graphs of other sizes than the context planned for, and the engine says
+//    so when the context is freed (llama-context.cpp, ~llama_context);
 //  - a trunk-only run leaves the head's tensors out (llama-model-loader.cpp);
 //  - graphs are made anew for each batch once RPC servers are in use (engine_info.cpp).
 bool is_expected(const std::string & line) {
@@ -53,7 +54,7 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
         }
     }
     const LogSink sink = g_sink.load();
-    // the level is looked at here, so that a line nobody wants never takes the GIL
+    // the level is checked here, so that a line that nobody wants never takes the GIL
     if (sink != nullptr && !line.empty() && line_level >= g_level.load()) {
         sink(line_level, line.c_str());
     }

@@ -76,7 +76,7 @@ void EvalHook::fail(Failure kind, const std::string & weight, int64_t mat, int64
     if (error_.kind != Failure::none) {
         return;
     }
-    // rows that came before may be wrong too, and nobody has looked yet
+    // rows that came before may be wrong too, and have not been looked at yet
     const StagedRows::Bad before = staged_.settle();
     if (before.found) {
         fail_non_finite(before.weight, before.slot, before.mat, before.channel);
@@ -93,8 +93,8 @@ void EvalHook::fail_non_finite(size_t weight, size_t slot, int64_t mat, int64_t 
 // Called for every node before it runs. True makes the scheduler compute up to and
 // including this node, wait, and come back with collect().
 bool EvalHook::ask(ggml_tensor * node) {
-    // A node that is about to be computed is no activation of an earlier graph any more, even
-    // where its address is: tensors of the next graph are made in the same memory.
+    // A node that is about to be computed is no activation of an earlier graph any more, even if
+    // it has the address of one: tensors of the next graph are made in the same memory.
     forget(node);
     const bool wanted = has_rows(node, wanted_);
     const bool effect = has_effect(node);
@@ -105,7 +105,7 @@ bool EvalHook::ask(ggml_tensor * node) {
     run_.n_effects += effect ? 1 : 0;
     ending_ =
         end_.n_wanted > 0 && run_.n_wanted == end_.n_wanted && run_.n_effects == end_.n_effects;
-    // the last one is stopped at whether or not its rows are known
+    // the scheduler stops after the last one even if its rows are known
     collecting_ = wanted && is_new(node, rows_of(node));
     return collecting_ || ending_;
 }
@@ -204,7 +204,7 @@ bool EvalHook::add_sums(size_t weight, size_t slot, int64_t mat, const float * p
     return true;
 }
 
-// Whether a device took care of the rows, for better or for worse.
+// Whether the rows need no more work: a device added them, or failed.
 bool EvalHook::summed_there(size_t weight, DeviceSums::Outcome outcome, int64_t n_rows) {
     switch (outcome) {
         case DeviceSums::Outcome::added:
@@ -274,8 +274,8 @@ void EvalHook::list_rows(size_t slot, const ggml_tensor * x, const char * data,
     }
 }
 
-// Squares and adds the rows of rows_of_ on the host. Where they had to be copied from a device, it
-// goes on while they are added.
+// Squares and adds the rows of rows_of_ on the host. If they had to be copied from a device, the
+// device goes on while they are added.
 void EvalHook::add_routed_rows(size_t weight, const ggml_tensor * x) {
     const size_t slot = sums_.weights()[weight].slot;
     const size_t n_in = static_cast<size_t>(sums_.slots()[slot].shape.n_in);

@@ -1,5 +1,5 @@
-// The ggml eval callback: sees every matrix multiplication of a graph as it runs and adds
-// the rows that reach a wanted weight, and their squares, to the sums.
+// The ggml eval callback: it sees every matrix multiplication of a graph as it runs, and adds the
+// rows that reach a wanted weight, and their squares, to the sums.
 #pragma once
 
 #include "add_rows.h"
@@ -10,7 +10,6 @@
 #include "wanted_nodes.h"
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -33,7 +32,7 @@ enum class Failure {
 struct HookError {
     Failure     kind = Failure::none;
     std::string weight;
-    int64_t     mat     = -1; // matrix or expert id, -1 where it has no meaning
+    int64_t     mat     = -1; // matrix or expert id, -1 if it has no meaning
     int64_t     channel = -1; // input channel, likewise
 };
 
@@ -53,7 +52,7 @@ public:
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
     void begin_chunk(); // forgets the last chunk's error
-    // Waits until all rows that were copied to the host are added. What they had wrong is in
+    // Waits until all rows that were copied to the host are added. What is wrong with them is in
     // error() then, and the sums may be dropped.
     void settle();
     // After the last decode of a chunk: settles, and what the devices hold goes to the pending
@@ -68,9 +67,9 @@ public:
     void set_observing(bool observing) { observing_ = observing; }
     // Off: rows in a device's memory are copied to the host and summed there.
     void set_device_sums(bool on) { device_sums_ = on; }
-    // Leaves every graph there; {} runs them to their end. Only where nobody reads what a graph
-    // computes after that: of several splits the scheduler leaves the one that the last node is in,
-    // and runs those after it on what was never computed (ggml-backend.cpp, compute_splits).
+    // Leaves every graph there; {} runs them to their end. Nobody may read what a graph computes
+    // after that: of several splits the scheduler leaves the one that the last node is in, and runs
+    // those after it on what was never computed (ggml-backend.cpp, compute_splits).
     void end_after(GraphEnd end) { end_ = end; }
     void set_threads(size_t n) {
         threads_.set_threads(n);
@@ -138,8 +137,8 @@ private:
     DeviceSums                 devices_;
     StagedRows                 staged_; // rows copied from devices
     std::vector<char>          staging_ids_;
-    std::vector<int32_t>       ids_; // [n_tokens, n_used]
-    RowNumbers                 rows_of_;
+    std::vector<int32_t>       ids_;     // [n_tokens, n_used]
+    RowNumbers                 rows_of_; // of the node that is collected
     std::vector<const float *> rows_;
     std::vector<RowBlock>      blocks_;
     std::vector<int64_t>       block_mats_;

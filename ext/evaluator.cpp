@@ -65,6 +65,10 @@ Status Evaluator::open(const EvaluatorParams & params) {
             status = Status::failed(Code::bad_model, "this architecture gives no logits, so that "
                                                      "there is nothing to evaluate");
         }
+        if (status.ok() && each->sharing() != contexts_.sharing()) {
+            status = Status::failed(Code::bad_argument,
+                                    "the heads of the model and the reference are of two kinds");
+        }
         if (!status.ok()) {
             contexts_.close();
             return status;
@@ -203,10 +207,10 @@ float * Evaluator::hidden(int32_t depth, int32_t scored) {
 // Drafts as the engine does (common/speculative.cpp, common_speculative_impl_draft_mtp::draft),
 // from every scored slot: token d_1 for x_{p+1}, from it and the head's own row d_2, and so on.
 // Greedy speculative decoding accepts d_k if d_1 .. d_{k-1} were accepted and d_k is what the
-// trunk then says. What the trunk says after d_1 .. d_{k-1} is at hand only where these are the
+// trunk then says. What the trunk says after d_1 .. d_{k-1} is at hand only if these are the
 // text's own tokens; otherwise depth k is not known, and nothing is concluded from the slot.
 Status Evaluator::draft(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
-    const int32_t        scored   = n_tokens / 2;
+    const int32_t        scored   = first_scored(n_tokens);
     const int32_t        n_scored = static_cast<int32_t>(out.head.top.size());
     std::vector<int32_t> drafted  = out.head.top;
     for (int32_t i = 0; i < n_scored; ++i) {
@@ -227,7 +231,7 @@ Status Evaluator::draft(const int32_t * tokens, int32_t n_tokens, ChunkEvaluatio
             break;
         }
         Status status;
-        if (chain) {
+        if (chain && contexts_.shares_parts()) { // otherwise draft_step feeds the text
             contexts_.select_head(k - 1);
             status = contexts_.feed_text(tokens, 0, n_tokens - 1);
         }
@@ -309,7 +313,7 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
 
 Status Evaluator::evaluate(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
     clear_error();
-    const size_t n_scored = static_cast<size_t>(std::max(0, n_tokens - 1 - n_tokens / 2));
+    const size_t n_scored = static_cast<size_t>(std::max(0, n_tokens - 1 - first_scored(n_tokens)));
     const bool   compared = reference_ != nullptr;
     out.trunk.resize(n_scored, compared);
     out.head.resize(params_.mtp ? n_scored : 0, compared && params_.mtp);

@@ -1,4 +1,4 @@
-// What the engine would assert only while a graph runs, looked for before it runs.
+// Looks, before a graph runs, for what the engine would assert only while it runs.
 #pragma once
 
 #include "status.h"
@@ -7,8 +7,8 @@ struct ggml_cgraph;
 
 namespace imatrix {
 
-// Types of weights that an operation has no code for, and parameters from the metadata that it
-// refuses: each would end the process (ggml/src/ggml-cpu). bad_model names the tensor.
+// bad_model names a tensor if its type is one that an operation has no code for, or if an operation
+// refuses a parameter from the metadata: each would end the process (ggml/src/ggml-cpu).
 Status check_graph(ggml_cgraph * graph);
 
 } // namespace imatrix

@@ -36,7 +36,7 @@ constexpr size_t kStackPerByte   = 512;
 constexpr size_t kCalmStretch    = 4096;    // needs no stack but the caller's
 constexpr size_t kLongestStretch = 8 << 20; // 4 GiB of stack, of which only what is used is taken
 
-// Bytes of the longest piece of a text that is all spaces, or all without.
+// Bytes of the longest piece of a text that is all spaces, or has none.
 size_t longest_stretch(const std::string & text) {
     size_t longest = 0;
     size_t length  = 0;
@@ -51,7 +51,7 @@ size_t longest_stretch(const std::string & text) {
 }
 
 #ifndef _WIN32
-// Runs `work` in a thread with that much stack; false where there is none to be had.
+// Runs `work` in a thread with that much stack; false if it cannot be had.
 bool with_stack(size_t bytes, const std::function<void()> & work) {
     pthread_attr_t attributes;
     pthread_t      thread;
@@ -237,7 +237,7 @@ Status Model::tokenize_here(const std::string & text, bool add_special, bool par
                               "a text of 2 GiB or more cannot be tokenized in one piece: give it "
                               "as several strings");
     }
-    // a vocabulary that lacks a byte or a token that the text needs: std::out_of_range
+    // std::out_of_range: the vocabulary lacks a byte or a token that the text needs
     try {
         const int32_t length = static_cast<int32_t>(text.size());
         out.resize(text.size() / 2 + 16);

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <set>
 
 namespace imatrix {
@@ -28,23 +29,8 @@ std::string text_value(const gguf_context * gguf, const std::string & key) {
     return gguf_get_val_str(gguf, id);
 }
 
-bool is_integer(const gguf_context * gguf, int64_t id) {
-    switch (gguf_get_kv_type(gguf, id)) {
-        case GGUF_TYPE_UINT8:
-        case GGUF_TYPE_UINT16:
-        case GGUF_TYPE_INT32:
-        case GGUF_TYPE_UINT32:
-        case GGUF_TYPE_INT64:
-        case GGUF_TYPE_UINT64: return true;
-        default:               return false;
-    }
-}
-
-int64_t integer_value(const gguf_context * gguf, const std::string & key, int64_t absent = 0) {
-    const int64_t id = gguf_find_key(gguf, key.c_str());
-    if (id < 0) {
-        return absent;
-    }
+// Empty if the value is no whole number.
+std::optional<int64_t> integer_at(const gguf_context * gguf, int64_t id) {
     switch (gguf_get_kv_type(gguf, id)) {
         case GGUF_TYPE_UINT8:  return gguf_get_val_u8(gguf, id);
         case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
@@ -52,8 +38,13 @@ int64_t integer_value(const gguf_context * gguf, const std::string & key, int64_
         case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
         case GGUF_TYPE_INT64:  return gguf_get_val_i64(gguf, id);
         case GGUF_TYPE_UINT64: return static_cast<int64_t>(gguf_get_val_u64(gguf, id));
-        default:               return absent;
+        default:               return std::nullopt;
     }
+}
+
+int64_t integer_value(const gguf_context * gguf, const std::string & key, int64_t absent = 0) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    return id < 0 ? absent : integer_at(gguf, id).value_or(absent);
 }
 
 // TENSOR_ALIGNMENT in ggml/src/ggml-impl.h: a buffer over a mapped file must begin there, or the
@@ -133,9 +124,10 @@ Status read_model_header(const std::string & path, ModelHeader & out) {
     out.split_tensors        = integer_value(gguf.get(), "split.tensors.count", -1);
     const std::string prefix = out.architecture + ".";
     for (int64_t id = 0; id < gguf_get_n_kv(gguf.get()); ++id) {
-        const std::string key = gguf_get_key(gguf.get(), id);
-        if (key.compare(0, prefix.size(), prefix) == 0 && is_integer(gguf.get(), id)) {
-            out.integers.emplace_back(key.substr(prefix.size()), integer_value(gguf.get(), key));
+        const std::string            key   = gguf_get_key(gguf.get(), id);
+        const std::optional<int64_t> value = integer_at(gguf.get(), id);
+        if (key.compare(0, prefix.size(), prefix) == 0 && value.has_value()) {
+            out.integers.emplace_back(key.substr(prefix.size()), *value);
         }
     }
     return {};

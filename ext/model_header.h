@@ -1,4 +1,4 @@
-// A look at a model file's header, without loading it: metadata and tensor names.
+// Reads the header of a model file, metadata and tensor names, and loads nothing; model.h loads.
 #pragma once
 
 #include "status.h"

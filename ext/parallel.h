@@ -19,7 +19,7 @@ public:
     Parallel & operator=(const Parallel &) = delete;
 
     // How many threads take part from now on, the caller's among them. Threads are started by
-    // the first run() that has work for them; where the system gives none, fewer do the work.
+    // the first run() that has work for them; if the system gives none, fewer do the work.
     void   set_threads(size_t n);
     size_t threads() const { return n_threads_; }
 

@@ -10,7 +10,7 @@
 namespace imatrix {
 namespace {
 
-// What layers can be put on, as -dev takes it (common/arg.cpp): all but the CPU.
+// The devices that layers can be put on, as -dev takes them (common/arg.cpp): all but the CPU.
 std::vector<ggml_backend_dev_t> offload_devices() {
     std::vector<ggml_backend_dev_t> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
@@ -38,8 +38,8 @@ std::string names_of(const std::vector<ggml_backend_dev_t> & devices) {
     return listed(names);
 }
 
-// How many devices the engine would divide a model over; -1 where it cannot say, and the load
-// itself will.
+// How many devices the engine would divide a model over; -1 if it cannot say: the load itself will
+// fail then and say why.
 int64_t count_devices(const std::string & model, llama_model_params params) {
     if (params.split_mode == LLAMA_SPLIT_MODE_TENSOR) {
         // one device made of these (llama.cpp, llama_prepare_model_devices)
@@ -125,7 +125,7 @@ Status EnginePlacement::set_split(const Placement & placement, const std::string
     if (!placement.chosen_devices) {
         n = count_devices(model, params);
     }
-    // Without any there is nothing to divide: the engine takes the CPU, whatever is said here.
+    // Without a device there is nothing to divide: the engine takes the CPU, whatever the shares.
     if (n > 0 && given > n) {
         std::string has = std::to_string(n) + (n == 1 ? " device" : " devices");
         if (placement.chosen_devices) {

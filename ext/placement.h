@@ -17,17 +17,17 @@ struct Placement {
     std::vector<float>       tensor_split;         // shares of the devices; empty: by free memory
     int32_t                  main_gpu       = 0;   // of split_mode "none": which; negative: the CPU
     bool                     chosen_devices = false;
-    std::vector<std::string> devices; // where chosen_devices is set, by name; none of them: the CPU
-    // Regular expression that finds a tensor's name, and the name of a buffer type; the first one
-    // that finds it counts.
+    std::vector<std::string> devices; // by name, if chosen_devices is set; empty: the CPU
+    // A regular expression that finds a tensor's name, and the name of a buffer type; the first
+    // one that finds it counts.
     std::vector<std::pair<std::string, std::string>> overrides;
 };
 
-// A placement in the engine's terms. It has to live until the model is loaded.
+// A placement in the engine's terms. It must live until the model is loaded.
 class EnginePlacement {
 public:
-    // bad_argument for what this machine or build does not have, with what it has. `model` is the
-    // file, from which the engine tells which devices it takes where none are chosen.
+    // bad_argument if this machine or build does not have something, with what it has. `model` is
+    // the file: the engine tells from it which devices it takes if none are chosen.
     Status set(const Placement & placement, const std::string & model, llama_model_params & params);
 
 private:

@@ -16,13 +16,13 @@ namespace {
 // bandwidth, acc (a few thousand floats) stays in the first cache level.
 constexpr size_t kUnroll = 8;
 
-// Each of the eight streams is asked for this many floats ahead: rows that no cache holds went at
-// 0.74 to 0.81 of a plain read without (EPYC, AVX-512), and go at 1.0 with it
-// (benchmarks/test_row_kernels.py). Past the end of a row nothing is read; a prefetch cannot fault.
+// Each of the eight streams is prefetched this many floats ahead. Rows that no cache holds are then
+// read as fast as by a plain read, and at 0.74 to 0.81 of its speed without (EPYC, AVX-512,
+// benchmarks/test_row_kernels.py). A prefetch past the end of a row cannot fault.
 constexpr size_t kAhead = 256;
 
-// What a kernel does is compiled twice: with Signed it adds the values beside their squares,
-// without it leaves `signed_acc` alone, which may then be NULL.
+// Every kernel is compiled twice: with Signed it adds the values beside their squares; without, it
+// does not touch `signed_acc`, which may be NULL.
 template <bool Signed>
 void plain_row(const float * __restrict x, size_t n, float * __restrict acc,
                float * __restrict signed_acc) {
@@ -34,7 +34,7 @@ void plain_row(const float * __restrict x, size_t n, float * __restrict acc,
     }
 }
 
-// `signed_acc` from element j on, which NULL has none of
+// `signed_acc` from element j on; NULL stays NULL
 inline float * from(float * signed_acc, size_t j) {
     return signed_acc == nullptr ? nullptr : signed_acc + j;
 }

@@ -1,4 +1,4 @@
-// x² and x into sums: the one loop that every collected activation goes through.
+// Adds x² and x to sums: every collected activation goes through this loop.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 namespace imatrix {
 
 // acc[j] += rows[0][j]² + rows[1][j]² + ... for j < n, in float32, and, unless it is NULL,
-// signed_acc[j] += rows[0][j] + rows[1][j] + ... The squares' sums are the same with it and
-// without. `rows` are pointers to n contiguous floats each, in any order, aligned to 4 bytes.
+// signed_acc[j] += rows[0][j] + rows[1][j] + ... The sums of squares are the same with and
+// without it. `rows` are pointers to n contiguous floats each, in any order, aligned to 4 bytes.
 // float32 holds a partial sum over a few hundred rows well (see kRowsPerPartial in
 // add_rows.cpp); longer sums belong in float64.
 using RowKernel = void (*)(const float * const * rows, size_t n_rows, size_t n, float * acc,

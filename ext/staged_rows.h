@@ -20,13 +20,13 @@ public:
     struct Job {
         std::vector<char>          bytes;  // of the activation
         std::vector<const float *> rows;   // into it
-        std::vector<RowBlock>      blocks; // over those; their sums stay where they are
+        std::vector<RowBlock>      blocks; // of those rows, and where their sums are
         std::vector<int64_t>       mats;   // matrix or expert of each block
         size_t                     weight = 0;
         size_t                     slot   = 0;
         size_t                     n      = 0; // elements a row
     };
-    struct Bad { // what was not finite, of the first job that had such a thing
+    struct Bad { // the first value that was not finite
         bool    found   = false;
         size_t  weight  = 0;
         size_t  slot    = 0;

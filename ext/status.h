@@ -21,7 +21,7 @@ struct Status {
     Code        code = Code::ok;
     std::string message;
     std::string weight;       // for non_finite and rows_missing
-    int64_t     mat     = -1; // matrix or expert, -1 where it has no meaning
+    int64_t     mat     = -1; // matrix or expert, -1 if it has no meaning
     int64_t     channel = -1;
 
     bool ok() const { return code == Code::ok; }

@@ -31,8 +31,8 @@ struct Shape {
 // commit() moves them over, discard() drops them.
 //
 // Weights that are fed by the same activation (q, k and v; gate and up) share one slot,
-// so that it is squared, added and kept once. Who shares is found by the eval hook in the
-// first chunk; ungroup() gives every weight a slot of its own again.
+// so that it is squared, added and kept once. The eval hook finds in the first chunk which do;
+// ungroup() gives every weight a slot of its own again.
 class Sums : public Counted<Sums> {
 public:
     static constexpr size_t npos = static_cast<size_t>(-1);
@@ -61,8 +61,8 @@ public:
     size_t find(const std::string & name) const; // npos if there is none
 
     // Whether sums of the activations themselves are kept beside those of their squares. Off: those
-    // that there are go, since they would lack the rows to come. On: of slots that are made from
-    // then on; one that is there already has rows that they would lack.
+    // that there are are dropped, because they would lack the rows to come. On: slots that are made
+    // from then on have them; a slot that is there already has rows that they would lack.
     void keep_signed(bool on);
     bool keeps_signed() const { return keeps_signed_; }
 
@@ -70,7 +70,7 @@ public:
 
     // The pending sums of a matrix, to be added to.
     double * touch(size_t slot, int64_t mat);
-    // Of a matrix that was touched; NULL if they are not kept.
+    // The pending signed sums of a matrix that was touched; NULL if they are not kept.
     double * signed_pending(size_t slot, int64_t mat);
     // pending[mat] += partial, float32 to float64; likewise signed_pending unless it is NULL
     void add(size_t slot, int64_t mat, const float * partial, const float * signed_partial);
@@ -85,7 +85,7 @@ public:
     bool restore(const std::vector<std::string> & names, const Shape & shape, const double * sums,
                  const int64_t * counts, const double * signed_sums);
 
-    // Sets every sum and count to zero; who shares with whom stays. Call it between chunks.
+    // Sets every sum and count to zero; which weights share a slot stays. Call it between chunks.
     void clear();
 
     // Gives every weight its own slot: a copy of the committed part of the one it shared.

@@ -4,15 +4,19 @@
 //
 // imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
 #include "add_rows.h"
+#include "contexts.h"
 #include "engine_log.h"
+#include "evaluator.h"
 #include "far_device.h"
 #include "harness.h"
+#include "model.h"
 #include "model_header.h"
 #include "parallel.h"
 #include "row_kernels.h"
 #include "session.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -336,6 +340,100 @@ void check_refusal() {
     far_device_refuse(nullptr);
 }
 
+bool refused(const Status & status, const char * why) {
+    return status.code == Code::bad_argument && status.message.find(why) != std::string::npos;
+}
+
+// A head takes one chunk at a time: of two in a decode, the first slots of one would get the
+// trunk's rows of the other. Whoever opens contexts is refused, whatever Python has checked, and
+// nothing is left open.
+void check_one_chunk_a_head(const Model & model, SessionParams params) {
+    const std::vector<int32_t> tokens(8, 1);
+    const int32_t              lengths[2] = {4, 4};
+    ChunkScore                 scores[2];
+    Session                    session(model, &model);
+    params.mtp = true;
+    for (const int32_t n_seq : {2, 3, 0, -1}) {
+        params.n_seq = n_seq;
+        CHECK(refused(session.open(params), "one chunk at a time: n_seq must be 1, got"));
+        CHECK(refused(session.step(tokens.data(), lengths, 2, scores), "not open"));
+        CHECK(session.memory().empty() && session.sums().slots().empty());
+    }
+    params.n_seq = 1; // an open session that is refused another opening is not open either
+    CHECK(session.open(params).ok());
+    CHECK(refused(session.step(tokens.data(), lengths, 2, scores), "1 to n_seq chunks"));
+    params.n_seq = 2;
+    CHECK(!session.open(params).ok());
+    CHECK(refused(session.step(tokens.data(), lengths, 1, scores), "not open"));
+    params.mtp = false; // a trunk alone takes several
+    CHECK(session.open(params).ok());
+    CHECK(session.step(tokens.data(), lengths, 2, scores).ok());
+
+    std::atomic<bool> cancelled{false};
+    Contexts          contexts(model, &model, cancelled);
+    ContextsParams    needs; // as an evaluator opens them, which has no n_seq of its own
+    needs.mtp   = true;
+    needs.n_seq = 2;
+    CHECK(refused(contexts.open(needs), "one chunk at a time: n_seq must be 1, got 2"));
+    CHECK(!contexts.is_open() && !contexts.has_head());
+}
+
+// A head is asked for and no model holds one; or what is run was never opened.
+void check_without_head(const Model & model, SessionParams params) {
+    const int32_t token = 1;
+    params.mtp          = true;
+    EvaluatorParams evaluated;
+    evaluated.mtp = true;
+    ChunkEvaluation found;
+    // no model for the head, and a model that has none
+    for (const Model * head : {static_cast<const Model *>(nullptr), &model}) {
+        if (head != nullptr && head->n_heads() > 0) {
+            continue;
+        }
+        Session session(model, head);
+        CHECK(refused(session.open(params), "no model with a head"));
+        CHECK(refused(session.step(&token, &token, 1, nullptr), "not open"));
+        Evaluator evaluator(model, head, nullptr, nullptr);
+        CHECK(refused(evaluator.step(&token, 1, found), "not open"));
+        CHECK(refused(evaluator.open(evaluated), "no model with a head"));
+        CHECK(refused(evaluator.step(&token, 1, found), "not open"));
+    }
+    if (model.n_heads() > 0) { // the model has one, its reference none
+        Evaluator evaluator(model, &model, &model, nullptr);
+        CHECK(refused(evaluator.open(evaluated), "no model with a head"));
+        CHECK(refused(evaluator.step(&token, 1, found), "not open"));
+    }
+}
+
+// Chunks in the decodes that take them through the trunk: every token once, at its position, in the
+// sequence of its chunk.
+void check_trunk_decodes(const Model & model) {
+    std::atomic<bool> cancelled{false};
+    Contexts          contexts(model, nullptr, cancelled);
+    ContextsParams    needs;
+    needs.n_ctx   = 16;
+    needs.n_batch = needs.n_ubatch = 9;
+    needs.n_seq                    = 3;
+    CHECK(contexts.open(needs).ok());
+    const std::vector<int32_t> tokens{10, 11, 12, 13, 14, 15, 16, 20, 30, 31, 32, 33};
+    const int32_t              lengths[3] = {7, 1, 4};
+    const Chunks               chunks{tokens.data(), lengths, 3};
+    CHECK(chunks.longest() == 7 && chunks.total() == 12 && chunks.text(2)[0] == 30);
+    // three positions of three chunks a decode; what a chunk no longer has is left out
+    const std::vector<std::vector<int32_t>> want{
+        {10, 11, 12, 20, 30, 31, 32}, {13, 14, 15, 33}, {16}};
+    const std::vector<TrunkDecode> found = contexts.trunk_decodes(chunks);
+    CHECK(found.size() == want.size());
+    for (size_t k = 0; k < std::min(found.size(), want.size()); ++k) {
+        CHECK(found[k].first_chunk == 0 && found[k].rows.size() == want[k].size());
+        for (size_t i = 0; i < std::min(found[k].rows.size(), want[k].size()); ++i) {
+            const Row & row = found[k].rows[i];
+            CHECK(row.token == want[k][i] && row.seq == row.token / 10 - 1 &&
+                  row.pos == row.token % 10 && row.state == nullptr && !row.output);
+        }
+    }
+}
+
 // A session from its opening to its end: chunks, scores by several threads, a cancelled step, a
 // second session beside it, and the log's settings changed all the while.
 void check_session(const std::string & path) {
@@ -371,6 +469,11 @@ void check_session(const std::string & path) {
         token = static_cast<int32_t>(any(0, model.n_vocab() - 1));
     }
     const int32_t length = 48;
+    check_without_head(model, params);
+    check_trunk_decodes(model);
+    if (params.mtp) {
+        check_one_chunk_a_head(model, params);
+    }
 
     std::vector<double> first;
     for (int round = 0; round < 2; ++round) {
@@ -433,7 +536,8 @@ int main(int argc, char ** argv) {
     for (int i = 1; i < argc; ++i) {
         check_session(argv[i]);
     }
-    CHECK(Session::live() == 0 && Sums::live() == 0 && g_live_contexts == 0 && g_live_models == 0);
+    CHECK(Session::live() == 0 && Evaluator::live() == 0 && Sums::live() == 0 &&
+          g_live_contexts == 0 && g_live_models == 0);
     std::printf(g_failed == 0 ? "ok\n" : "%d checks failed\n", g_failed);
     return g_failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

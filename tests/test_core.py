@@ -1,0 +1,16 @@
+"""The native core's own tests (tests/native/core_tests.cpp), without the sanitizers that
+tests/native/sanitize.sh runs them under."""
+
+from __future__ import annotations
+
+from conftest import EngineTool, Forged, run_tool
+
+
+def test_the_native_core(engine_tool: EngineTool, forged: Forged) -> None:
+    """Without a head, with one, and with a chain of three."""
+    models = (
+        forged("llama").path,
+        forged("qwen35moe", n_nextn=1).path,
+        forged("hy_v3", n_nextn=3).path,
+    )
+    assert "ok\n" in run_tool(engine_tool("imatrix-core-tests"), *models)

@@ -1,0 +1,73 @@
+"""ext/ stands in layers: what a file includes is below it, and CONTRIBUTING.md says so too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
+EXT = ROOT / "ext"
+
+# From the bottom up; a file is a header and its source. CONTRIBUTING.md repeats it.
+LAYERS = (
+    ("status", "live", "parallel", "row_kernels", "scores"),
+    ("add_rows", "sums", "engine_log", "engine_info", "placement", "graph_check"),
+    ("model_header", "engine_context", "wanted_nodes", "device_sums", "staged_rows"),
+    ("model", "graph_plan", "eval_hook"),
+    ("contexts",),
+    ("memory_use",),
+    ("session", "evaluator"),
+)
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS, 1) for name in layer}
+# A file that a person can read at once.
+MOST_LINES = 500
+
+
+def sources() -> Iterator[Path]:
+    return (path for path in sorted(EXT.iterdir()) if path.suffix in (".h", ".cpp"))
+
+
+def included(source: Path) -> list[str]:
+    """The headers of ext/ that a file includes; the engine's headers are no files of ext/."""
+    found = re.findall(r'^\s*#\s*include\s*["<]([^">]+)[">]', source.read_text(), re.MULTILINE)
+    return [Path(name).stem for name in found if (EXT / name).is_file()]
+
+
+def test_every_file_has_its_layer() -> None:
+    assert sorted(LAYER_OF) == sorted({path.stem for path in sources()})
+    assert sum(map(len, LAYERS)) == len(LAYER_OF), "a file stands in two layers"
+
+
+def test_what_a_file_includes_is_below_it() -> None:
+    seen = 0
+    above = []
+    for source in sources():
+        for name in included(source):
+            seen += 1
+            if name != source.stem and LAYER_OF[name] >= LAYER_OF[source.stem]:
+                above.append(f"{source.name} includes {name}.h")
+    assert above == []
+    assert seen > len(LAYER_OF)  # every source its own header, and more
+
+
+def test_a_source_includes_its_header_first() -> None:
+    """A header that leans on what others include before it would not be found out otherwise."""
+    for source in sources():
+        if source.suffix == ".cpp":
+            assert included(source)[0] == source.stem, source.name
+
+
+def test_files_are_short() -> None:
+    lengths = {path.name: path.read_text().count("\n") for path in sources()}
+    assert {name: n for name, n in lengths.items() if n >= MOST_LINES} == {}
+
+
+def test_contributing_has_the_same_table() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("\n## ext/\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (.+) \|$", section, re.MULTILINE)
+    assert [(int(number), name) for number, name, _ in rows] == [
+        (number, name) for number, layer in enumerate(LAYERS, 1) for name in layer
+    ]
+    assert [row for row in rows if not row[2].rstrip().endswith(".")] == []  # a sentence each
