@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOREIGN_HEAD", "MemoryUses", "NativeModel", "NativeSession"]
 
-# Prefix of the weights of a head that is a model of its own kind: kForeignHead in ext/session.h
+# Prefix of the weights of a head that is a model of its own kind: kForeignHead in ext/model.h
 FOREIGN_HEAD = "mtp:"
 
 # Bytes that models and a session take, by device.
