@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = next(p for p in Path(__file__).resolve().parents if (p / "pyproject.toml").is_file())
+ROOT = Path(__file__).resolve().parents[2]
 EXT = ROOT / "ext"
 
 # From the bottom up; a file is a header and its source. CONTRIBUTING.md repeats it.

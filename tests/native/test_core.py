@@ -3,7 +3,7 @@ tests/native/sanitize.sh runs them under."""
 
 from __future__ import annotations
 
-from conftest import EngineTool, Forged, run_tool
+from helpers.running import EngineTool, Forged, run_tool
 
 
 def test_the_native_core(engine_tool: EngineTool, forged: Forged) -> None:
