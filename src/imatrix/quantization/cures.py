@@ -51,7 +51,7 @@ class Cures:
             return "merge" if question.experts_apart else "collect the output"
         if name in EMBEDDINGS or collectable is False:
             return "another type"
-        if not name.startswith(("blk.", "nextn.")):  # is_wanted in ext/eval_hook.cpp
+        if not name.startswith(("blk.", "nextn.")):  # is_wanted in ext/wanted_nodes.cpp
             return "another type"
         in_head = question.file.in_head(name)
         if question.experts_apart:
