@@ -35,9 +35,10 @@ import numpy as np
 import psutil
 from store import machine
 
-import imatrix.cluster.cluster as cluster_module
 from imatrix import Cluster, Collector
+from imatrix.cluster import blocks as blocks_module
 from imatrix.cluster.work import Block, Work
+from imatrix.engine.settings import Batch, ModelOptions, SessionSettings
 from imatrix.engine.sums import BlockSums
 from imatrix.text.chunks import Chunk
 
@@ -157,22 +158,22 @@ def no_chunks(n: int, _work: Work, _tokens: Any, lengths: Any, _first: int) -> B
 def a_block(megabytes: int, n_blocks: int) -> dict[str, float]:
     """Milliseconds for a block with so many MB of sums: in all, for the adding, and as processor time
     of this process, in which the scheduler runs too."""
-    cluster_module.collect_block = partial(no_chunks, megabytes * 1_000_000 // 8)  # type: ignore[assignment]
+    blocks_module.collect_block = partial(no_chunks, megabytes * 1_000_000 // 8)
     tokens = np.zeros(N_CTX, np.int32)
     blocks = iter([[Chunk(tokens, ())] * BLOCK for _ in range(n_blocks + 4)])
     work = Work(
         owner="benchmark",
-        collector=(),
-        mtp=False,
-        process_output=False,
-        signed_sums=False,
-        perplexity=False,
+        model=ModelOptions(model=""),
+        session=SessionSettings(n_ctx=N_CTX, batch=Batch(1, N_CTX, N_CTX), n_threads=1),
+        n_threads=1,
         identity=(),
     )
     sums = BlockSums()
     adding = 0.0
     with Cluster("local:1") as one:
-        with one._collecting(work, blocks, first=0, look=lambda _: None) as collected:
+        with one._queue.collecting(
+            work, blocks, part=BLOCK, first=0, look=lambda _: None
+        ) as collected:
             for i, (_, block) in enumerate(collected):
                 if i == 4:
                     started, busy = time.perf_counter(), time.process_time()

@@ -35,8 +35,7 @@ from imatrix import (
     TemplateError,
 )
 from imatrix.cli.program import main
-from imatrix.cluster import cluster as module
-from imatrix.cluster import schedulers
+from imatrix.cluster import blocks, schedulers
 from imatrix.cluster.work import Block
 from imatrix.engine.sums import BlockSums
 from imatrix.formats import FormatError
@@ -434,7 +433,7 @@ def test_bad_arguments(headed: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> No
         Cluster(3)
     with pytest.raises(ValueError, match=r"certificates, .* distributed\.comm\.tls\.ca-file"):
         Cluster("tls://127.0.0.1:9")
-    monkeypatch.setattr(schedulers, "CONNECT", "1s")
+    monkeypatch.setattr(schedulers, "_CONNECT", "1s")
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         Cluster("tcp://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "distributed", None)
@@ -456,15 +455,15 @@ def test_a_batch_that_goes_by_memory_is_refused(headed: ModelSpec, cluster: Clus
 
 def test_workers_that_are_not_alike(workers: Any) -> None:
     with Cluster(workers) as some:
-        some._check(Block(machines=("AVX2 = 1",)))
+        some._queue.check_machines(Block(machines=("AVX2 = 1",)))
         with pytest.warns(UserWarning, match="not alike: .* AVX2 = 1; another with AVX512 = 1"):
-            some._check(Block(machines=("AVX512 = 1",)))
+            some._queue.check_machines(Block(machines=("AVX512 = 1",)))
 
 
 def test_a_cluster_without_workers_is_waited_for(
     headed: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_LONELY", 2.0)
+    monkeypatch.setattr(blocks, "_LONELY", 2.0)
     chunks = token_chunks(headed, 2)
     with (
         distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,

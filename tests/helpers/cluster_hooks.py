@@ -55,8 +55,8 @@ def engine_dies(tokens: list[int], marker: str | None) -> None:
 
     def act(group: list[Any], _at: int) -> None:
         if group[0].tolist() == tokens and (marker is None or _first(marker)):
-            assert _blocks._loaded.collector is not None
-            engine = _blocks._loaded.collector._models.engine
+            assert _blocks._loaded.models is not None
+            engine = _blocks._loaded.models.engine
             assert engine is not None
             os.kill(engine.pid, signal.SIGABRT)
 
@@ -93,6 +93,6 @@ def slow(seconds: float) -> None:
 
 def engines() -> list[int]:
     """Process ids of what is loaded there."""
-    collector = _blocks._loaded.collector
-    engine = None if collector is None else collector._models.engine
+    models = _blocks._loaded.models
+    engine = None if models is None else models.engine
     return [] if engine is None else [engine.pid]

@@ -6,6 +6,6 @@ import signal
 
 
 def dask_setup(_worker: object) -> None:
-    """Ctrl-C at the terminal is for the process that started this one, which saves what there is
-    and then ends the workers."""
+    """Ignore Ctrl-C at the terminal: it is for the process that started this one, which saves what
+    there is and then ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

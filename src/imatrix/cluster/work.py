@@ -1,35 +1,44 @@
-"""TODO."""
+"""What goes to a worker, and what comes back. The scheduler unpacks both, to pass them on: nothing
+native is imported here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from imatrix.engine.settings import ModelOptions, SessionSettings
 from imatrix.engine.sums import BlockSums
 from imatrix.errors import NonFiniteError
 from imatrix.formats.checkpoint import Group, Setting
 
-__all__ = ["Block", "Work", "add_parts", "topic"]
+__all__ = ["Block", "BlockSize", "Work", "add_parts", "topic"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """What a worker has to know to collect a block. One is loaded in a process at a time.
 
     Attributes:
         owner: whose it is, for release().
-        collector: arguments of Collector; paths may hold environment variables.
-        mtp, process_output, signed_sums, perplexity: as in Collector.run.
+        model: how the model is loaded; its paths may hold environment variables of the worker.
+        session: settings of the session, the same on all workers but for the threads.
+        n_threads: threads to compute with; None for the worker's physical cores.
         identity: what decides the numbers, and so must be the same everywhere, by name.
     """
 
     owner: str
-    collector: tuple[tuple[str, Any], ...]
-    mtp: bool
-    process_output: bool
-    signed_sums: bool
-    perplexity: bool
+    model: ModelOptions
+    session: SessionSettings
+    n_threads: int | None
     identity: tuple[tuple[str, Setting], ...]
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Chunks of a block, and of a part of it, which one worker collects; both decide the last bits of
+    the sums."""
+
+    block: int
+    part: int
 
 
 @dataclass
@@ -44,7 +53,7 @@ class Block:
         refusal: why this worker cannot take part; all else is empty then.
         machines: what the workers compute with, in words, each once.
         seconds: that the chunks took there.
-        loading: seconds that it took to load the model, 0 where it was loaded.
+        loading: seconds that it took to load the model, 0 if it was loaded.
     """
 
     groups: list[Group] = field(default_factory=list)
@@ -83,6 +92,6 @@ def add_parts(a: Block, b: Block) -> Block:
 
 
 def topic(owner: str) -> str:
-    """What Dask's events of an owner's workers are about: [number of the first chunk of a block or
-    part, chunks of it that are collected]."""
+    """Names the events by which an owner's workers tell Dask how far they are. Each is [number of
+    the first chunk of a block or part, chunks of it that are collected]."""
     return f"imatrix-{owner}"

@@ -1,8 +1,8 @@
-"""Blocks of chunks, or parts of one, collected from zero by the workers of a cluster: see
+"""Collects blocks of chunks, or parts of one, from zero: what a worker of a cluster runs. See
 imatrix.cluster.
 
-What a worker runs, and how what comes back is added. Imported by the scheduler too, which unpacks
-what it passes on: nothing native is imported before a block runs.
+The scheduler imports this module too, to unpack what it passes on: nothing native is imported
+before a block runs.
 """
 
 from __future__ import annotations
@@ -11,77 +11,93 @@ import atexit
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix._version import __version__
 from imatrix.cluster.work import Block, Work, topic
-from imatrix.errors import ClusterError, EngineDiedError, NonFiniteError
+from imatrix.engine.cores import physical_cores
+from imatrix.engine.settings import ModelOptions
+from imatrix.errors import ClusterError, EngineDiedError, ModelError, NonFiniteError
 
 if TYPE_CHECKING:
-    from imatrix.collect.collector import Collector
+    from imatrix.engine.interface import NativeSession
+    from imatrix.engine.models import Models
 
 __all__ = ["collect_block", "release"]
 
-# --- on a worker ---------------------------------------------------------------------------------
+_TELL = 2.0  # seconds between two messages of a worker; a hundred of them shall not be many
 
 
 class _Loaded:
-    """The model that this process has loaded."""
+    """The model that this process has loaded, and a session on it."""
 
     def __init__(self) -> None:
         self.turn = threading.Lock()  # one block at a time, whatever threads Dask has
         self.owner = ""
         self.work: Work | None = None
-        self.collector: Collector | None = None
-        self.session: Any = None
+        self.models: Models | None = None
+        self.session: NativeSession | None = None
         self.machine = ""
 
-    def take(self, work: Work) -> None:
-        """Load what this work needs, unless it is loaded."""
-        if self.work == work and self.collector is not None:
-            return
+    def take(self, work: Work) -> NativeSession:
+        """A session for this work, on a model that is loaded unless it is."""
+        if self.session is not None and self.models is not None and self.work == work:
+            return self.session
         self.drop()
         self.owner = work.owner
         wanted = dict(work.identity)
         here = f"imatrix {__version__}"
-        if wanted["collector"] != here:  # before its arguments, which may be others
+        if wanted["collector"] != here:  # before its settings, which may be others
             raise ClusterError(
                 f"{here} is installed there, the run was started with {wanted['collector']}"
             )
-        from imatrix.collect.collector import Collector
+        from imatrix.engine.identity import describe_differences_of_work, identity_of_work
+        from imatrix.engine.models import Models
 
-        arguments = dict(work.collector)
-        for name in ("model", "mtp_model"):
-            if arguments[name] is not None:
-                arguments[name] = os.path.expandvars(arguments[name])
-        collector = Collector(**arguments)
-        self.collector = collector  # for release(), while it loads
+        models = Models(_here(work), n_ctx=work.session.n_ctx)
+        self.models = models  # for release(), while it loads
         try:
-            self.session = collector._block_session(
-                wanted,
-                mtp=work.mtp,
-                process_output=work.process_output,
-                signed_sums=work.signed_sums,
-                perplexity=work.perplexity,
-            )
-            self.machine = collector._models.machine
+            found = identity_of_work(models, work.session)
+            if differences := describe_differences_of_work(found, wanted):
+                raise ModelError(
+                    f"{models.trunk_file.path} is not what the run was started with: {differences}"
+                )
+            threads = physical_cores() if work.n_threads is None else work.n_threads
+            settings = replace(work.session, n_threads=threads)
+            models.check(settings.mtp)
+            models.load(settings)
+            self.session = models.open(settings)
+            self.machine = models.machine
+            if self.models is not models:
+                raise ClusterError("the cluster was closed while the model was loaded")
         except BaseException:
             self.drop()
+            models.free()  # release() may have taken it from here
             raise
         self.work = work
+        return self.session
 
     def drop(self) -> None:
         """Free it."""
-        collector, self.collector = self.collector, None
+        models, self.models = self.models, None
         self.work = self.session = None
-        if collector is not None:
-            collector.close()
+        if models is not None:
+            models.free()
 
 
-_TELL = 2.0  # seconds between two messages of a worker; a hundred of them shall not be many
+def _here(work: Work) -> ModelOptions:
+    """Its options with this worker's environment in the paths."""
+    model, mtp_model = (
+        None if path is None else os.path.expandvars(path)
+        for path in (work.model.model, work.model.mtp_model)
+    )
+    assert model is not None
+    return replace(work.model, model=model, mtp_model=mtp_model)
+
 
 _loaded = _Loaded()
 atexit.register(_loaded.drop)
@@ -104,10 +120,12 @@ def collect_block(
     with _loaded.turn:
         started = time.monotonic()
         try:
-            _loaded.take(work)
+            session = _loaded.take(work)
             loading = time.monotonic() - started
-            block = _collect(work, tokens, lengths, first)
-            return _finished(block, loading, time.monotonic() - started - loading)
+            block = _collect(session, work, tokens, lengths, first)
+            block.machines = (_loaded.machine,)
+            block.loading, block.seconds = loading, time.monotonic() - started - loading
+            return block
         except FileNotFoundError as error:
             return Block(refusal=error)
         except (EngineDiedError, MemoryError, OSError):
@@ -118,29 +136,26 @@ def collect_block(
             return Block(refusal=error)
 
 
-def _finished(block: Block, loading: float, seconds: float) -> Block:
-    block.machines = (_loaded.machine,)
-    block.loading, block.seconds = loading, seconds
-    return block
-
-
 def _collect(
-    work: Work, tokens: NDArray[np.int32], lengths: NDArray[np.int32], first: int
+    session: NativeSession,
+    work: Work,
+    tokens: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    first: int,
 ) -> Block:
-    session = _loaded.session
     session.clear_sums()
-    n_seq = dict(work.collector)["n_seq"]
+    n_seq = work.session.batch.n_seq
     chunks = np.split(tokens, np.cumsum(lengths)[:-1])
     block = Block()
-    told = time.monotonic()
+    last = time.monotonic()
     for at in range(0, len(chunks), n_seq):
         try:
             _step(session, chunks[at : at + n_seq], at, block)
         except EngineDiedError as error:
             error.chunk = first + at
             raise
-        if time.monotonic() - told >= _TELL:
-            told = time.monotonic()
+        if time.monotonic() - last >= _TELL:
+            last = time.monotonic()
             _tell(work.owner, first, len(block.scores))
     block.groups = session.groups()
     return block
@@ -153,7 +168,7 @@ def _tell(owner: str, first: int, n_chunks: int) -> None:
     get_worker().log_event(topic(owner), [first, n_chunks])
 
 
-def _step(session: Any, group: list[NDArray[np.int32]], at: int, block: Block) -> None:
+def _step(session: NativeSession, group: list[NDArray[np.int32]], at: int, block: Block) -> None:
     lengths = np.array([len(chunk) for chunk in group], dtype=np.int32)
     try:
         block.scores += session.step(np.concatenate(group), lengths)
@@ -170,6 +185,6 @@ def release(owner: str) -> None:
     """Free what is loaded for an owner. A block that is on its way ends with an error."""
     # not in turn: it shall not wait for the block
     if _loaded.owner == owner:
-        collector, _loaded.collector = _loaded.collector, None
-        if collector is not None:
-            collector.close()  # the engine's process ends at once
+        models, _loaded.models = _loaded.models, None
+        if models is not None:
+            models.free()  # the engine's process ends at once

@@ -1,1 +1,1 @@
-"""A run: its options, its loop, its checkpoint, and Collector, which is the face of all that."""
+"""A run: its options, its steps, its checkpoint, and Collector, which is the face of all that."""

@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import threading
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import replace
-from types import TracebackType
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.cluster.cluster import Cluster
-from imatrix.collect.driver import locked_checkpoint, settle
-from imatrix.collect.keeper import Keeper, batch_in
-from imatrix.collect.messages import describe_left_out
+from imatrix.collect.driver import Driver
+from imatrix.collect.lifecycle import Closing, Lifecycle
 from imatrix.collect.options import RunOptions
-from imatrix.collect.run import Run
-from imatrix.engine.background import NativeThread, end_at_exit, ended_at_exit
-from imatrix.engine.cores import physical_cores
-from imatrix.engine.identity import (
-    describe_differences_of_work,
-    identity_of_run,
-    identity_of_work,
-)
-from imatrix.engine.interface import FOREIGN_HEAD, NativeModel, NativeSession
-from imatrix.engine.models import Models
+from imatrix.collect.preparation import CollectorOptions, wanted_batch
+from imatrix.engine.background import ended_at_exit
 from imatrix.engine.placement import NO_TENSOR_MODE, Overrides, Placement, SplitMode
 from imatrix.engine.plan import Plan
-from imatrix.engine.settings import (
-    MAX_SEQ,
-    Batch,
-    Layers,
-    ModelOptions,
-    SessionSettings,
-    Wanted,
-    check_head_runs_alone,
-    usual,
-)
-from imatrix.engine.sums import BlockSums
-from imatrix.errors import EngineDiedError, ModelError
-from imatrix.files.outputs import Output, check_files
-from imatrix.formats import FormatError
-from imatrix.formats import checkpoint as checkpoint_file
-from imatrix.formats.checkpoint import Setting
+from imatrix.engine.settings import Batch, Layers, ModelOptions
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.model.architectures import lacks_head
 from imatrix.text.chats import ChatOptions
-from imatrix.text.chunks import Chunk, Chunks
-from imatrix.text.cutting import TextFacts, cut, in_groups
 from imatrix.text.documents import OnBadRecord
-from imatrix.text.inputs import Texts, text_inputs
+from imatrix.text.inputs import Texts
 from imatrix.text.progress import Perplexity, Progress, Report
 from imatrix.text.template import ChatTemplate
 from imatrix.text.tokens import Packing
@@ -66,7 +30,7 @@ from imatrix.text.tokens import Packing
 __all__ = ["Collector"]
 
 
-class Collector:
+class Collector(Closing):
     """Collects importance matrices from one model.
 
     Args:
@@ -159,49 +123,14 @@ class Collector:
         device_sums: bool = True,
         isolate: bool = False,
     ) -> None:
-        arguments = dict(locals())
-        del arguments["self"]
-        self._arguments: dict[str, Any] = arguments  # for the Collectors of a cluster's workers
-        self._pid = os.getpid()
-        self._guard = threading.RLock()  # who runs, and what is loaded
-        self._runner: int | None = None  # the thread of a run
-        self._over = threading.Event()  # no run is on
-        self._over.set()
-        self._ending: str | None = None  # why the run has to end
-        self._stepping: NativeSession | None = None  # what _end() has to stop
-        self._closed = True  # until all arguments are found good
-        if isinstance(n_batch, str):
-            if n_batch != "auto":
-                raise ValueError(f"n_batch must be a number, 'auto' or None, got {n_batch!r}")
-            if n_ubatch is not None or n_seq != 1:
-                raise ValueError("n_batch='auto' chooses n_ubatch and n_seq too: leave them out")
-        self._auto = n_batch == "auto"
-        self._wanted = Wanted(n_seq, None if isinstance(n_batch, str) else n_batch, n_ubatch)
-        self._session = SessionSettings(  # of the trunk alone; see _settings()
-            n_ctx=n_ctx,
-            batch=usual(n_ctx) if self._auto else self._wanted.of_causal(n_ctx),
-            n_threads=physical_cores() if n_threads is None else n_threads,
-            device_sums=device_sums,
-        )
+        wanted = wanted_batch(n_batch, n_ubatch, n_seq)
         placement = Placement.of(
-            split_mode=split_mode,
-            tensor_split=tensor_split,
-            main_gpu=main_gpu,
-            devices=devices,
-            override_tensor=override_tensor,
-            cpu_moe=cpu_moe,
-            n_cpu_moe=n_cpu_moe,
-        )
+            split_mode=split_mode, tensor_split=tensor_split, main_gpu=main_gpu, devices=devices,
+            override_tensor=override_tensor, cpu_moe=cpu_moe, n_cpu_moe=n_cpu_moe,
+        )  # fmt: skip
         if split_mode == "tensor":
             raise ValueError(NO_TENSOR_MODE)
-        self._run = Run([], n_ctx)  # the current one, or the last
-        me = weakref.ref(self)  # a circle would keep one that was never closed from saying so
-
-        def let_go() -> None:
-            if (collector := me()) is not None:
-                collector._let_go()
-
-        options = ModelOptions(
+        files = ModelOptions(
             model=model,
             mtp_model=mtp_model,
             placement=placement,
@@ -211,15 +140,18 @@ class Collector:
             rehearse=rehearse,
             isolate=isolate,
         )
-        self._models = Models(options, n_ctx=n_ctx, let_go=let_go)
-        self._n_ctx = n_ctx
-        # until a run finds out what the model needs; "auto": until a run chooses
-        self._batch = self._session.batch
-        self._mtp = mtp
-        if mtp is not None:
-            head = self._has_head(mtp)
-            self._models.load(self._settings(head, False, False))
-        self._closed = False
+        options = CollectorOptions(
+            model=files,
+            wanted=wanted,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            mtp=mtp,
+            device_sums=device_sums,
+        )
+        life = Lifecycle(f"Collector({str(Path(model))!r})")
+        self._driver = Driver(options, life)
+        self._models = self._driver.models
+        self._life = life  # last, see Closing
 
     # --- what it is --------------------------------------------------------
 
@@ -248,7 +180,7 @@ class Collector:
         """Chunks side by side, tokens a decode and tokens a graph (n_seq, n_batch, n_ubatch); with
         n_batch="auto", and for a model that is not `causal`, those that the current or last run
         chose."""
-        return self._batch
+        return self._driver.batch
 
     @property
     def causal(self) -> bool:
@@ -259,13 +191,7 @@ class Collector:
         Raises:
             ModelError: the engine cannot run the model.
         """
-        self._check_process()
-        if self._closed and not self._models.knows_causal:
-            raise ValueError("this Collector is closed")
-        with self._guard:
-            if not self._models.knows_causal:
-                self._models.rehearse(self._settings(False, False, False))
-            return self._models.causal
+        return self._driver.causal()
 
     @property
     def layers(self) -> Layers | None:
@@ -280,7 +206,7 @@ class Collector:
         an EngineDiedError those in the checkpoint. Asked for in another thread while a chunk
         runs, it waits for that chunk.
         """
-        return self._latest().matrix()
+        return self._driver.current().matrix()
 
     @property
     def mtp_matrix(self) -> ImportanceMatrix | None:
@@ -289,20 +215,17 @@ class Collector:
         gemma4-assistant numbers its blocks from 0 as the trunk does, so that the two cannot share
         a matrix. None for every other head: its entries are in `matrix`.
         """
-        run = self._latest()
-        if self.mtp_architecture != "gemma4-assistant" or not run.with_head:
-            return None
-        return run.matrix(FOREIGN_HEAD)
+        return self._driver.current().head_matrix()
 
     @property
     def report(self) -> Report:
         """What the current run, or else the last one, made of its text so far."""
-        return self._latest().report()
+        return self._driver.current().report()
 
     @property
     def perplexity(self) -> Perplexity | None:
         """Perplexity over the current or last run; None unless it was asked for."""
-        return self._run.perplexity()
+        return self._driver.latest.perplexity()
 
     @property
     def counters(self) -> Mapping[str, int]:
@@ -310,26 +233,18 @@ class Collector:
         that the scheduler had to wait for), `fetched_bytes` (copied from memory that the host
         cannot read), `squared_elements`, `ended` (graphs left before their end); docs/speed.md.
         Empty where there are no contexts."""
-        run = self._latest()
-        with run.lock:
-            if run.session is None or isinstance(run.session, BlockSums):
-                return {}
-            return cast("dict[str, int]", run.session.counters)
-
-    def _latest(self) -> Run:
-        self._check_process()
-        return self._run
+        return self._driver.current().counters()
 
     @property
     def n_vocab(self) -> int:
         """Size of the vocabulary (loads the model)."""
-        return self._loaded().n_vocab
+        return self._driver.loaded().n_vocab
 
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> NDArray[np.int32]:
         """Token ids of a text by the model's own tokenizer, int32 [n_tokens]."""
-        model = self._loaded()
+        model = self._driver.loaded()
         self._models.check_tokenizer()
         with ended_at_exit("tokenizing"):
             return model.tokenize(text, add_special=add_special, parse_special=parse_special)
@@ -343,20 +258,13 @@ class Collector:
         Raises:
             TemplateError: the model has no such template.
         """
-        self._loaded()
+        self._driver.loaded()
         return self._models.renderer(ChatOptions(template=name)).template()
 
     @property
     def has_gpu(self) -> bool:
         """Whether the engine sees a device to put layers on (with isolate, where it runs)."""
         return self._models.has_gpu
-
-    def _loaded(self) -> NativeModel:
-        self._check_process()
-        if self._closed:
-            raise ValueError("this Collector is closed")
-        with self._guard:
-            return self._models.loaded()
 
     # --- life --------------------------------------------------------------
 
@@ -367,94 +275,7 @@ class Collector:
         checkpoint is written. Called by the run's own thread (in `progress`, say), it ends the
         run when that comes back.
         """
-        self._closed = True
-        if os.getpid() != self._pid:
-            return  # a fork: what is native belongs to the process that made it
-        self._end("this Collector was closed")
-        if self._runner == threading.get_ident():
-            return  # run() does the rest
-        self._over.wait()
-        self._free()
-
-    def _free(self) -> None:
-        self._let_go()
-        self._models.free()
-
-    def _let_go(self) -> None:
-        """Drop the session: it holds on to the models."""
-        with self._run.lock:
-            self._run.session = None
-
-    def _end(self, why: str) -> None:
-        """Have the run that is on end soon, from any thread."""
-        with self._guard:
-            if self._runner is not None:
-                self._ending = why
-                if self._stepping is not None:
-                    self._stepping.cancel()
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Be the one run of this Collector."""
-        self._check_process()
-        with self._guard:
-            if self._runner is not None:
-                where = "this" if self._runner == threading.get_ident() else "another"
-                raise RuntimeError(
-                    f"a run of this Collector is on, in {where} thread; wait for it, or make a "
-                    "Collector of its own for each"
-                )
-            end_at_exit.begin(self)
-            self._runner = threading.get_ident()
-            self._over.clear()
-            self._ending = None
-        try:
-            yield
-        except InterruptedError:
-            # of the step that _end() has stopped
-            if self._ending is None:
-                raise
-            raise RuntimeError(f"the run was ended: {self._ending}") from None
-        finally:
-            with self._guard:
-                self._runner = None
-                if self._closed:
-                    self._free()
-                self._over.set()
-            end_at_exit.over(self)
-
-    def _check_ending(self) -> None:
-        if self._ending is not None:
-            raise RuntimeError(f"the run was ended: {self._ending}")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"this Collector belongs to process {self._pid}, of which this one is a fork: what "
-                "the engine has there is not here. Make a Collector here with isolate=True, or "
-                "start processes by multiprocessing's 'spawn'"
-            )
-
-    def __enter__(self) -> Collector:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and os.getpid() == self._pid:
-            warnings.warn(
-                f"Collector({str(self._models.trunk_file.path)!r}) was never closed; use it in a with statement",
-                ResourceWarning,
-                source=self,
-                stacklevel=2,
-            )
-            self.close()
+        self._life.close(self._driver.free)
 
     # --- running -----------------------------------------------------------
 
@@ -558,203 +379,14 @@ class Collector:
             MemoryError: no memory for the contexts or the sums.
             KeyboardInterrupt: Ctrl-C; the running chunk is discarded, the earlier ones stay.
         """
-        if on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
-        if on_bad_record not in ("stop", "skip"):
-            raise ValueError(f"on_bad_record must be 'stop' or 'skip', got {on_bad_record!r}")
-        if checkpoint_every is None:
-            checkpoint_every = 10 if cluster is None else 0
-        if checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be 0 or more, got {checkpoint_every}")
-        if min_expert_rows is not None:
-            self._check_experts(min_expert_rows)
-        if cluster is not None and self._auto:
-            raise ValueError(
-                "n_batch='auto' (-b auto) goes by the memory of one machine, and the sums by the "
-                "batch: for a cluster give n_batch (-b) as a number"
-            )
-        asked = RunOptions(
-            mtp=mtp,
-            max_chunks=max_chunks,
-            skip_chunks=skip_chunks,
-            process_output=process_output,
-            signed_sums=signed_sums,
-            parse_special=parse_special,
-            packing=packing,
-            chat=chat,
-            min_expert_rows=min_expert_rows,
-            perplexity=perplexity,
-            on_nonfinite=on_nonfinite,
-            on_bad_record=on_bad_record,
-            checkpoint=checkpoint,
-            checkpoint_every=checkpoint_every,
-            restart=restart,
-            progress=progress,
-            cluster=cluster,
-            block=None,
-            part=None,
-        )
-        if checkpoint is not None:
-            self._check_checkpoint(os.fspath(checkpoint), texts)
-        with self._running(), locked_checkpoint(checkpoint):
-            return self._run_alone(texts, asked)
-
-    def _check_checkpoint(self, checkpoint: str, texts: Texts) -> None:
-        """That neither it nor its lock file is something that the run reads."""
-        files = (self._models.trunk_file, self._models.head_file)
-        parts = dict.fromkeys(path for each in files for path, _ in each.parts)
-        lock = Output(f"{os.path.realpath(checkpoint)}.lock", checkpoint)
-        check_files([checkpoint, lock], [*map(os.fspath, parts), *text_inputs(texts)])
-
-    def _run_alone(self, texts: Texts, asked: RunOptions) -> ImportanceMatrix:
-        """run(), as the only one."""
-        with_head = self._prepare(
-            asked.mtp,
-            asked.process_output,
-            asked.perplexity,
-            signed_sums=asked.signed_sums,
-            weights=asked.cluster is None,
-        )
-        if asked.perplexity is None:
-            asked = replace(asked, perplexity=self._models.causal)
-        if asked.cluster is not None:
-            block, part = asked.cluster._sizes(self._batch.n_seq)
-            asked = replace(asked, block=block, part=part)
-        self._let_go()
-        facts = TextFacts.of(texts)
-        run = self._run = Run(
-            list(facts.datasets),
-            self._n_ctx,
-            with_head,
-            asked.skip_chunks,
-            asked.on_nonfinite == "skip",
-        )
-        render = self._models.renderer(ChatOptions() if asked.chat is None else asked.chat)
-        text = cut(
-            texts,
-            self._models.tokenizer(),
-            self._n_ctx,
-            packing=asked.packing,
-            chat=asked.chat,
-            render=render,
-            parse_special=asked.parse_special,
-            skip_chunks=asked.skip_chunks,
-            max_chunks=asked.max_chunks,
-            on_bad_record=asked.on_bad_record,
-        )
-        settings = self._settings(
-            with_head, asked.process_output, bool(asked.perplexity), asked.signed_sums
-        )
-        if self._auto:
-            # rounding goes with the batch: a run that goes on keeps that of its first part
-            taken = None
-            if asked.checkpoint is not None and not asked.restart:
-                taken = batch_in(asked.checkpoint)
-                if with_head and taken is not None and taken.n_seq != 1:
-                    taken = None  # of a run without the head: the keeper refuses it
-            self._batch = taken or self._chosen(settings, text.total)
-            settings = replace(settings, batch=self._batch)
-            self._models.rehearse(settings)
-        run.packing = asked.packing
-        run.min_expert_rows = asked.min_expert_rows
-        run.seed = facts.seed
-        run.begin_text(facts.names, facts.weights)
-        same = identity_of_run(
-            self._models,
-            settings,
-            text.settings,
-            parse_special=asked.parse_special,
-            skip_chunks=asked.skip_chunks,
-            max_chunks=asked.max_chunks,
-            min_expert_rows=asked.min_expert_rows,
-            block=asked.block,
-            part=asked.part,
-        )
-        try:
-            return self._run_chunks(run, text.chunks, text.total, asked, settings, same)
-        finally:
-            render.close()
-
-    def _run_chunks(
-        self,
-        run: Run,
-        chunks: Chunks,
-        total: int | None,
-        asked: RunOptions,
-        settings: SessionSettings,
-        same: dict[str, Setting],
-    ) -> ImportanceMatrix:
-        """The rest of run(), with the text at hand. `same`: what must be so to go on from a
-        checkpoint."""
-        keeper = None
-        found = None
-        if asked.checkpoint is not None:
-            keeper = Keeper(asked.checkpoint, asked.checkpoint_every, lambda: run.checkpoint(same))
-            found = None if asked.restart else keeper.load(same)
-        if found is not None:
-            run.read_past(found, chunks, asked.checkpoint)
-        # bad text is an error before any context is made
-        first = next(chunks, None)
-
-        session: NativeSession | BlockSums
-        if first is None or asked.cluster is not None:
-            session = BlockSums()  # where first is None the checkpoint is of a run that was done
-        else:
-            try:
-                session = self._models.open(settings)
-            except EngineDiedError as error:
-                self._outlive(error, run, keeper)
-                raise
-        if found is not None:
-            run.take_over(found, session)
-            found = None  # as large as the sums
-        run.session = session
-
-        def report(ahead: int = 0) -> None:
-            if asked.progress is not None:
-                workers = None if asked.cluster is None else asked.cluster._workers()
-                asked.progress(run.progress(total, workers=workers, ahead=ahead))
-
-        if run.resumed:
-            report()
-        step = asked.block or self._batch.n_seq
-        try:
-            if first is not None and not run.enough(step):
-                rest = itertools.chain([first], chunks)
-                if isinstance(session, BlockSums):
-                    self._drive_cluster(run, session, rest, asked, keeper, report)
-                else:
-                    self._drive(run, session, rest, keeper, report)
-            run.first_skipped = chunks.first_skipped
-            if not run.enough(step):
-                # the end of the text: what it dropped there is known now
-                run.read = chunks.read
-                run.ended_by = None if chunks.ended is None else run.names[chunks.ended]
-                if run.done == asked.max_chunks:
-                    run.ended = "max_chunks"
-            elif asked.min_expert_rows is not None:
-                run.ended = "min_expert_rows"
-            if keeper is not None:
-                keeper.save(run.done)
-        except EngineDiedError as error:
-            self._outlive(error, run, keeper)
-            raise
-        except BaseException:
-            if keeper is not None:
-                keeper.save(run.done)
-            raise
-        if run.left_out:
-            warnings.warn(describe_left_out(run.left_out), stacklevel=4)
-        return run.matrix()
-
-    def _check_experts(self, min_expert_rows: int) -> None:
-        if min_expert_rows < 1:
-            raise ValueError(f"min_expert_rows must be 1 or more, got {min_expert_rows}")
-        if self._models.trunk_file.integers.get("expert_count", 0) < 2:
-            raise ValueError(
-                f"min_expert_rows={min_expert_rows}, but {self._models.trunk_file.path.name} "
-                f"({self.architecture}) has no experts; leave it out"
-            )
+        options = RunOptions(
+            mtp=mtp, max_chunks=max_chunks, skip_chunks=skip_chunks, process_output=process_output,
+            signed_sums=signed_sums, parse_special=parse_special, packing=packing, chat=chat,
+            min_expert_rows=min_expert_rows, perplexity=perplexity, on_nonfinite=on_nonfinite,
+            on_bad_record=on_bad_record, checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+            restart=restart, progress=progress, cluster=cluster,
+        )  # fmt: skip
+        return self._driver.run(texts, options)
 
     def plan(self, *, mtp: bool = False, process_output: bool = False) -> Plan:
         """What run() would collect and what it never could. Loads the model, runs nothing.
@@ -762,236 +394,4 @@ class Collector:
         Raises:
             ModelError, ValueError, MemoryError: as run() does.
         """
-        with self._running():
-            with_head = self._prepare(mtp, process_output, False)
-            session = self._models.open(self._settings(with_head, process_output, False))
-        (trunk_outputs, trunk), (head_outputs, head) = (
-            session.plan["trunk"],
-            session.plan["head"],
-        )
-        tensors = {**self._models.trunk_file.tensors, **self._models.head_file.tensors}
-        never = tuple(
-            name
-            for name, shape in tensors.items()
-            if name.startswith("blk.") and len(shape) > 1 and name not in trunk and name not in head
-        )
-        return Plan(trunk, head, never, trunk_outputs, head_outputs)
-
-    def _settings(
-        self, with_head: bool, process_output: bool, perplexity: bool, signed_sums: bool = True
-    ) -> SessionSettings:
-        """Of a session for what was asked, with the batch as it stands."""
-        return replace(
-            self._session,
-            batch=self._batch,
-            mtp=with_head,
-            process_output=process_output,
-            perplexity=perplexity,
-            signed_sums=signed_sums,
-        )
-
-    def _prepare(
-        self,
-        mtp: bool,
-        process_output: bool,
-        perplexity: bool | None,
-        *,
-        signed_sums: bool = True,
-        weights: bool = True,
-    ) -> bool:
-        """Load the model for what was asked, without `weights` its vocabulary only; whether there
-        is a head to collect."""
-        if self._closed:
-            raise ValueError("this Collector is closed")
-        if self._auto:
-            self._batch = usual(self._n_ctx)
-        if mtp:
-            check_head_runs_alone(self._wanted.n_seq)
-        if mtp and self._mtp is False:
-            raise ValueError("mtp=True, but this Collector was made with mtp=False")
-        if mtp and self._models.head_file.claimed_nextn == 0:
-            warnings.warn(
-                f"{self._models.trunk_file.path.name} ({self.architecture}) has no MTP head "
-                "(nextn_predict_layers is absent or 0): collecting the trunk only",
-                stacklevel=4,
-            )
-        with_head = self._has_head(mtp)
-        self._models.check(with_head)
-        self._models.rehearse(
-            self._settings(with_head, process_output, perplexity is not False, signed_sums)
-        )
-        if with_head:
-            self._models.check_predicts("mtp=True (--mtp)", "leave the head out")
-        if perplexity:
-            self._models.check_predicts(
-                "perplexity=True (--ppl)", "leave it out (perplexity=False, --no-ppl)"
-            )
-        if not self._auto or not self._models.causal:
-            self._batch = self._models.batch(self._wanted)
-        if weights:
-            scored = self._models.causal if perplexity is None else perplexity
-            self._models.load(self._settings(with_head, process_output, scored, signed_sums))
-        else:
-            self._models.load_vocabulary()
-        return with_head
-
-    def _chosen(self, settings: SessionSettings, total: int | None) -> Batch:
-        """What n_batch="auto" comes to, for `total` chunks (None: nobody knows)."""
-        most = MAX_SEQ if total is None else min(MAX_SEQ, max(1, total))
-        return self._models.choose_batch(settings, 1 if settings.mtp else most)
-
-    def _has_head(self, mtp: bool) -> bool:
-        """Whether there is a head to run, if one is wanted; refuses one that is only claimed."""
-        file = self._models.head_file
-        if mtp and file.claimed_nextn and not file.n_nextn:
-            raise ModelError(
-                f"{file.path}: {lacks_head(file)}. Put the head in with imatrix graft-mtp; or "
-                f"collect the trunk alone (mtp=False), and drop the claim: imatrix drop-mtp "
-                f"{file.path} -o OUT.gguf"
-            )
-        return mtp and file.n_nextn > 0
-
-    def _drive(
-        self,
-        run: Run,
-        session: NativeSession,
-        chunks: Iterator[Chunk],
-        keeper: Keeper | None,
-        report: Callable[[], None],
-    ) -> None:
-        """Native steps run in a second thread: the next chunk is tokenized meanwhile, and
-        Ctrl-C reaches this one, which then tells the engine to stop. What a step adds is counted
-        in that thread too, where no signal can come between the two."""
-        groups = in_groups(chunks, self._batch.n_seq, run.done)
-        before = run.seconds
-        started = time.monotonic()
-        with self._stoppable(session), NativeThread() as native:
-            running: Future[None] | None = None
-            try:
-                group = next(groups, None)
-                while group is not None:
-                    self._check_ending()
-                    running = native.submit(run.collect, session, group)
-                    try:
-                        following = next(groups, None)
-                    except Exception:
-                        running.result()  # the text failed, not the chunk that is on its way
-                        raise
-                    running.result()
-                    run.seconds = before + time.monotonic() - started
-                    if keeper is not None:
-                        keeper.step(run.done)
-                    report()
-                    if run.enough(self._batch.n_seq):
-                        break
-                    group = following
-            except BaseException:
-                if running is not None:
-                    settle(session, running)
-                raise
-
-    def _drive_cluster(
-        self,
-        run: Run,
-        sums: BlockSums,
-        chunks: Iterator[Chunk],
-        asked: RunOptions,
-        keeper: Keeper | None,
-        report: Callable[[int], None],
-    ) -> None:
-        """_drive() with a cluster's workers in place of the session. Blocks are added in a second
-        thread, where no signal can come between sums and counts."""
-        cluster, block_chunks = asked.cluster, asked.block
-        assert cluster is not None
-        assert block_chunks is not None
-        before = run.seconds
-        started = time.monotonic()
-        work = cluster._work(
-            self._arguments,
-            mtp=run.with_head,
-            process_output=asked.process_output,
-            signed_sums=asked.signed_sums,
-            perplexity=bool(asked.perplexity),
-            identity=tuple(
-                identity_of_work(self._models, self._settings(run.with_head, False, False)).items()
-            ),
-        )
-
-        def look(ahead: int) -> None:
-            self._check_ending()
-            report(ahead)
-
-        with (
-            NativeThread() as native,
-            cluster._collecting(
-                work,
-                in_groups(chunks, block_chunks, run.done),
-                first=run.skipped + run.done,
-                look=look,
-            ) as blocks,
-        ):
-            for group, block in blocks:
-                self._check_ending()
-                adding = native.submit(run.add, sums, group, block)
-                try:
-                    adding.result()
-                except BaseException:
-                    settle(None, adding)
-                    raise
-                run.seconds = before + time.monotonic() - started
-                if keeper is not None:
-                    keeper.step(run.done)
-                report(0)
-                if run.enough(block_chunks):
-                    break
-
-    def _block_session(
-        self,
-        wanted: Mapping[str, Setting],
-        *,
-        mtp: bool,
-        process_output: bool,
-        signed_sums: bool,
-        perplexity: bool,
-    ) -> NativeSession:
-        """For a worker of a cluster: load the model, and open a session on it.
-
-        Args:
-            wanted: identity_of_work() where the run is.
-
-        Raises:
-            ModelError: this is another model than there.
-        """
-        self._batch = self._models.batch(self._wanted)
-        here = identity_of_work(self._models, self._settings(mtp, process_output, perplexity))
-        if told := describe_differences_of_work(here, wanted):
-            raise ModelError(
-                f"{self._models.trunk_file.path} is not what the run was started with: {told}"
-            )
-        self._prepare(mtp, process_output, perplexity, signed_sums=signed_sums)
-        return self._models.open(self._settings(mtp, process_output, perplexity, signed_sums))
-
-    @contextmanager
-    def _stoppable(self, session: NativeSession) -> Iterator[None]:
-        """_end() reaches this session's steps."""
-        with self._guard:
-            self._stepping = session
-        try:
-            yield
-        finally:
-            with self._guard:
-                self._stepping = None
-
-    def _outlive(self, error: EngineDiedError, run: Run, keeper: Keeper | None) -> None:
-        """The engine's process is gone, and the sums with it: go back to the checkpoint, and say
-        in the error what there is."""
-        found = None
-        if keeper is not None and keeper.saved:
-            with contextlib.suppress(OSError, FormatError):
-                found = checkpoint_file.read(keeper.path)
-        run.tell_death(error, self._batch.n_seq, found, keeper)
-        self._free()
-        if found is None:
-            self._run = run.again()
-        else:
-            run.go_back(found)
+        return self._driver.plan(mtp=mtp, process_output=process_output)

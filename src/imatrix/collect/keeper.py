@@ -1,4 +1,5 @@
-"""When a run writes its checkpoint, and whether one that is there is of the same run."""
+"""Decides when a run writes its checkpoint, and whether a checkpoint that is there is of the same
+run."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ OTHER_RUN = (
     "(--restart) to start from zero."
 )
 
-# However long a chunk takes: what a power cut may cost.
+# A power cut may cost so much, however long a chunk takes.
 _SECONDS = 180.0
 
 
@@ -67,8 +68,8 @@ class Keeper:
                 "from zero."
             )
         if names:
-            told = describe_differences_of_runs(names, found.settings, settings)
-            raise CheckpointError(f"{self.path} is of another run: {told}. {OTHER_RUN}")
+            differences = describe_differences_of_runs(names, found.settings, settings)
+            raise CheckpointError(f"{self.path} is of another run: {differences}. {OTHER_RUN}")
         self.saved = found.done
         return found
 
@@ -94,7 +95,8 @@ class Keeper:
 
 
 def batch_in(path: str | os.PathLike[str]) -> Batch | None:
-    """The batch of the run that wrote a checkpoint; None where there is none that can be read."""
+    """The batch of the run that wrote a checkpoint; None if there is none that can be
+    read."""
     try:
         settings = checkpoint.read(path).settings
     except (OSError, FormatError):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 
 from imatrix._version import __version__
 from imatrix.cluster.work import Block
-from imatrix.collect.keeper import OTHER_RUN, Keeper
-from imatrix.collect.messages import tell_where
+from imatrix.collect.keeper import OTHER_RUN
+from imatrix.collect.messages import explain_nonfinite
 from imatrix.engine.devices import engine_name
 from imatrix.engine.interface import FOREIGN_HEAD, NativeSession
 from imatrix.engine.sums import BlockSums
@@ -23,15 +23,48 @@ from imatrix.errors import CheckpointError, EngineDiedError, NonFiniteError
 from imatrix.formats.checkpoint import Checkpoint, Setting
 from imatrix.matrix.experts import ExpertCoverage, coverage_of
 from imatrix.matrix.importance import ImportanceMatrix
-from imatrix.text.chunks import Chunk, Read
-from imatrix.text.cutting import tokens_of
+from imatrix.text.chunks import Chunk, Chunks, Read
+from imatrix.text.cutting import TextFacts, tokens_of
 from imatrix.text.progress import Ended, Perplexity, Progress, Report, Tally
 from imatrix.text.tokens import Packing
 
-__all__ = ["Run"]
+__all__ = ["Run", "RunSetup"]
 
-# The digest, tokens of each source, and what was read of each.
-_Mark = tuple[Any, list[int], tuple[Read, ...]]
+_NO_TEXT = TextFacts((), (), (), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSetup:
+    """What is settled before the first chunk of a run.
+
+    Attributes:
+        n_ctx: tokens a chunk.
+        with_head: whether the head is collected.
+        foreign_head: whether the head's weights have a matrix of their own.
+        skipped: chunks left out at the start of the text.
+        skip_nonfinite: leave out a chunk with a NaN or Inf, instead of ending.
+        min_expert_rows: rows that each expert has to see; None if the run does not end by that.
+        packing: how the chunks are cut.
+        text: what the texts say of themselves.
+    """
+
+    n_ctx: int
+    with_head: bool = False
+    foreign_head: bool = False
+    skipped: int = 0
+    skip_nonfinite: bool = False
+    min_expert_rows: int | None = None
+    packing: Packing = "stream"
+    text: TextFacts = _NO_TEXT
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a checkpoint need not hold, because the text, read again, gives it."""
+
+    digest: Any  # of the chunks that count
+    source_tokens: tuple[int, ...]
+    read: tuple[Read, ...]
 
 
 class Run:
@@ -40,72 +73,86 @@ class Run:
     What reads it may do so in any thread, between two chunks: `lock` is held while a chunk is
     counted, so that it counts wholly or not at all.
 
-    Args:
-        datasets: names of the texts, for the file.
-        n_ctx: tokens a chunk.
-        with_head: whether the head is collected.
-        skipped: chunks left out at the start of the text.
-        skip_nonfinite: leave out a chunk with a NaN or Inf, instead of ending.
-
     Attributes:
-        session: what holds the sums: the engine's, or BlockSums where it is elsewhere or gone; None
-            before the first chunk, and once it was let go.
-        done: chunks that are done; chunks: those of them that count.
+        setup: what was settled before its first chunk.
+        session: what holds the sums: the engine's session, or BlockSums if they are not in the
+            engine (any more); None before the first chunk, and once it was let go.
+        done: chunks that are done, those left out among them.
+        chunks: chunks that count.
         resumed: chunks that were taken over from a checkpoint.
-        seconds: spent on chunks, before an interruption too.
-        names, weights, read: of the sources: names, shares, and what was read of each.
-        first_skipped: of each source, why the first record was skipped; known at the end.
+        left_out: chunks that do not count.
     """
 
-    def __init__(
-        self,
-        datasets: list[str],
-        n_ctx: int,
-        with_head: bool = False,
-        skipped: int = 0,
-        skip_nonfinite: bool = False,
-    ) -> None:
+    def __init__(self, setup: RunSetup) -> None:
+        self.setup = setup
         self.lock = threading.RLock()
         self.session: NativeSession | BlockSums | None = None
-        self.datasets = datasets
-        self.with_head = with_head
-        self.skipped = skipped
-        self.chunks = 0
         self.done = 0
+        self.chunks = 0
         self.resumed = 0
-        self.seconds = 0.0
         self.left_out: list[LeftOut] = []
-        self.tally = Tally()
-        self.packing: Packing = "stream"
-        self.seed: int | None = None
-        self.min_expert_rows: int | None = None
-        self.ended: Ended = "text"
-        self.ended_by: str | None = None
-        self.names: tuple[str, ...] = ()
-        self.weights: tuple[float | None, ...] = ()
-        self.read: tuple[Read, ...] = ()
-        self.first_skipped: tuple[str, ...] = ()
-        self._n_ctx = n_ctx
-        self._skip_nonfinite = skip_nonfinite
+        self._tally = Tally()
         self._tokens = 0
         self._digest = hashlib.sha256()  # of the chunks that count
         self._text_digest = hashlib.sha256()  # of all that are done
-        self._source_tokens: list[int] = []
+        self._read = (Read(),) * len(setup.text.names)  # of each source
+        self._source_tokens = [0] * len(setup.text.names)
+        self._first_skipped = ("",) * len(setup.text.names)  # why; known at the end
+        self._ended: Ended = "text"
+        self._ended_by: str | None = None
+        self._seconds = 0.0  # spent on chunks, before an interruption too
+        self._clock = (0.0, 0.0)  # those seconds and the time, when the steps began
         self._covered: tuple[int, ExpertCoverage | None] | None = None  # by chunks done
         # of the last checkpoints, by chunks done: see go_back
         self._marks: dict[int, _Mark] = {}
 
-    def again(self) -> Run:
-        """A run like this one, at its start."""
-        return Run(self.datasets, self._n_ctx, self.with_head, self.skipped, self._skip_nonfinite)
+    # --- its course ----------------------------------------------------------
 
-    def begin_text(self, names: tuple[str, ...], weights: tuple[float | None, ...]) -> None:
-        """Count the tokens of these sources from zero."""
-        self.names = names
-        self.weights = weights
-        self.read = (Read(),) * len(names)
-        self.first_skipped = ("",) * len(names)
-        self._source_tokens = [0] * len(names)
+    def begin(self, session: NativeSession | BlockSums, found: Checkpoint | None) -> None:
+        """Collect into this session from here on; with `found` from where that checkpoint was
+        written, with its sums."""
+        if found is not None:
+            for group in found.groups:
+                session.restore(*group)
+            self.resumed = found.done
+            self._stand_at(found)
+        self.session = session
+
+    def start_clock(self) -> None:
+        """The first step begins."""
+        self._clock = self._seconds, time.monotonic()
+
+    def read_clock(self) -> None:
+        """A step is over."""
+        before, started = self._clock
+        self._seconds = before + time.monotonic() - started
+
+    def finish(self, chunks: Chunks, step: int, max_chunks: int | None) -> None:
+        """The last step is over.
+
+        Args:
+            chunks: the text; if it has come to its end, what it dropped there is known now.
+            step: chunks of a step.
+            max_chunks: how many were asked for at most.
+        """
+        self._first_skipped = chunks.first_skipped
+        if self.enough(step):
+            self._ended = "min_expert_rows"
+            return
+        self._read = chunks.read
+        self._ended_by = None if chunks.ended is None else self.setup.text.names[chunks.ended]
+        if self.done == max_chunks:
+            self._ended = "max_chunks"
+
+    def let_go(self) -> None:
+        """Drop the session, which holds on to the models."""
+        with self.lock:
+            self.session = None
+
+    @property
+    def next_chunk(self) -> int:
+        """Number of the first chunk that is not done, skipped ones counted."""
+        return self.setup.skipped + self.done
 
     # --- one step ------------------------------------------------------------
 
@@ -128,18 +175,18 @@ class Run:
                 for chunk in group:
                     self._collect(session, [chunk])
                 return
-            error.chunk = self.skipped + self.done
-            if not self._skip_nonfinite:
-                tell_where(error, self.chunks)
+            error.chunk = self.next_chunk
+            if not self.setup.skip_nonfinite:
+                explain_nonfinite(error, self.chunks)
                 raise
-            self.leave_out(LeftOut(error.chunk, group[0].start, error.weight), group[0])
+            self._leave_out(LeftOut(error.chunk, group[0].start, error.weight), group[0])
         except EngineDiedError as error:
-            error.chunk = self.skipped + self.done
+            error.chunk = self.next_chunk
             raise
         else:
             for chunk in group:
-                self.count(chunk)
-            self.tally.add(scores)
+                self._count(chunk)
+            self._tally.add(scores)
 
     def add(self, sums: BlockSums, chunks: list[Chunk], block: Block) -> None:
         """Add what a worker of a cluster made of a block of chunks, and count them; in the native
@@ -150,31 +197,30 @@ class Run:
             ClusterError: it does not go with the blocks before it. Nothing is added.
         """
         with self.lock:
-            if block.nonfinite and not self._skip_nonfinite:
+            if block.nonfinite and not self.setup.skip_nonfinite:
                 at, error = min(block.nonfinite.items())
-                error.chunk = self.skipped + self.done + at
-                tell_where(error, self.chunks, "Its block was")
+                error.chunk = self.next_chunk + at
+                explain_nonfinite(error, self.chunks, "Its block was")
                 raise error
             sums.add(block.groups)
             for at, (chunk, score) in enumerate(zip(chunks, block.scores, strict=True)):
                 if score is None:
                     weight = block.nonfinite[at].weight
-                    told = LeftOut(self.skipped + self.done, chunk.start, weight)
-                    self.leave_out(told, chunk)
+                    self._leave_out(LeftOut(self.next_chunk, chunk.start, weight), chunk)
                 else:
-                    self.count(chunk)
-                    self.tally.add([score])
+                    self._count(chunk)
+                    self._tally.add([score])
 
-    def count(self, chunk: Chunk) -> None:
+    def _count(self, chunk: Chunk) -> None:
         """A chunk is done, and its sums are in."""
         self.chunks += 1
         self._tokens += len(chunk.tokens)
         self._pass(chunk, counts=True)
         self.done += 1
 
-    def leave_out(self, told: LeftOut, chunk: Chunk) -> None:
+    def _leave_out(self, one: LeftOut, chunk: Chunk) -> None:
         """A chunk is done, and does not count."""
-        self.left_out.append(told)
+        self.left_out.append(one)
         self._pass(chunk, counts=False)
         self.done += 1
 
@@ -182,7 +228,7 @@ class Run:
         """What a chunk does to what is known of the text."""
         tokens = tokens_of(chunk.tokens)
         self._text_digest.update(tokens)
-        self.read = chunk.read
+        self._read = chunk.read
         if counts:
             self._digest.update(tokens)
             for source, n_tokens in chunk.parts:
@@ -202,22 +248,35 @@ class Run:
                 }
             return ImportanceMatrix(
                 entries,
-                datasets=self.datasets,
+                datasets=self.setup.text.datasets,
                 chunk_count=self.chunks,
-                chunk_size=self._n_ctx,
+                chunk_size=self.setup.n_ctx,
                 provenance=Provenance(
                     collector=f"imatrix {__version__}",
                     engine=engine_name(),
-                    mtp=self.with_head,
-                    n_ctx=self._n_ctx,
+                    mtp=self.setup.with_head,
+                    n_ctx=self.setup.n_ctx,
                     dataset_digest=self._digest.hexdigest(),
                     left_out=tuple(self.left_out),
                     tokens=self._tokens,
-                    packing=self.packing,
-                    seed=self.seed,
+                    packing=self.setup.packing,
+                    seed=self.setup.text.seed,
                     sources=self._sources(),
                 ),
             )
+
+    def head_matrix(self) -> ImportanceMatrix | None:
+        """The entries of a head that is a model of its own kind; None if it is not, or if it is not
+        collected."""
+        setup = self.setup
+        return self.matrix(FOREIGN_HEAD) if setup.with_head and setup.foreign_head else None
+
+    def counters(self) -> Mapping[str, int]:
+        """The engine's counters; none if there are no contexts (any more)."""
+        with self.lock:
+            if self.session is None or isinstance(self.session, BlockSums):
+                return {}
+            return cast("dict[str, int]", self.session.counters)
 
     def report(self) -> Report:
         """What it made of its text so far."""
@@ -227,19 +286,19 @@ class Run:
                 sources=self._sources(),
                 chunks=self.chunks,
                 tokens=self._tokens,
-                packing=self.packing,
-                seed=self.seed,
+                packing=self.setup.packing,
+                seed=self.setup.text.seed,
                 digest=self._digest.hexdigest(),
-                ended=self.ended,
-                ended_by=self.ended_by,
-                experts=coverage_of(counts, self.min_expert_rows or 1),
-                first_skipped=self.first_skipped,
+                ended=self._ended,
+                ended_by=self._ended_by,
+                experts=coverage_of(counts, self.setup.min_expert_rows or 1),
+                first_skipped=self._first_skipped,
             )
 
     def perplexity(self) -> Perplexity | None:
         """Of the chunks so far; None unless it was asked for."""
         with self.lock:
-            return self.tally.perplexity
+            return self._tally.perplexity
 
     def progress(
         self, total: int | None, *, workers: int | None = None, ahead: int = 0
@@ -249,8 +308,8 @@ class Run:
             self.chunks,
             total,
             self._tokens,
-            self.seconds,
-            self.tally.perplexity,
+            self._seconds,
+            self._tally.perplexity,
             self.resumed,
             self._coverage(),
             workers,
@@ -261,26 +320,34 @@ class Run:
         return tuple(
             TextSource(name, read.documents, tokens, read.dropped, weight, read.empty, read.skipped)
             for name, tokens, weight, read in zip(
-                self.names, self._source_tokens, self.weights, self.read, strict=True
+                self.setup.text.names,
+                self._source_tokens,
+                self.setup.text.weights,
+                self._read,
+                strict=True,
             )
         )
 
     def _coverage(self) -> ExpertCoverage | None:
-        """Of the experts, where a number of rows is wanted. Between two steps only, and counted
+        """Of the experts; None if no number of rows is wanted. Between two steps only, and counted
         once for each: the report and the end of the run both look at it."""
-        if self.min_expert_rows is None or self.session is None:
+        if self.setup.min_expert_rows is None or self.session is None:
             return None
         if self._covered is not None and self._covered[0] == self.done:
             return self._covered[1]
-        found = coverage_of(self.session.counts(), self.min_expert_rows)
+        found = coverage_of(self.session.counts(), self.setup.min_expert_rows)
         self._covered = (self.done, found)
         return found
 
-    def enough(self, n_seq: int) -> bool:
-        """Whether the experts have the rows that were wanted. Seen only where a group of n_seq
-        chunks ends, so that a run that went on from a checkpoint within one ends where one that
-        was never interrupted does."""
-        if self.done % n_seq:
+    def enough(self, step: int) -> bool:
+        """Whether the experts have the rows that were wanted. The answer is yes only at the end of
+        a step: so a run that was resumed within a step ends where one that was never interrupted
+        does.
+
+        Args:
+            step: chunks of a step.
+        """
+        if self.done % step:
             return False
         found = self._coverage()
         return found is not None and found.reached
@@ -289,15 +356,15 @@ class Run:
 
     def checkpoint(self, settings: dict[str, Setting]) -> Checkpoint:
         """Where it stands, to be written. `settings`: what must be the same to go on."""
-        # what go_back goes back to; the one before it, where this one cannot be written
+        # go_back() needs one of them: the last but one, if the file cannot be written now
         self._marks = {**dict(list(self._marks.items())[-1:]), self.done: self._mark()}
         return Checkpoint(
             done=self.done,
             tokens=self._tokens,
-            seconds=self.seconds,
-            nll=self.tally.nll,
-            nll_sq=self.tally.nll_sq,
-            scored=self.tally.n,
+            seconds=self._seconds,
+            nll=self._tally.nll,
+            nll_sq=self._tally.nll_sq,
+            scored=self._tally.n,
             text_digest=self._text_digest.hexdigest(),
             settings=settings,
             left_out=tuple(self.left_out),
@@ -305,8 +372,7 @@ class Run:
         )
 
     def _mark(self) -> _Mark:
-        """What a checkpoint need not hold: the text, read again, gives it."""
-        return self._digest.copy(), list(self._source_tokens), self.read
+        return _Mark(self._digest.copy(), tuple(self._source_tokens), self._read)
 
     def read_past(self, found: Checkpoint, chunks: Iterator[Chunk], path: object) -> None:
         """Take the chunks that are done off the text, and see that they are the same.
@@ -314,7 +380,7 @@ class Run:
         Raises:
             CheckpointError: they are not.
         """
-        left_out = {one.chunk - self.skipped for one in found.left_out}
+        left_out = {one.chunk - self.setup.skipped for one in found.left_out}
         for number in range(found.done):
             chunk = next(chunks, None)
             if chunk is None:
@@ -329,58 +395,22 @@ class Run:
             )
         self._marks = {found.done: self._mark()}
 
-    def take_over(self, found: Checkpoint, session: NativeSession | BlockSums) -> None:
-        """Stand where the checkpoint was written, with its sums in the session."""
-        for group in found.groups:
-            session.restore(*group)
-        self.resumed = found.done
-        self._stand_at(found)
-
     def _stand_at(self, found: Checkpoint) -> None:
         self.done = found.done
         self.chunks = found.done - len(found.left_out)
         self._tokens = found.tokens
-        self.seconds = found.seconds
+        self._seconds = found.seconds
         self.left_out = list(found.left_out)
-        self.tally.nll, self.tally.nll_sq = found.nll, found.nll_sq
-        self.tally.n = found.scored
+        self._tally.nll, self._tally.nll_sq = found.nll, found.nll_sq
+        self._tally.n = found.scored
 
     def go_back(self, found: Checkpoint) -> None:
         """Stand where a checkpoint of this run was written, without a session: the engine's
         process is gone, and the sums with it."""
         self._stand_at(found)
         if (mark := self._marks.get(found.done)) is not None:
-            self._digest, self._source_tokens, self.read = mark
+            self._digest, self._read = mark.digest, mark.read
+            self._source_tokens = list(mark.source_tokens)
         self.session = kept = BlockSums()
         for group in found.groups:
             kept.restore(*group)
-
-    def tell_death(
-        self, error: EngineDiedError, n_seq: int, found: Checkpoint | None, keeper: Keeper | None
-    ) -> None:
-        """Say in the error where the run was, and what there is to go on from."""
-        at = error.chunk
-        ran = f", in chunk {at}"
-        if at is None:  # not in one: while its sums were fetched, say
-            ran = f", before chunk {self.skipped + self.done}" if self.done else ""
-        if at is not None and n_seq > 1:
-            ran = f", in one of the chunks {at} to {at + n_seq - 1}"
-        if found is None or keeper is None:
-            left = (
-                f"There is no checkpoint to go on from, {self.done} chunk(s) are lost"
-                + (": give run() one (checkpoint=)." if keeper is None else ".")
-                if self.done
-                else "No chunk was finished."
-            )
-        else:
-            error.checkpoint = keeper.path
-            age = datetime.timedelta(
-                seconds=max(0, round(time.time() - keeper.path.stat().st_mtime))
-            )
-            left = (
-                f"{keeper.path} holds {found.done} chunk(s) and is {age} old (h:mm:ss): run the "
-                "same again to go on from it. If it ends at the same chunk again, collect those "
-                "before it (max_chunks, --chunks) and those after it (skip_chunks, --chunk) by "
-                "themselves, and add the matrices (+, --in-file)."
-            )
-        error.args = (f"{error.args[0]}{ran}. {left}",)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imatrix.engine import devices, frames
+from imatrix.engine.background import end_at_exit
 from imatrix.engine.children import last_words, start_child
 from imatrix.errors import (
     EngineDiedError,
@@ -238,9 +239,10 @@ def _in_fork() -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    # after the runs have ended (_native_thread, which registers later and so comes first): a
-    # thread that still reads from a worker would hold its stream's lock while the interpreter
-    # takes the stream down, which is fatal
+    # The runs end first, whichever of the two modules was imported first: a run saves its sums, which
+    # are in a worker. Then the workers: a thread that still reads from one would hold its stream's
+    # lock while the interpreter takes the stream down, which is fatal.
+    end_at_exit()
     for engine in list(_engines):
         engine.close()
 

@@ -26,6 +26,7 @@ from imatrix.cli.signals import catch_signals
 from imatrix.cli.status import OK, USAGE, Stopped
 from imatrix.cli.terminal import Terminal
 from imatrix.collect.finished import is_finished
+from imatrix.collect.options import checkpoint_interval
 from imatrix.files import atomic
 from imatrix.files.lock import locked
 from imatrix.files.outputs import Output
@@ -252,9 +253,9 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         if earlier:
             check_same_model(earlier, args.in_file, args.model)
         placement.use_servers(args, isolate=args.isolate)
-        if args.output_frequency is None:
-            # blocks of a cluster may come several times a second, and their sums be large
-            args.output_frequency = 10 if args.dask is None else 0
+        args.output_frequency = checkpoint_interval(
+            args.output_frequency, on_cluster=args.dask is not None
+        )
         with cluster.connect(args, terminal) as workers:
             return _collect(args, text, earlier, terminal, workers)
 
