@@ -174,6 +174,7 @@ def row_ticks(axes: Axes, rows: Sequence[str], row: float, *, shown: bool) -> No
 def value_scale(
     values: NDArray[np.float64], quantity: Quantity, style: Style
 ) -> tuple[Colormap, Normalize]:
+    """The colours of a statistic: logarithmic, or between its limits."""
     from matplotlib.colors import Normalize
 
     if quantity.log:

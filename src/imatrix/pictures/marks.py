@@ -49,6 +49,7 @@ WHITE: dict[str, Any] = {"facecolor": "#ffffff", "edgecolor": "#000000", "lw": 0
 
 
 def hatched(look: Look, state: State) -> dict[str, Any]:
+    """How a cell of this state is drawn: keyword arguments of a patch."""
     colour = {State.FIRST: look.first, State.SECOND: look.second}.get(state, look.muted)
     return {"facecolor": look.paper, "edgecolor": colour, "hatch": HATCHES[state], "lw": 0}
 
