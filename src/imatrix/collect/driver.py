@@ -51,17 +51,13 @@ class Driver:
     def __init__(self, options: CollectorOptions, life: Lifecycle) -> None:
         self.latest = Run(RunSetup(n_ctx=options.n_ctx))
         self._life = life
-        self._preparation = Preparation(options, self._let_go)
+        self._preparation = Preparation(options)
         self.models = self._preparation.models
-
-    def _let_go(self) -> None:
-        """Drop the latest run's session, which holds on to the models."""
-        self.latest.let_go()
 
     def free(self) -> None:
         """Free the session and the models."""
-        self._let_go()
-        self.models.free()
+        with self.latest.lock:  # another thread may be at its sums
+            self.models.free()
 
     @property
     def batch(self) -> Batch:
@@ -115,7 +111,7 @@ class Driver:
             size = None
             if options.cluster is not None:
                 size = options.cluster.block_size(settings.batch.n_seq)
-            self._let_go()
+            self.models.close_sessions()  # that of the run before
             run = self.latest = Run(
                 RunSetup(
                     n_ctx=settings.n_ctx,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,19 +77,18 @@ class Preparation:
 
     Args:
         options: the arguments of Collector.
-        let_go: called before a model goes, so that nothing else holds on to it.
 
     Attributes:
         models: the files of the model.
         batch: of the current or last run; before the first one, as a `causal` model would have it.
     """
 
-    def __init__(self, options: CollectorOptions, let_go: Callable[[], None]) -> None:
+    def __init__(self, options: CollectorOptions) -> None:
         self.options = options
         self._session = options.session()  # all others are made from it
         self._wanted = options.wanted
         self.batch = self._session.batch
-        self.models = Models(options.model, n_ctx=options.n_ctx, let_go=let_go)
+        self.models = Models(options.model, n_ctx=options.n_ctx)
         if options.mtp is not None:
             self.models.load(self.settings(with_head=self._has_head(options.mtp)))
 

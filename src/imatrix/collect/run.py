@@ -76,7 +76,8 @@ class Run:
     Attributes:
         setup: what was settled before its first chunk.
         session: what holds the sums: the engine's session, or BlockSums if they are not in the
-            engine (any more); None before the first chunk, and once it was let go.
+            engine (any more); None before the first chunk. Models closes the engine's session
+            before it goes, and then it holds no sums.
         done: chunks that are done, those left out among them.
         chunks: chunks that count.
         resumed: chunks that were taken over from a checkpoint.
@@ -143,11 +144,6 @@ class Run:
         self._ended_by = None if chunks.ended is None else self.setup.text.names[chunks.ended]
         if self.done == max_chunks:
             self._ended = "max_chunks"
-
-    def let_go(self) -> None:
-        """Drop the session, which holds on to the models."""
-        with self.lock:
-            self.session = None
 
     @property
     def next_chunk(self) -> int:

@@ -6,18 +6,67 @@ engine, which plans both without taking any memory (llama_model_params.no_alloc)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from imatrix.engine.interface import MemoryUses
 from imatrix.engine.settings import ALL, Layers
 from imatrix.model.header import ModelFile
 from imatrix.tensors import n_entry_values
 
-__all__ = ["MARGIN", "choose", "sums_size"]
+if TYPE_CHECKING:
+    from imatrix.native.engine import DeviceInfo
+
+__all__ = ["MARGIN", "Fit", "choose", "fit_layers", "sums_size"]
 
 # Bytes that are left free on each device: llama.cpp's default too (fit_params_target in
 # common/common.h).
 MARGIN = 1 << 30
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found to fit.
+
+    Attributes:
+        layers: what goes to the devices.
+        contexts: bytes that a session's contexts will take on each device, by its name.
+    """
+
+    layers: Layers
+    contexts: Mapping[str, int]
+
+
+def fit_layers(
+    n_blocks: int,
+    need: Callable[[Layers], MemoryUses | None],
+    devices: Iterable[DeviceInfo],
+    beside: Mapping[str, int],
+    *,
+    experts: bool,
+    sums: int,
+) -> Fit:
+    """choose() by the memory that is free on the devices now.
+
+    Args:
+        devices: those that layers can go to. One that does not say how much memory it has is taken
+            to have room for all.
+        beside: bytes on each device to leave to something else.
+        n_blocks, need, experts, sums: as choose() has them.
+    """
+    free = {
+        device["name"]: device["memory_free"] - beside.get(device["name"], 0)
+        for device in devices
+        if device["memory_total"] > 0
+    }
+    layers = choose(n_blocks, need, free, experts=experts, sums=sums)
+    contexts: dict[str, int] = {}
+    for use in need(layers) or ():
+        if not use["host"]:
+            taken = use["context"] + use["compute"]
+            contexts[use["device"]] = contexts.get(use["device"], 0) + taken
+    return Fit(layers, contexts)
 
 
 def choose(

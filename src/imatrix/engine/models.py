@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imatrix.engine import process
-from imatrix.engine.background import ended_at_exit
 from imatrix.engine.batch import choose_in_child
-from imatrix.engine.interface import MemoryUses, NativeModel, NativeSession
-from imatrix.engine.layers import choose as choose_layers
-from imatrix.engine.layers import sums_size
+from imatrix.engine.interface import MemoryUses, NativeModel
+from imatrix.engine.layers import fit_layers, sums_size
+from imatrix.engine.loading import Loader
 from imatrix.engine.placement import Placement, on_cpu
 from imatrix.engine.rehearsal import Rehearsal
 from imatrix.engine.rehearsal import rehearse as rehearse_in_child
+from imatrix.engine.sessions import OpenSession
 from imatrix.engine.settings import (
     ALL,
     Batch,
@@ -42,8 +44,10 @@ from imatrix.model.architectures import (
 )
 from imatrix.model.fit import check_fit
 from imatrix.model.header import ModelFile
-from imatrix.native import engine
 from imatrix.text.chats import ChatOptions, Renderer
+
+if TYPE_CHECKING:
+    from imatrix.native.engine import DeviceInfo, LoadData
 
 __all__ = ["Models"]
 
@@ -54,12 +58,10 @@ class Models:
     Args:
         options: which files, and how they are loaded.
         n_ctx: tokens a chunk, to compare with what the model was trained on.
-        let_go: called before a model goes, so that nothing else holds on to it.
 
     Attributes:
         trunk_file, head_file: the headers; the same object where there is one file.
         head: the loaded model that holds the head, None unless load(True) was the last.
-        engine: the engine's own process with isolate, once it was needed.
         layers: what is on the devices; None until a model is loaded.
         contexts: with n_gpu_layers="auto", bytes that a session's contexts will take on each device.
 
@@ -72,7 +74,6 @@ class Models:
         options: ModelOptions,
         *,
         n_ctx: int,
-        let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self._options = options
         self.trunk_file = self.head_file = ModelFile.read(options.model)
@@ -94,18 +95,23 @@ class Models:
         self._trunk: NativeModel | None = None
         self._vocabulary: NativeModel | None = None  # the trunk without its weights
         self._with_head = False  # whether the trunk was loaded with the head's tensors
-        self.engine: process.Engine | None = None
+        self._loader = Loader(options.isolate)
+        self._sessions: weakref.WeakSet[OpenSession] = weakref.WeakSet()
         self._n_ctx = n_ctx
         self.layers: Layers | None = None
-        self.contexts: dict[str, int] = {}
+        self.contexts: Mapping[str, int] = {}
         self._fitted = False  # whether `layers` was chosen by what there is room for
         tensors = (*self.trunk_file.tensors, *self.head_file.tensors)
         options.placement.warn_of_idle(tensors, self.trunk_file.path.name)
-        self._let_go = let_go
         self._rehearsed: set[SessionSettings] = set()
         self._rehearsed_loads: set[bool] = set()
         self._tokenizer_fault: str | None = None
         self._causal: bool | None = None  # not asked yet
+
+    @property
+    def engine(self) -> process.Engine | None:
+        """The engine's own process with isolate, once it was needed."""
+        return self._loader.process
 
     @property
     def bundled(self) -> bool:
@@ -253,10 +259,7 @@ class Models:
             self._learn(rehearse_in_child(*self.files(head), head, None))
             self._rehearsed_loads.add(head)
         if self._trunk is None or more:
-            self._let_go()
-            self._trunk = None  # a reload with the head must not hold the model twice
-            self._vocabulary = None
-            self.head = None
+            self._drop()  # a reload with the head must not hold the model twice
             self._choose_layers(settings, beside or {})
             self._trunk = self._load_file(self.trunk_file, bundled)
             self._with_head = head
@@ -284,37 +287,33 @@ class Models:
             # nothing is to go to a device
             self._vocabulary = self._load_file(self.trunk_file, False, no_alloc=True)
 
-    def open(self, settings: SessionSettings) -> NativeSession:
-        """A session on what load() has loaded."""
+    def open(self, settings: SessionSettings) -> OpenSession:
+        """A session on what load() has loaded. It is closed when that is loaded anew or freed."""
         assert self._trunk is not None
-        return self._opened(self._trunk, self.head, settings)
-
-    def _opened(
-        self, trunk: NativeModel, head: NativeModel | None, settings: SessionSettings
-    ) -> NativeSession:
-        session: engine.Session | process.Session
         with self._dropping_engine():
-            if isinstance(trunk, process.Model):
-                assert head is None or isinstance(head, process.Model)
-                session = process.Session(trunk, head)
-            else:
-                assert isinstance(trunk, engine.Model)
-                assert head is None or isinstance(head, engine.Model)
-                session = engine.Session(trunk, head)
-            session.open(**settings.as_data())
+            session = OpenSession(self._loader.open(self._trunk, self.head, settings))
+        self._sessions.add(session)
         return session
 
     def free(self) -> None:
-        """Let go of all that is loaded, and end the engine's own process."""
-        self._let_go()
+        """Close all sessions, let go of all that is loaded, and end the engine's own process."""
+        self._loader.close()  # first: a step that is running there ends with it
+        self._drop()
+        self._with_head = False
+        self.layers = None
+
+    def close_sessions(self) -> None:
+        """Close what open() has opened: contexts and sums are freed, the models stay."""
+        for session in list(self._sessions):
+            session.close()
+        self._sessions.clear()
+
+    def _drop(self) -> None:
+        """Let go of all that is loaded, and of the sessions, which hold on to it."""
+        self.close_sessions()
         self._trunk = None
         self._vocabulary = None
         self.head = None
-        self._with_head = False
-        self.layers = None
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
 
     def tokenizer(self) -> ModelTokenizer:
         """The model as a tokenizer; it loads the model if nothing is loaded."""
@@ -355,18 +354,16 @@ class Models:
     def machine(self) -> str:
         """What the engine's own process computes with, in words; where the same numbers come out
         of the same work, they are the same."""
-        assert self._options.isolate
-        features, found = process.machine(self._started())
-        devices = ", ".join(each["description"] for each in found if each["gpu"])
+        devices = ", ".join(each["description"] for each in self._devices() if each["gpu"])
+        features = self._loader.features()
         if not devices:
             return features
         placed = self._chosen_layers().told(self._n_blocks)
         return f"{devices}, {placed}, {features}"
 
-    def _devices(self) -> list[engine.DeviceInfo]:
-        if self._options.isolate:
-            return process.machine(self._started())[1]
-        return engine.backends()[1]
+    def _devices(self) -> list[DeviceInfo]:
+        self._drop_dead()
+        return self._loader.devices()
 
     @property
     def _n_blocks(self) -> int:
@@ -402,18 +399,13 @@ class Models:
         self.rehearse(settings)  # what the engine is going to plan here
         if not self.causal:
             settings = settings.with_whole_chunks()
-        free = {
-            device["name"]: device["memory_free"] - beside.get(device["name"], 0)
-            for device in devices
-            if device["memory_total"] > 0
-        }
         other = [self.head_file] if settings.mtp and not self.bundled else []
-        need = functools.cache(lambda layers: self._need(settings, layers))
-        self.layers = choose_layers(
+        fit = fit_layers(
             self._n_blocks,
-            need,
-            free,
-            # what stays on the CPU is theirs who say so
+            functools.cache(lambda layers: self._need(settings, layers)),
+            devices,
+            beside,
+            # if the user placed tensors by hand, experts are not moved automatically
             experts=not placement.overrides and self.trunk_file.integers.get("expert_count", 0) > 1,
             sums=(
                 sums_size(self.trunk_file, *other) * (2 if settings.signed_sums else 1)
@@ -421,10 +413,7 @@ class Models:
                 else 0
             ),
         )
-        for use in need(self.layers) or ():
-            if not use["host"]:
-                taken = use["context"] + use["compute"]
-                self.contexts[use["device"]] = self.contexts.get(use["device"], 0) + taken
+        self.layers, self.contexts = fit.layers, fit.contexts
 
     def _need(self, settings: SessionSettings, layers: Layers) -> MemoryUses | None:
         """What the models and a session on them would take; None if there can be none."""
@@ -438,7 +427,7 @@ class Models:
                     if bundled
                     else self._load_file(self.head_file, True, no_alloc=True, layers=layers)
                 )
-            return self._opened(trunk, other, settings).memory
+            return self._loader.open(trunk, other, settings).memory
         except (EngineError, MemoryError):
             return None
 
@@ -459,7 +448,7 @@ class Models:
         planned = layers is not None
         if layers is None:
             layers = Layers(0) if no_alloc else self._chosen_layers()
-        options: engine.LoadData = {
+        options: LoadData = {
             "mtp": mtp,
             "n_gpu_layers": layers.n_gpu_layers,
             "placement": self._placed(layers).as_data() if planned or not no_alloc else None,
@@ -467,13 +456,9 @@ class Models:
             "check_tensors": not no_alloc and self._options.check_tensors,
             "no_alloc": no_alloc,
         }
-        model: NativeModel
-        if self._options.isolate:
-            with self._dropping_engine():
-                model = process.Model(self._started(), str(file.path), **options)
-        else:
-            with ended_at_exit("load"):
-                model = engine.Model(str(file.path), **options)
+        self._drop_dead()
+        with self._dropping_engine():
+            model = self._loader.load(file.path, options)
         if not model.has_decoder:
             raise ModelError(
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "
@@ -493,21 +478,15 @@ class Models:
             )
         return model
 
-    def _started(self) -> process.Engine:
-        """The engine's own process, a new one where the last one has died."""
-        self._drop_dead()
-        if self.engine is None:
-            self.engine = process.Engine()
-        return self.engine
-
     def _drop_dead(self) -> None:
-        if self.engine is not None and not self.engine.alive:
+        """Let go of what the engine's own process had loaded, if that is gone."""
+        if self._loader.died:
             self.free()
 
     @contextmanager
     def _dropping_engine(self) -> Iterator[None]:
-        """Where loading fails or is interrupted, the engine's own process goes, and with it what
-        it may still be busy with."""
+        """If the work inside is interrupted, the engine's own process goes, and with it what it may
+        still be busy with. An error says what was loaded if that process died."""
         try:
             yield
         except BaseException as error:
