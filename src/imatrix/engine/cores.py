@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+__all__ = ["physical_cores"]
+
 
 def physical_cores() -> int:
-    """Physical cores this process may use, at least 1.
+    """Physical cores that this process may use, at least 1.
 
     Matrix multiplication gains nothing from a core's second hardware thread; llama.cpp's
     programs count the same way (common/common.cpp, cpu_get_num_math).

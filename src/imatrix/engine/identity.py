@@ -32,7 +32,7 @@ def identity_of_work(models: Models, settings: SessionSettings) -> dict[str, Set
     return {
         "collector": f"imatrix {__version__}",
         "engine": engine_name(),
-        **models.identity(settings.mtp),
+        **models.files.identity(settings.mtp),
         "n_ctx": settings.n_ctx,
         "n_batch": settings.batch.n_batch,
         "n_ubatch": settings.batch.n_ubatch,

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatrix.engine import process
@@ -17,6 +16,7 @@ from imatrix.engine.batch import choose_in_child
 from imatrix.engine.interface import MemoryUses, NativeModel
 from imatrix.engine.layers import fit_layers, sums_size
 from imatrix.engine.loading import Loader
+from imatrix.engine.model_files import ModelFiles
 from imatrix.engine.placement import Placement, on_cpu
 from imatrix.engine.rehearsal import Rehearsal
 from imatrix.engine.rehearsal import rehearse as rehearse_in_child
@@ -32,17 +32,10 @@ from imatrix.engine.settings import (
 )
 from imatrix.engine.tokenizer import ModelTokenizer
 from imatrix.errors import EngineDiedError, EngineError, ModelError
-from imatrix.formats.checkpoint import Setting
 from imatrix.model.architectures import (
-    check_assistant,
     check_head,
-    check_memory,
     check_tables,
-    check_trunk,
-    check_whole,
-    lacks_head,
 )
-from imatrix.model.fit import check_fit
 from imatrix.model.header import ModelFile
 from imatrix.text.chats import ChatOptions, Renderer
 
@@ -60,8 +53,9 @@ class Models:
         n_ctx: tokens a chunk, to compare with what the model was trained on.
 
     Attributes:
-        trunk_file, head_file: the headers; the same object where there is one file.
-        head: the loaded model that holds the head, None unless load(True) was the last.
+        files: the headers.
+        trunk_file, head_file: those of the two files; the same object if there is one.
+        head: the loaded model that holds the head; None unless the last load() was asked for it.
         layers: what is on the devices; None until a model is loaded.
         contexts: with n_gpu_layers="auto", bytes that a session's contexts will take on each device.
 
@@ -69,28 +63,10 @@ class Models:
         FileNotFoundError, ModelError, ValueError: as Collector does.
     """
 
-    def __init__(
-        self,
-        options: ModelOptions,
-        *,
-        n_ctx: int,
-    ) -> None:
+    def __init__(self, options: ModelOptions, *, n_ctx: int) -> None:
         self._options = options
-        self.trunk_file = self.head_file = ModelFile.read(options.model)
-        check_whole(self.trunk_file)
-        check_trunk(self.trunk_file)
-        if options.mtp_model is not None:
-            self.head_file = ModelFile.read(options.mtp_model)
-            if self.head_file.n_nextn == 0:
-                raise ModelError(
-                    f"{self.head_file.path}: {lacks_head(self.head_file)}; give the head's own "
-                    "file as mtp_model, such as imatrix extract-mtp makes"
-                )
-            check_whole(self.head_file)
-            if self.head_file.architecture == "gemma4-assistant":
-                check_assistant(self.trunk_file, self.head_file)
-            else:
-                check_fit(self.trunk_file, self.head_file)
+        self.files = ModelFiles.read(options)
+        self.trunk_file, self.head_file = self.files.trunk, self.files.head
         self.head: NativeModel | None = None
         self._trunk: NativeModel | None = None
         self._vocabulary: NativeModel | None = None  # the trunk without its weights
@@ -113,34 +89,17 @@ class Models:
         """The engine's own process with isolate, once it was needed."""
         return self._loader.process
 
-    @property
-    def bundled(self) -> bool:
-        """Whether one file holds both."""
-        return self.head_file is self.trunk_file
-
-    def files(self, head: bool) -> tuple[Path, Path | None]:
-        """The trunk's file and, with `head`, that of a head which is not in it."""
-        return self.trunk_file.path, self.head_file.path if head and not self.bundled else None
-
-    def identity(self, head: bool) -> dict[str, Setting]:
-        """What tells these files from others, for a checkpoint."""
-        found: dict[str, Setting] = {
-            "model_size": self.trunk_file.size,
-            "model_fingerprint": self.trunk_file.fingerprint(),
-        }
-        if head and not self.bundled:
-            found["mtp_model_size"] = self.head_file.size
-            found["mtp_model_fingerprint"] = self.head_file.fingerprint()
-        return found
-
     # --- before anything is loaded -------------------------------------------
 
     def rehearse(self, settings: SessionSettings) -> None:
         """Build the graphs of a session with these settings in a child process, unless that was
-        done. Wherever the model will lie: the graphs are the same, and the child takes no device
-        from whoever uses it."""
+        done.
+
+        The graphs do not depend on where the model will lie, so the child takes no device from
+        whoever uses it.
+        """
         if self._options.rehearse and self._as_run(settings) not in self._rehearsed:
-            self._learn(rehearse_in_child(*self.files(settings.mtp), settings.mtp, settings))
+            self._learn(rehearse_in_child(*self.files.paths(settings.mtp), settings.mtp, settings))
             self._rehearsed.add(self._as_run(settings))
             self._rehearsed_loads.add(settings.mtp)
 
@@ -157,13 +116,13 @@ class Models:
 
     @property
     def knows_causal(self) -> bool:
-        """Whether `causal` takes no loading."""
+        """Whether `causal` is known by now, so that nothing has to be loaded for it."""
         return self._causal is not None
 
     @property
     def causal(self) -> bool:
-        """Whether a token of the trunk sees only those before it, as the engine says; if no
-        rehearsal has told yet, of a model without weights.
+        """Whether a token of the trunk sees only those before it, as the engine says. If no
+        rehearsal has found out yet, a model without weights is loaded and asked.
 
         Raises:
             ModelError: it does not decode text, or cannot be loaded.
@@ -178,10 +137,10 @@ class Models:
         return self._causal
 
     def batch(self, wanted: Wanted) -> Batch:
-        """What is wanted, as the model can run it.
+        """The batch that was wanted, as this model can run it.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: it cannot be run.
         """
         if self.causal:
             return wanted.of_causal(self._n_ctx)
@@ -190,10 +149,13 @@ class Models:
         )
 
     def check_predicts(self, what: str, cure: str) -> None:
-        """That the model predicts what comes next, for something that is asked of it.
+        """That the model predicts the next token.
+
+        Args:
+            what, cure: what was asked that needs it, and what to do otherwise; for the message.
 
         Raises:
-            ValueError: it has seen that.
+            ValueError: its tokens see the next one.
         """
         if not self.causal:
             raise ValueError(
@@ -203,10 +165,10 @@ class Models:
             )
 
     def choose_batch(self, settings: SessionSettings, most: int) -> Batch:
-        """What n_batch="auto" comes to, with at most `most` chunks side by side."""
+        """The batch that n_batch="auto" comes to, with at most `most` chunks side by side."""
         layers = self._chosen_layers()
         return choose_in_child(
-            *self.files(settings.mtp),
+            *self.files.paths(settings.mtp),
             settings,
             n_gpu_layers=layers.n_gpu_layers,
             placement=self._placed(layers).as_data(),
@@ -216,25 +178,8 @@ class Models:
         )
 
     def check(self, head: bool) -> None:
-        """That the files have what they claim, and what a chunk needs.
-
-        Raises:
-            ModelError: they have not.
-            ValueError: a chunk is longer than the table of positions.
-            MemoryError: they cannot fit.
-        """
-        if head:
-            check_head(self.head_file)
-        check_memory(self.trunk_file)
-        # each token looks its position up (src/models/gpt2.cpp, bert.cpp), and a row that the table
-        # does not have ends the process (ggml-cpu/ops.cpp, ggml_compute_forward_get_rows)
-        positions = self.trunk_file.tensors.get("position_embd.weight")
-        if positions is not None and positions[1:] and positions[1] < self._n_ctx:
-            raise ValueError(
-                f"n_ctx={self._n_ctx} (-c), but {self.trunk_file.path.name} "
-                f"({self.trunk_file.architecture}) has a table of {positions[1]} positions "
-                f"(position_embd.weight): give n_ctx={positions[1]} (-c {positions[1]}) or less"
-            )
+        """See ModelFiles.check."""
+        self.files.check(head, self._n_ctx)
 
     # --- loaded --------------------------------------------------------------
 
@@ -253,10 +198,10 @@ class Models:
             check_head(self.head_file)
             check_tables(self.head_file)
         check_tables(self.trunk_file)
-        bundled = head and self.bundled
-        more = head and not self._with_head and (self.bundled or self._fitted)
+        bundled = head and self.files.bundled
+        more = head and not self._with_head and (self.files.bundled or self._fitted)
         if self._options.rehearse and head not in self._rehearsed_loads:
-            self._learn(rehearse_in_child(*self.files(head), head, None))
+            self._learn(rehearse_in_child(*self.files.paths(head), head, None))
             self._rehearsed_loads.add(head)
         if self._trunk is None or more:
             self._drop()  # a reload with the head must not hold the model twice
@@ -272,7 +217,8 @@ class Models:
         return self._trunk
 
     def loaded(self) -> NativeModel:
-        """The trunk's model, as it is loaded; without the head where it is not."""
+        """The trunk's model as it is loaded, or its vocabulary. If neither is, the trunk is loaded
+        without the head."""
         if self._trunk is not None:
             return self._trunk
         if self._vocabulary is not None:
@@ -280,7 +226,7 @@ class Models:
         return self.load(SessionSettings(n_ctx=self._n_ctx, batch=usual(self._n_ctx), n_threads=1))
 
     def load_vocabulary(self) -> None:
-        """What tokenizes and tells of the model, unless it is loaded: no weights."""
+        """Load what tokenizes and describes the model, without its weights, unless more is loaded."""
         self._drop_dead()
         check_tables(self.trunk_file)
         if self._trunk is None and self._vocabulary is None:
@@ -352,23 +298,17 @@ class Models:
 
     @property
     def machine(self) -> str:
-        """What the engine's own process computes with, in words; where the same numbers come out
-        of the same work, they are the same."""
+        """What the engine's own process computes with, in words: equal words, equal numbers."""
         devices = ", ".join(each["description"] for each in self._devices() if each["gpu"])
         features = self._loader.features()
         if not devices:
             return features
-        placed = self._chosen_layers().told(self._n_blocks)
+        placed = self._chosen_layers().describe(self.files.n_blocks)
         return f"{devices}, {placed}, {features}"
 
     def _devices(self) -> list[DeviceInfo]:
         self._drop_dead()
         return self._loader.devices()
-
-    @property
-    def _n_blocks(self) -> int:
-        """Those that the engine counts: the trunk's, and the head's where it is in the same file."""
-        return self.trunk_file.n_trunk + self.trunk_file.n_nextn
 
     def _chosen_layers(self) -> Layers:
         assert self.layers is not None  # load() sets it
@@ -399,16 +339,15 @@ class Models:
         self.rehearse(settings)  # what the engine is going to plan here
         if not self.causal:
             settings = settings.with_whole_chunks()
-        other = [self.head_file] if settings.mtp and not self.bundled else []
         fit = fit_layers(
-            self._n_blocks,
+            self.files.n_blocks,
             functools.cache(lambda layers: self._need(settings, layers)),
             devices,
             beside,
             # if the user placed tensors by hand, experts are not moved automatically
             experts=not placement.overrides and self.trunk_file.integers.get("expert_count", 0) > 1,
             sums=(
-                sums_size(self.trunk_file, *other) * (2 if settings.signed_sums else 1)
+                sums_size(*self.files.loaded(settings.mtp)) * (2 if settings.signed_sums else 1)
                 if settings.device_sums
                 else 0
             ),
@@ -418,7 +357,7 @@ class Models:
     def _need(self, settings: SessionSettings, layers: Layers) -> MemoryUses | None:
         """What the models and a session on them would take; None if there can be none."""
         try:
-            bundled = settings.mtp and self.bundled
+            bundled = settings.mtp and self.files.bundled
             trunk = self._load_file(self.trunk_file, bundled, no_alloc=True, layers=layers)
             other = None
             if settings.mtp:
@@ -443,8 +382,8 @@ class Models:
         no_alloc: bool = False,
         layers: Layers | None = None,
     ) -> NativeModel:
-        """Load one. With `no_alloc` without its weights, for the CPU unless `layers` says how much
-        of it would go to the devices."""
+        """Load one file. With `no_alloc` its weights are left out, and it is for the CPU unless
+        `layers` says how much of it would go to the devices."""
         planned = layers is not None
         if layers is None:
             layers = Layers(0) if no_alloc else self._chosen_layers()

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a run would collect."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Plan:
 
     Attributes:
         trunk, head: rows a token by weight name, for the weights that the graph multiplies;
-            0 where rows do not follow the tokens (a compressed sequence).
+            0 if rows do not follow the tokens (a compressed sequence).
         never: weights of the model with two or more dimensions that no graph multiplies, so
             that no data can reach them: lookup tables, convolution kernels, tensors that the
             architecture's graph leaves out. With mtp=False the head's are among them.
-        trunk_outputs, head_outputs: whether every row is asked for logits, because the graph
-            keeps rows in its last layer only where an output is requested.
+        trunk_outputs, head_outputs: whether every row is asked for logits, because the
+            last layer of the graph keeps only the rows whose output is requested.
     """
 
     trunk: Mapping[str, int]

@@ -31,7 +31,7 @@ __all__ = [
 # Sequences that one context can have (LLAMA_MAX_SEQ in src/llama-cparams.h)
 MAX_SEQ = 256
 
-# Tokens a graph below which no one would go: what llama.cpp takes by default.
+# Tokens a graph that llama.cpp takes by default; fewer are never chosen for a model.
 USUAL_UBATCH = 512
 
 
@@ -46,15 +46,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for: chunks side by side, and tokens a decode and a graph, None where they
-    are left to us."""
+    """What was asked for: chunks side by side, and tokens a decode and a graph, which are None if
+    they are to be chosen."""
 
     n_seq: int
     n_batch: int | None
     n_ubatch: int | None
 
     def of_causal(self, n_ctx: int) -> Batch:
-        """The batch for chunks of n_ctx tokens where a token sees only those before it."""
+        """The batch for chunks of n_ctx tokens if a token sees only those before it."""
         tokens = n_ctx * self.n_seq
         # a larger batch than a group of chunks is never filled
         return Batch(
@@ -64,15 +64,16 @@ class Wanted:
         )
 
     def of_whole(self, n_ctx: int, model: str) -> Batch:
-        """The batch for chunks of n_ctx tokens that all see each other: each in one decode and one
-        graph. As many of the n_seq side by side as there is room for in n_batch and n_ubatch, which
-        is the usual graph where none is given.
+        """The batch for chunks of n_ctx tokens that all see each other: each chunk needs one decode
+        and one graph. As many of the n_seq run side by side as there is room for in n_batch and in
+        n_ubatch, which is that of the usual graph if none was given.
 
         Args:
-            model: for the message.
+            n_ctx: tokens a chunk.
+            model: name of the model for the message.
 
         Raises:
-            ValueError: not even one chunk goes into what was given.
+            ValueError: not even one chunk fits into the numbers that were given.
         """
         for name, flag, value in (
             ("n_batch", "-b", self.n_batch),
@@ -101,20 +102,20 @@ class Layers:
 
     Attributes:
         n_gpu_layers: blocks, the last ones of the model, and its output, which counts as one more;
-            -1 for all. 0 where there is no device.
-        cpu_experts: blocks whose experts stay on the CPU all the same, by their numbers.
+            -1 for all, 0 if there is no device.
+        cpu_experts: numbers of the blocks on the devices whose experts stay on the CPU.
     """
 
     n_gpu_layers: int
     cpu_experts: tuple[int, ...] = ()
 
-    def told(self, n_blocks: int) -> str:
-        """In words, of a model with so many blocks, its head's included."""
+    def describe(self, n_blocks: int) -> str:
+        """The same in words, for a model that has n_blocks blocks, its head's included."""
         n_layers = "all" if self.n_gpu_layers == -1 else self.n_gpu_layers
-        told = f"{n_layers} of {n_blocks + 1} layers on the GPU"
+        words = f"{n_layers} of {n_blocks + 1} layers on the GPU"
         if self.cpu_experts:
-            told += f", the experts of {len(self.cpu_experts)} blocks on the CPU"
-        return told
+            words += f", the experts of {len(self.cpu_experts)} blocks on the CPU"
+        return words
 
 
 ALL = Layers(-1)

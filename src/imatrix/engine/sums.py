@@ -1,4 +1,4 @@
-"""TODO."""
+"""Sums that are held in this process: those of a cluster's blocks, and those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from imatrix.formats.checkpoint import Group
 
 __all__ = ["BlockSums"]
 
-# Sums, counts and signed sums, as a Group has them.
+# Sums, counts and signed sums, as a Group has them (imatrix.formats.checkpoint).
 Data = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None]
 
 
 class BlockSums:
-    """Sums and counts by weight, added block by block or kept from a checkpoint; to the rest of a
-    run, a session."""
+    """Sums and counts by weight, added block by block or kept from a checkpoint.
+
+    The rest of a run reads and restores them as it does those of a session
+    (imatrix.engine.interface.NativeSession).
+    """
 
     def __init__(self) -> None:
         # by the weights that share them; arrays are our own
@@ -24,8 +27,8 @@ class BlockSums:
         self._group_of: dict[str, tuple[str, ...]] = {}
 
     def add(self, groups: list[Group]) -> None:
-        """Add a block's: all of it or, after an error, nothing. Weights that share their rows in
-        one block and do not in another get sums of their own.
+        """Add the sums of a block: all of them or, after an error, none. Weights that share their
+        rows in one block and do not in another get sums of their own.
 
         Raises:
             ClusterError: it has other shapes than the blocks before it.
@@ -53,7 +56,7 @@ class BlockSums:
                 raise ClusterError(f"{name}: a worker sent {sent}, the blocks before it had {have}")
 
     def _make_room(self, key: tuple[str, ...], data: Data) -> None:
-        """Zeros for weights that are new, and each by itself where they do not share as here."""
+        """Put zeros for weights that are new, and part weights that share no rows in this block."""
         if key in self._groups:
             return
         if not any(name in self._group_of for name in key):
@@ -79,21 +82,21 @@ class BlockSums:
         counts: NDArray[np.int64],
         signed_sums: NDArray[np.float64] | None = None,
     ) -> None:
-        """As _session.Session.restore."""
+        """See NativeSession.restore."""
         self._put(tuple(names), _copy((sums, counts, signed_sums)))
 
     def taken(self) -> list[Group]:
-        """groups(), the arrays themselves: nothing can be added any more."""
+        """The same as groups(), without copies: nothing can be added any more."""
         return [(list(names), *data) for names, data in self._groups.items() if data[1].any()]
 
     def groups(self) -> list[Group]:
-        """As _session.Session.groups."""
+        """See NativeSession.groups."""
         return [
             (list(names), *_copy(data)) for names, data in self._groups.items() if data[1].any()
         ]
 
     def snapshot(self) -> dict[str, Data]:
-        """As _session.Session.snapshot."""
+        """See NativeSession.snapshot."""
         return {
             name: _copy(data)
             for names, data in self._groups.items()
@@ -102,7 +105,7 @@ class BlockSums:
         }
 
     def counts(self) -> dict[str, NDArray[np.int64]]:
-        """As _session.Session.counts."""
+        """See NativeSession.counts."""
         return {
             name: counts.copy() for names, (_, counts, _) in self._groups.items() for name in names
         }
@@ -124,5 +127,5 @@ def _copy(data: Data) -> Data:
 
 def _describe_shapes(data: Data) -> str:
     sums, counts, signed = data
-    told = "no signed sums" if signed is None else f"signed sums {signed.shape}"
-    return f"sums {sums.shape}, counts {counts.shape} and {told}"
+    words = "no signed sums" if signed is None else f"signed sums {signed.shape}"
+    return f"sums {sums.shape}, counts {counts.shape} and {words}"

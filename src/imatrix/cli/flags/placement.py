@@ -127,7 +127,7 @@ def describe_layers(collector: imatrix.Collector, args: argparse.Namespace) -> s
     if layers in (None, ALL) or not collector.has_gpu:
         return None
     in_the_file = collector.n_nextn if args.mtp_model is None else 0
-    return f"-ngl auto: {layers.told(collector.n_trunk + in_the_file)}"
+    return f"-ngl auto: {layers.describe(collector.n_trunk + in_the_file)}"
 
 
 def use_servers(args: argparse.Namespace, *, isolate: bool) -> None:
