@@ -1,5 +1,7 @@
-"""The thread that native steps run in, beside the one that waits for them, and how both end when
-the interpreter does."""
+"""The thread in which native steps run, and how work ends if the interpreter exits.
+
+A second thread waits for the steps, so that Ctrl-C reaches it while the first one is in native code.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,17 @@ __all__ = ["NativeThread", "Work", "end_at_exit", "ended_at_exit"]
 
 T = TypeVar("T")
 
-# How long the interpreter waits, when it exits, for runs in threads that it does not wait for
-# (daemons). A step that is told to end does so within a graph.
+# Seconds that the interpreter waits when it exits for runs in daemon threads, which it would not
+# wait for by itself. A step that is told to end does so within a graph.
 _PATIENCE = 60.0
 
 
 class NativeThread:
     """Runs functions one after the other, in a thread of its own, until the context ends.
 
-    Not a ThreadPoolExecutor: one takes no more work once the main thread is through, which would
-    end a run in another thread that the interpreter is waiting for. And the thread is a daemon:
-    the interpreter must not wait for a run that only a daemon waits for.
+    This is no ThreadPoolExecutor: one takes no more work once the main thread is through, which
+    would end a run in another thread that the interpreter is waiting for. The thread is a daemon,
+    because the interpreter must not wait for a run that only a daemon waits for.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class NativeThread:
         self._thread.join()
 
     def submit(self, function: Callable[..., T], *args: Any, **options: Any) -> Future[T]:
+        """Have a function run after those that were submitted before it."""
         future: Future[T] = Future()
         self._work.put((future, lambda: function(*args, **options)))
         return future
@@ -61,16 +64,16 @@ class NativeThread:
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
-            # or it would keep what the caller has let go of, until the next one
+            # these would keep alive what the caller has let go of, until the next function comes
             del item, future, function
 
 
 class Work:
-    """What a function does here that takes a while, and that the interpreter may have to end.
+    """Work that takes a while, and that an interpreter that exits may have to end.
 
     Args:
-        what: what to call it in the error.
-        cancel: ends the native step that is on; called in any thread.
+        what: name of the work in the error.
+        cancel: ends the native step that is running; called in any thread.
     """
 
     def __init__(self, what: str, cancel: Callable[[], object] | None = None) -> None:
@@ -80,10 +83,10 @@ class Work:
         self._over = threading.Event()
 
     def check(self) -> None:
-        """Between two native steps, and after one that was cancelled.
+        """Called between two native steps, and after one that was cancelled.
 
         Raises:
-            RuntimeError: it has to end.
+            RuntimeError: the work has to end.
         """
         if self._why is not None:
             raise RuntimeError(f"the {self._what} was ended: {self._why}")
@@ -95,7 +98,7 @@ class Work:
 
 
 class _Ends:
-    """What has to end before the interpreter does."""
+    """Runs and works that have to end before the interpreter does."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -103,7 +106,11 @@ class _Ends:
         self._exiting = False
 
     def begin(self, each: Any) -> None:
-        """`each` has _end(why), which has it end soon, and an event _over, set once it has.
+        """Remember a run or a work until over() is called for it.
+
+        Args:
+            each: has a method _end(why), which makes it end soon, and an event _over, which is set
+                once it has ended.
 
         Raises:
             RuntimeError: the interpreter exits, and waits for no more in this thread.
@@ -116,6 +123,7 @@ class _Ends:
             self._running.append(weakref.ref(each))
 
     def over(self, each: Any) -> None:
+        """Forget a run or a work, which has ended."""
         with self._guard:
             self._running = [ref for ref in self._running if ref() not in (None, each)]
 
@@ -140,8 +148,11 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def ended_at_exit(what: str) -> Iterator[Work]:
-    """The interpreter, should it exit, has the work inside end first, and waits for that: in a
-    daemon thread it would otherwise take the engine down below a step that is on.
+    """If the interpreter exits, it ends the work inside first, and waits for that. Otherwise, for a
+    daemon thread, the engine would be taken down while a step runs.
+
+    Args:
+        what: name of the work in the error.
 
     Raises:
         RuntimeError: the interpreter exits already.

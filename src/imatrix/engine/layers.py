@@ -100,7 +100,7 @@ def choose(
             taken = use["model"] + use["context"] + use["compute"]
             if use["host"] or use["device"] not in free or taken == 0:
                 continue
-            # sums lie where the weights do that they are for
+            # sums lie on the device that has their weights
             taken += sums * use["model"] // max(1, weights)
             if taken > free[use["device"]] - MARGIN:
                 return False
@@ -125,7 +125,7 @@ def choose(
         n = (good + bad) // 2
         good, bad = (n, bad) if fits(Layers(n, kept)) else (good, n)
     if good == 0:
-        # if the contexts cannot be made at all, loading all of it tells why
+        # if the contexts cannot be made at all, loading all layers says why
         return Layers(0) if need(Layers(0)) is not None else ALL
     return Layers(good, kept)
 

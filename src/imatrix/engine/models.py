@@ -371,7 +371,8 @@ class Models:
             return None
 
     def _maps(self, file: ModelFile) -> bool:
-        """The engine maps a file only where its tensors are aligned, or ends the process."""
+        """Whether to map a file. The engine ends the process if it maps one whose tensors are not
+        aligned."""
         return self._options.use_mmap and file.aligned
 
     def _load_file(

@@ -48,11 +48,13 @@ _CPU = "CPU"  # ggml_backend_cpu_buffer_type()'s name
 
 @dataclass(frozen=True)
 class Placement:
-    """See the arguments of Collector by these names.
+    """The devices, and how a model is divided over them. Collector documents its arguments of these
+    names.
 
     Attributes:
-        devices: names; none of them for the CPU alone, None for the engine's choice.
-        overrides: regular expression and buffer type; the first that finds a tensor counts.
+        devices: names; an empty tuple for the CPU alone, None for the engine's choice.
+        overrides: pairs of a regular expression and a buffer type; the first one that finds a
+            tensor counts.
     """
 
     split_mode: SplitMode = "layer"
@@ -73,11 +75,11 @@ class Placement:
         cpu_moe: bool = False,
         n_cpu_moe: int = 0,
     ) -> Placement:
-        """From Collector's arguments.
+        """The placement of Collector's arguments.
 
         Raises:
-            ValueError: what is no split mode, share or regular expression, on any machine. What
-                this machine does not have is found when a model is loaded.
+            ValueError: something is no split mode, share or regular expression on any machine.
+                What this machine does not have is found when a model is loaded.
         """
         if split_mode not in get_args(SplitMode):
             raise ValueError(
@@ -87,7 +89,7 @@ class Placement:
         if not all(math.isfinite(share) and share >= 0 for share in shares):
             raise ValueError(f"tensor_split: shares must be 0 or more, got {shares}")
         if len(shares) >= MAX_DEVICES:
-            # at that number llama.cpp stops too (common/arg.cpp)
+            # llama.cpp refuses that number too (common/arg.cpp)
             raise ValueError(
                 f"tensor_split has {len(shares)} shares, the engine takes {MAX_DEVICES - 1} at most"
             )
@@ -135,10 +137,10 @@ class Placement:
             if engine.find_name(pattern, names) is not None:
                 continue
             if pattern.endswith(_EXPERTS):
-                told = f"{model} has no experts" + (
+                why = f"{model} has no experts" + (
                     "" if pattern == _EXPERTS else " in its first blocks"
                 )
-                warnings.warn(f"{told}: nothing is kept on the CPU for them", stacklevel=4)
+                warnings.warn(f"{why}: nothing is kept on the CPU for them", stacklevel=4)
             else:
                 warnings.warn(
                     f"override_tensor: {pattern!r} finds no tensor of {model}; the first of its "
@@ -150,8 +152,11 @@ class Placement:
 def on_cpu(
     kind: Literal["experts", "dense"], blocks: int | Sequence[int] | None = None
 ) -> list[tuple[str, str]]:
-    """The overrides that keep feed-forward weights on the CPU (-cmoe, -ncmoe, -ncffn): those of
-    all blocks, of the first so many, or of these."""
+    """The overrides that keep feed-forward weights on the CPU (-cmoe, -ncmoe, -ncffn).
+
+    Args:
+        blocks: how many of the first blocks, or the numbers of blocks; None for all.
+    """
     pattern = _EXPERTS if kind == "experts" else _DENSE
     if blocks is None:
         return [(pattern, _CPU)]
@@ -162,8 +167,8 @@ def on_cpu(
 
 
 def parse_overrides(text: str) -> list[tuple[str, str]]:
-    """-ot's PATTERN=BUFFER,... as parse_tensor_buffer_overrides in common/arg.cpp takes it apart:
-    at each comma, then at the first equals sign.
+    """The pairs in -ot's PATTERN=BUFFER,... as parse_tensor_buffer_overrides in common/arg.cpp takes
+    it apart: at each comma, then at the first equals sign.
 
     Raises:
         ValueError: a part without an equals sign.

@@ -163,7 +163,7 @@ class SessionSettings:
         process_output: collect the weight that makes the logits.
         perplexity: score the text.
         signed_sums: sum the activations themselves beside their squares.
-        device_sums: sum on the device where activations lie, if it can.
+        device_sums: sum activations on the device that has them, if it can.
 
     Raises:
         ValueError: a number is too small, or there is a head and chunks run side by side.

@@ -1,5 +1,5 @@
-"""What a run tells: where it stands, and what it made of its text (tokens by source, what was
-dropped, how its experts fared)."""
+"""What a run reports: where it stands, and what it made of its text (tokens by source, what was
+dropped, how many rows its experts got)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imatrix.matrix.experts import ExpertCoverage
 __all__ = ["Ended", "Perplexity", "Progress", "Report", "Tally"]
 
 Ended = Literal["text", "max_chunks", "min_expert_rows"]
-# of each chunk: sums of the negative log-likelihoods and of their squares, and tokens scored
+# Of each chunk: sums of the negative log-likelihoods and of their squares, and tokens scored.
 Scores = list[tuple[float, float, int]]
 
 
@@ -39,7 +39,7 @@ class Progress:
 
     Attributes:
         chunks: chunks collected so far.
-        total: chunks there will be, None where the text is a stream of unknown length.
+        total: chunks there will be, None if the text is a stream of unknown length.
         tokens: tokens collected so far.
         seconds: spent on chunks, in an interrupted run that this one goes on from too.
         perplexity: of the chunks so far, None unless asked for.
@@ -97,7 +97,7 @@ class Report:
         return dropped / (used + dropped) if dropped else 0.0
 
     def lines(self) -> list[str]:
-        """What there is to tell, a sentence a line."""
+        """The report in words, a sentence a line."""
         found = []
         if len(self.sources) > 1 or any(each.weight for each in self.sources):
             for each in self.sources:
@@ -127,10 +127,10 @@ class Report:
             why = "filled no chunk" if self.packing == "stream" else "stood alone"
             found.append(f"{dropped} token(s) ({self.dropped:.2%}) dropped: they {why}")
         if self.experts is not None and self.experts.wanted > 1:
-            found.extend(self._experts_told(self.experts))
+            found.extend(self._describe_experts(self.experts))
         return found
 
-    def _experts_told(self, experts: ExpertCoverage) -> list[str]:
+    def _describe_experts(self, experts: ExpertCoverage) -> list[str]:
         found = [experts.told()]
         if experts.reached:
             return found
@@ -151,7 +151,12 @@ class Report:
 
 
 class Tally:
-    """Negative log-likelihoods summed in the order of the chunks."""
+    """Negative log-likelihoods, summed in the order of the chunks.
+
+    Attributes:
+        nll, nll_sq: sums of the negative log-likelihoods in nats, and of their squares.
+        n: tokens scored.
+    """
 
     def __init__(self) -> None:
         self.nll = 0.0
@@ -159,6 +164,7 @@ class Tally:
         self.n = 0
 
     def add(self, scores: Scores) -> None:
+        """Add the scores of the chunks that follow."""
         for nll, nll_sq, n in scores:
             self.nll += nll
             self.nll_sq += nll_sq
@@ -166,6 +172,7 @@ class Tally:
 
     @property
     def perplexity(self) -> Perplexity | None:
+        """Of the chunks so far; None if no token was scored."""
         if self.n == 0:
             return None
         mean = self.nll / self.n
