@@ -1,10 +1,13 @@
 from collections.abc import Iterable
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.formats.checkpoint import Group
+# As imatrix.formats.checkpoint has it.
+Group: TypeAlias = tuple[
+    list[str], NDArray[np.float64], NDArray[np.int64], NDArray[np.float64] | None
+]
 
 class PartData(TypedDict):
     architecture: str
