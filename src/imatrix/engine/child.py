@@ -20,16 +20,13 @@ from typing import IO, Any
 
 from imatrix.engine import frames
 from imatrix.engine.batch import Room, choose
+from imatrix.engine.rehearsal import BUILT, CAUSAL, DECODED, LOADED, NOT_CAUSAL, TOKENIZED
 from imatrix.engine.service import serve
 from imatrix.engine.settings import Batch, SessionSettings
 from imatrix.errors import EngineError, ModelError
 from imatrix.native import engine, quantizer
 
-__all__ = ["BUILT", "CAUSAL", "DECODED", "LOADED", "NOT_CAUSAL", "perform"]
-
-# The stages of a rehearsal, as they are printed
-LOADED, BUILT, DECODED, _TOKENIZED = "loaded", "built", "decoded", "tokenized"
-CAUSAL, NOT_CAUSAL = "causal", "not causal"
+__all__ = ["perform"]
 
 # Every kind of character that a tokenizer treats on its own, and every byte of UTF-8.
 _SAMPLE = (
@@ -76,7 +73,7 @@ def _rehearse(
     if trunk.has_tokenizer:
         for parse_special in (False, True):
             trunk.tokenize(_SAMPLE, add_special=True, parse_special=parse_special)
-    _report_stage(_TOKENIZED)
+    _report_stage(TOKENIZED)
 
 
 def _load(model: str, mtp: bool) -> None:

@@ -1,4 +1,4 @@
-"""Messages between a process and its worker: JSON, and arrays as they are.
+"""Messages between a process and its child: JSON, and arrays as they are.
 
 A message is a length (4 bytes, little endian), so many bytes of JSON, and the bytes of the arrays
 that its "arrays" names by dtype and shape. Nothing in it is executed, as a pickle's content is.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 __all__ = ["receive", "send"]
 
 _LENGTH = struct.Struct("<I")
-_DTYPES = frozenset({"<i4", "<i8", "<f8"})
+_DTYPES = frozenset({"|i1", "<i4", "<i8", "<f4", "<f8"})
 
 
 def send(stream: IO[bytes], message: dict[str, Any], arrays: Sequence[NDArray[Any]] = ()) -> None:

@@ -2,7 +2,7 @@
 
 The engine ends its process on what it holds for impossible (ggml_abort), and the system ends one
 that takes too much memory. Neither can be caught in that process. `Engine` starts one, which does what
-it is asked (imatrix.engine.service). `Model` and `Session` are what `imatrix.native.engine` offers
+it is asked (imatrix.engine.service). `Model`, `Session` and `Evaluator` are what `imatrix.native.engine` offers
 under these names, done there. Everything else of a run (text, checkpoint, files) stays in the
 caller's process.
 """
@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,9 @@ from imatrix.errors import (
 from imatrix.formats.checkpoint import Group
 
 if TYPE_CHECKING:
-    from imatrix.native.engine import DeviceInfo, MemoryUse
+    from imatrix.native.engine import ChunkEvaluation, DeviceInfo, MemoryUse
 
-__all__ = ["Engine", "Model", "Session"]
+__all__ = ["Engine", "Evaluator", "Model", "Session"]
 
 _log = logging.getLogger("imatrix.engine")
 
@@ -53,6 +53,7 @@ _ERRORS: dict[str, type[Exception]] = {
     "MemoryError": MemoryError,
     "ModelError": ModelError,
     "OSError": OSError,
+    "RuntimeError": RuntimeError,
     "RowsMissingError": RowsMissingError,
     "ValueError": ValueError,
 }
@@ -81,6 +82,7 @@ class Engine:
         self._requests.put(({"do": "serve"}, ()))
         self._guard = threading.Lock()  # of what follows
         self._waiting: dict[int, Future[Answer]] = {}
+        self._listeners: dict[int, Callable[[Any], object]] = {}
         self._died: EngineDiedError | None = None
         self._closing = False
         self._numbers = itertools.count(1)
@@ -114,8 +116,20 @@ class Engine:
         with self._guard:
             return self._died is None and not self._closing
 
-    def ask(self, do: str, arrays: Sequence[NDArray[Any]] = (), **request: Any) -> Answer:
+    def ask(
+        self,
+        do: str,
+        arrays: Sequence[NDArray[Any]] = (),
+        *,
+        on_progress: Callable[[Any], object] | None = None,
+        **request: Any,
+    ) -> Answer:
         """Have something done, and wait for it.
+
+        Args:
+            do: the method of imatrix.engine.service that does it, without its "_do_".
+            arrays, request: what it gets.
+            on_progress: called with what it tells meanwhile, in a thread of ours.
 
         Raises:
             EngineDiedError: the worker is gone.
@@ -127,6 +141,8 @@ class Engine:
             if self._died is not None:
                 raise self._dead()
             self._waiting[number] = future
+            if on_progress is not None:
+                self._listeners[number] = on_progress
         self._requests.put(({"do": do, "number": number, **request}, arrays))
         answer, found = future.result()
         if "error" in answer:
@@ -190,8 +206,15 @@ class Engine:
                 if "log" in message:
                     _log.log(message["log"], "%s", message["line"])
                     continue
+                if "progress_of" in message:
+                    with self._guard:
+                        listener = self._listeners.get(message["progress_of"])
+                    if listener is not None:
+                        listener(message["progress"])
+                    continue
                 with self._guard:
                     future = self._waiting.pop(message["number"], None)
+                    self._listeners.pop(message["number"], None)
                 if future is not None:
                     future.set_result((message, arrays))
         except EOFError:
@@ -208,6 +231,7 @@ class Engine:
                 f"the process that ran the engine is gone: {cause}", cause=cause, log=log
             )
             waiting, self._waiting = self._waiting, {}
+            self._listeners.clear()
         for future in waiting.values():
             future.set_exception(self._dead())
 
@@ -385,6 +409,54 @@ class Session:
         found, _ = self._engine.ask("counters", object=self._number)
         counters: dict[str, int] = found["counters"]
         return counters
+
+
+class Evaluator:
+    """imatrix.native.engine.Evaluator in a worker."""
+
+    def __init__(
+        self,
+        model: Model,
+        head: Model | None = None,
+        reference: Model | None = None,
+        reference_head: Model | None = None,
+    ) -> None:
+        self._engine = model.engine
+        self._number = model.engine.new_number()
+        # freed over there only when this goes
+        self._models = (model, head, reference, reference_head)
+        self._engine.ask(
+            "evaluator",
+            object=self._number,
+            models=[None if each is None else each.number for each in self._models],
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_number"):
+            self._engine.tell("free", self._number)
+
+    def open(self, **settings: Any) -> None:
+        self._engine.ask(
+            "open_evaluator",
+            object=self._number,
+            settings=settings,
+            log_level=_log.getEffectiveLevel(),
+        )
+
+    def step(self, tokens: NDArray[np.int32]) -> ChunkEvaluation:
+        answer, arrays = self._engine.ask("score", [tokens], object=self._number)
+        *rows, known, accepted = arrays
+        found: Any = {"trunk": {}, "head": {}, "known": known, "accepted": accepted}
+        for (part, name), values in zip(answer["names"], rows, strict=True):
+            found[part][name] = values
+        evaluation: ChunkEvaluation = found
+        return evaluation
+
+    def cancel(self) -> None:
+        self._engine.tell("cancel", self._number)
+
+    def clear_cancel(self) -> None:
+        self._engine.tell("clear_cancel", self._number)
 
 
 def machine(engine: Engine) -> tuple[str, list[DeviceInfo]]:

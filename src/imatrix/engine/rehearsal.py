@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imatrix.engine.child import BUILT, CAUSAL, DECODED, LOADED, NOT_CAUSAL
 from imatrix.engine.children import ABORTED, SECONDS, last_words, run_child
 from imatrix.engine.settings import SessionSettings
 from imatrix.errors import ModelError
+
+# The stages that the child gets through, as it prints them
+LOADED, BUILT, DECODED, TOKENIZED = "loaded", "built", "decoded", "tokenized"
+CAUSAL, NOT_CAUSAL = "causal", "not causal"
 
 _log = logging.getLogger("imatrix")
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from imatrix.engine import frames
 from imatrix.errors import NonFiniteError
-from imatrix.native import engine
+from imatrix.native import engine, quantizer
 
 __all__ = ["serve"]
 
@@ -140,6 +140,52 @@ class Service:
 
     def _do_memory(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         return {"memory": self._objects[request["object"]].memory}, []
+
+    def _do_evaluator(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        models: list[Any] = [
+            None if number is None else self._objects[number] for number in request["models"]
+        ]
+        self._objects[request["object"]] = engine.Evaluator(*models)
+        return {}, []
+
+    def _do_open_evaluator(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        _log.setLevel(request["log_level"])
+        self._objects[request["object"]].open(**request["settings"])
+        return {}, []
+
+    def _do_score(self, request: dict[str, Any], arrays: list[NDArray[Any]]) -> Answer:
+        found = self._objects[request["object"]].step(*arrays)
+        names, rows = [], []
+        for part in ("trunk", "head"):
+            for name, values in found[part].items():
+                names.append([part, name])
+                rows.append(values)
+        return {"names": names}, [*rows, found["known"], found["accepted"]]
+
+    def _do_dry_run(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        _log.setLevel(request["log_level"])
+        engine.set_log_level()
+        found = quantizer.dry_run(os.fsencode(request["src"]), **request["options"])
+        return {"tensors": found}, []
+
+    def _do_quantize(self, request: dict[str, Any], arrays: list[NDArray[Any]]) -> Answer:
+        def tell(done: int, total: int) -> None:
+            self._send({"progress_of": request["number"], "progress": [done, total]}, [])
+
+        _log.setLevel(request["log_level"])
+        engine.set_log_level()
+        watch = quantizer.Watch(tell)
+        quantizer.quantize(
+            watch,
+            os.fsencode(request["src"]),
+            os.fsencode(request["dst"]),
+            matrix=list(zip(request["names"], arrays, strict=True)),
+            **request["options"],
+        )
+        return {"progress": watch.progress}, []
+
+    def _do_tensor_totals(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        return {"totals": quantizer.tensor_totals(os.fsencode(request["path"]))}, []
 
     def _do_counters(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         return {"counters": self._objects[request["object"]].counters}, []

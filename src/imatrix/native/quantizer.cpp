@@ -86,10 +86,11 @@ namespace {
 // The engine offers none of these, but it logs each of them from the thread that called it.
 struct Watch {
     std::atomic<bool> cancelled{false};
-    std::atomic<int>  done{0};  // tensors
-    std::atomic<int>  total{0}; // 0: not known yet
-    std::string       errors;   // the quantizing thread's, until it returns
-    std::string       unsaid;   // log lines with this in them are not handed on
+    std::atomic<int>  done{0};   // tensors
+    std::atomic<int>  total{0};  // 0: not known yet
+    std::string       errors;    // the quantizing thread's, until it returns
+    std::string       unsaid;    // log lines with this in them are not handed on
+    py::object        on_tensor; // called with (tensors done, total) before each one, if not None
 };
 
 thread_local Watch * t_watch = nullptr;
@@ -193,6 +194,10 @@ void on_log(ggml_log_level level, const char * text, void * /*user_data*/) {
     if (std::sscanf(text, "[%d/%d]", &done, &total) == 2) {
         watch->done  = done - 1;
         watch->total = total;
+        if (!watch->on_tensor.is_none()) {
+            const py::gil_scoped_acquire acquire;
+            watch->on_tensor(done - 1, total);
+        }
         if (watch->cancelled) {
             throw std::runtime_error("cancelled by the caller");
         }
@@ -409,7 +414,12 @@ std::vector<std::tuple<Name, std::string, std::string>> dry_run(
 PYBIND11_MODULE(quantizer, m) {
     m.doc() = "The engine's quantizer.";
     py::class_<Watch>(m, "Watch")
-        .def(py::init<>())
+        .def(py::init([](py::object on_tensor) {
+                 auto watch       = std::make_unique<Watch>();
+                 watch->on_tensor = std::move(on_tensor);
+                 return watch;
+             }),
+             py::arg("on_tensor") = py::none())
         .def("cancel", [](Watch & watch) { watch.cancelled = true; })
         .def_property_readonly("progress", [](const Watch & watch) {
             return std::pair<int, int>(watch.done, watch.total);

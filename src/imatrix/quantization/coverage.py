@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix.engine.plan import Plan
+from imatrix.engine.quantizing import HereQuantizer, Quantizer
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_whole
 from imatrix.model.header import ModelFile
@@ -29,7 +30,7 @@ from imatrix.quantization.types import FTYPES
 from imatrix.quantization.verdicts import Status, TensorCoverage, Verdicts, failing_in_order
 from imatrix.tensors import n_values
 
-__all__ = ["Coverage", "coverage", "describe_stop"]
+__all__ = ["Coverage", "coverage", "describe_stop", "examine"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,38 @@ def coverage(
         OSError: a file cannot be read.
         EngineError: the engine cannot give the tensors types at all.
     """
+    return examine(
+        HereQuantizer(),
+        model,
+        matrix,
+        ftype,
+        tensor_types=tensor_types,
+        allow_requantize=allow_requantize,
+        pure=pure,
+        quantize_output=quantize_output,
+        plan=plan,
+        matrix_name=matrix_name,
+    )
+
+
+def examine(
+    quantizer: Quantizer,
+    model: str | os.PathLike[str],
+    matrix: ImportanceMatrix | str | os.PathLike[str] | None,
+    ftype: str,
+    *,
+    tensor_types: TensorTypes | None,
+    allow_requantize: bool,
+    pure: bool,
+    quantize_output: bool,
+    plan: Plan | None = None,
+    matrix_name: str | os.PathLike[str] | None = None,
+) -> Coverage:
+    """As coverage(), with a quantizer that may have a process of its own.
+
+    Raises:
+        EngineDiedError: that process is gone.
+    """
     name = ftype.upper()
     if name not in FTYPES:
         raise ValueError(
@@ -166,6 +199,7 @@ def coverage(
         matrix_name = matrix_name or matrix
         matrix = ImportanceMatrix.load(matrix)
     question = Question(
+        quantizer=quantizer,
         file=file,
         matrix=matrix or None,  # llama-quantize takes one without entries for none
         ftype=name,

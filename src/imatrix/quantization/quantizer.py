@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imatrix.engine import process
 from imatrix.engine.background import NativeThread, ended_at_exit
 from imatrix.engine.cores import physical_cores
+from imatrix.engine.quantizing import HereQuantizer, IsolatedQuantizer, Quantizer
 from imatrix.engine.rehearsal import rehearse_load
-from imatrix.errors import EngineError
+from imatrix.errors import EngineDiedError, EngineError
 from imatrix.files import atomic
 from imatrix.files.names import cut
 from imatrix.files.outputs import check_files
@@ -25,14 +27,11 @@ from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_whole, loads_alone
 from imatrix.model.header import ModelFile
 from imatrix.model.parts import model_inputs
-from imatrix.native import engine, quantizer
+from imatrix.quantization.coverage import Coverage, examine
 from imatrix.quantization.refusals import check_unasked, explained, refuse_early
 from imatrix.quantization.rehearsal import rehearse_quantize
 from imatrix.quantization.rules import RuleUse, TensorTypes, near, request, rules_of
 from imatrix.quantization.types import FTYPES
-
-if TYPE_CHECKING:
-    from imatrix.quantization.coverage import Coverage
 
 __all__ = ["Quantized", "quantize"]
 
@@ -70,6 +69,7 @@ def quantize(
     allow_requantize: bool = False,
     pure: bool = False,
     quantize_output: bool = True,
+    isolate: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Quantized:
     """Quantize a GGUF model, as llama-quantize does.
@@ -91,6 +91,9 @@ def quantize(
         allow_requantize: go on from weights that are already quantized, at a loss.
         pure: give every weight the type's own format instead of its mixture.
         quantize_output: False leaves output.weight as it is.
+        isolate: run the engine's quantizer in a process of its own. Should the engine or the system
+            end that one, this one stays: an EngineDiedError names the tensor, and nothing is
+            written. The file is the same to the bit.
         progress: called with (tensors done, tensors in all) several times a second, in this
             thread. An exception that it raises ends the work.
 
@@ -102,8 +105,9 @@ def quantize(
         OSError: a file cannot be read or written.
         EngineError: the engine refused, or would (the preflight runs first, imatrix.coverage);
             its reason is in the message.
+        EngineDiedError: with isolate=True, the process that ran the engine is gone.
         MemoryError: out of memory.
-        KeyboardInterrupt: Ctrl-C; the work ends after the tensor at hand.
+        KeyboardInterrupt: Ctrl-C; the work ends after the tensor at hand, with isolate=True at once.
     """
     name = ftype.upper()
     if name not in FTYPES:
@@ -127,77 +131,114 @@ def quantize(
             f"the importance matrix names no weight of {model.path}: its first is "
             f"{next(iter(matrix), 'missing')!r}. Was it collected from another model?"
         )
-    from imatrix.quantization.coverage import coverage  # here: it uses this module's tables
-
-    found = coverage(
-        model.path,
-        matrix,
-        name,
-        tensor_types=[(rule.pattern, rule.type) for rule in rules],
-        allow_requantize=allow_requantize,
-        pure=pure,
-        quantize_output=quantize_output,
-        matrix_name=imatrix if isinstance(imatrix, (str, os.PathLike)) else None,
-    )
-    _warn(found)
-    check_unasked(found)
-    if matrix is not None:
-        refuse_early(found, model, matrix, dst)
-
     source = imatrix if isinstance(imatrix, (str, os.PathLike)) else None
-    asked = request(name, rules)
-    metadata = [] if matrix is None else _metadata(matrix, source)
-    if asked.rewritten:
-        metadata.append(("general.file_type", FTYPES[name]))
-    # its own file goes before the interpreter does, too
-    with ended_at_exit("quantization") as work, atomic.replacing(dst) as temporary:
-        watch = quantizer.Watch()
-        engine.set_log_level()  # logging.getLogger("imatrix.engine") may want more by now
-        # In a second thread, so that Ctrl-C reaches this one.
-        with NativeThread() as native:
-            running = native.submit(
-                quantizer.quantize,
-                watch,
-                os.fsencode(model.path),
-                os.fsencode(temporary),
-                ftype=FTYPES[asked.ftype],
-                n_threads=threads,
-                allow_requantize=allow_requantize,
-                pure=pure,
-                quantize_output=quantize_output,
-                matrix=[] if matrix is None else _data(matrix),
-                tensor_types=asked.rules,
-                metadata=metadata,
-                unsaid=asked.unsaid,
-            )
+    with _quantizer(isolate) as quantizer, _outlived(dst):
+        found = examine(
+            quantizer,
+            model.path,
+            matrix,
+            name,
+            tensor_types=[(rule.pattern, rule.type) for rule in rules],
+            allow_requantize=allow_requantize,
+            pure=pure,
+            quantize_output=quantize_output,
+            matrix_name=source,
+        )
+        _warn(found)
+        check_unasked(found)
+        if matrix is not None:
+            refuse_early(found, model, matrix, dst)
+        asked = request(name, rules)
+        metadata = [] if matrix is None else _metadata(matrix, source)
+        if asked.rewritten:
+            metadata.append(("general.file_type", FTYPES[name]))
+        # its own file goes before the interpreter does, too
+        with ended_at_exit("quantization") as work, atomic.replacing(dst) as temporary:
+            # In a second thread, so that Ctrl-C reaches this one.
+            with NativeThread() as thread:
+                running = thread.submit(
+                    quantizer.quantize,
+                    os.fspath(model.path),
+                    os.fspath(temporary),
+                    ftype=FTYPES[asked.ftype],
+                    n_threads=threads,
+                    allow_requantize=allow_requantize,
+                    pure=pure,
+                    quantize_output=quantize_output,
+                    matrix=[] if matrix is None else _data(matrix),
+                    tensor_types=asked.rules,
+                    metadata=metadata,
+                    unsaid=asked.unsaid,
+                )
+                try:
+                    while wait([running], timeout=0.1).not_done:
+                        work.check()
+                        if progress is not None:
+                            progress(*quantizer.progress)
+                except BaseException:
+                    quantizer.cancel()
+                    running.exception()  # wait for it; what it says no longer matters
+                    raise
+                try:
+                    running.result()
+                except EngineDiedError as error:
+                    error.args = (
+                        f"{error.args[0]}, while it quantized {model.path} to {name}"
+                        + _describe_place(*quantizer.progress, found),
+                    )
+                    raise
+                except RuntimeError as error:
+                    raise explained(str(error), model, dst, name) from None
+            if progress is not None:
+                progress(*quantizer.progress)
             try:
-                while wait([running], timeout=0.1).not_done:
-                    work.check()
-                    if progress is not None:
-                        progress(*watch.progress)
-            except BaseException:
-                watch.cancel()
-                running.exception()  # wait for it; what it says no longer matters
+                bytes_, values = quantizer.tensor_totals(os.fspath(temporary))
+            except EngineDiedError as error:
+                error.args = (f"{error.args[0]}, while it read what it had written",)
                 raise
-            try:
-                running.result()
-            except RuntimeError as error:
-                raise explained(str(error), model, dst, name) from None
-        if progress is not None:
-            progress(*watch.progress)
-        try:
-            bytes_, values = quantizer.tensor_totals(os.fsencode(temporary))
-        except RuntimeError:
-            raise EngineError(
-                f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
-                "the model's metadata and its tensors do not go together"
-            ) from None
-        if loads_alone(model) and (why := rehearse_load(temporary, mtp=model.n_nextn > 0)):
-            raise EngineError(
-                f"{model.path}: nothing was written to {os.fspath(dst)}, because the engine would "
-                f"not load it: {why}"
-            )
+            except RuntimeError:
+                raise EngineError(
+                    f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
+                    "the model's metadata and its tensors do not go together"
+                ) from None
+            if loads_alone(model) and (why := rehearse_load(temporary, mtp=model.n_nextn > 0)):
+                raise EngineError(
+                    f"{model.path}: nothing was written to {os.fspath(dst)}, because the engine "
+                    f"would not load it: {why}"
+                )
     return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values, found.rules)
+
+
+@contextmanager
+def _quantizer(isolate: bool) -> Iterator[Quantizer]:
+    """The engine's quantizer, here or in a process of its own, which ends with the context."""
+    if not isolate:
+        yield HereQuantizer()
+        return
+    engine = process.Engine()
+    try:
+        yield IsolatedQuantizer(engine)
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _outlived(dst: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in the error of an engine that died what is left."""
+    try:
+        yield
+    except EngineDiedError as error:
+        error.args = (f"{error.args[0]}. Nothing was written to {os.fspath(dst)}.",)
+        raise
+
+
+def _describe_place(done: int, total: int, found: Coverage) -> str:
+    """Where the quantizer was, in words, when so many tensors were done."""
+    if not 0 <= done < total:
+        return ""
+    # a dry run goes through the tensors in the same order
+    name = f", {found.tensors[done].name}" if len(found.tensors) == total else ""
+    return f", at tensor {done + 1} of {total}{name}"
 
 
 def _warn(found: Coverage) -> None:

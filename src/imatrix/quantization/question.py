@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from imatrix.engine.plan import Plan
-from imatrix.errors import EngineError, ModelError
+from imatrix.engine.quantizing import Quantizer
+from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_head
 from imatrix.model.header import ModelFile
-from imatrix.native import engine, quantizer
 from imatrix.quantization.rules import Rule, request
 from imatrix.quantization.types import FTYPES
 from imatrix.tensors import apart_expert
@@ -37,6 +37,7 @@ class Question:
     """Would this model, with this matrix, quantize to that type?
 
     Attributes:
+        quantizer: the engine's, which answers.
         file: the model.
         matrix: importance data; None if there are none.
         ftype: the file type, in upper case.
@@ -46,6 +47,7 @@ class Question:
         matrix_name: what commands call the matrix.
     """
 
+    quantizer: Quantizer
     file: ModelFile
     matrix: ImportanceMatrix | None
     ftype: str
@@ -80,10 +82,9 @@ class Question:
         )
 
     def _dry_run(self, ftype: str, pure: bool, rules: Sequence[Rule]) -> list[Assigned]:
-        engine.set_log_level()  # so that the binding finds the package's log to hand on to
         asked = request(ftype, rules)
         try:
-            found = quantizer.dry_run(
+            found = self.quantizer.dry_run(
                 str(self.file.path),
                 ftype=FTYPES[asked.ftype],
                 pure=pure,
@@ -91,6 +92,9 @@ class Question:
                 has_matrix=self.matrix is not None,
                 tensor_types=asked.rules,
             )
+        except EngineDiedError as error:
+            error.args = (f"{error.args[0]}, while its quantizer looked through {self.file.path}",)
+            raise
         except RuntimeError as error:
             reason = str(error).rpartition("failed to quantize: ")[2].strip() or str(error)
             raise EngineError(f"{self.file.path}: cannot quantize to {ftype}: {reason}") from None

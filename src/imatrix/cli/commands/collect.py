@@ -12,6 +12,7 @@ from imatrix.cli.command import Command
 from imatrix.cli.earlier import check_same_model, chunks_before, merge_earlier
 from imatrix.cli.flags import cluster, hub, placement, sources
 from imatrix.cli.flags.common import (
+    add_isolate,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
@@ -157,13 +158,7 @@ def _add_arguments(command: hub.Parser) -> None:
         help="what a NaN or infinite activation does: end the run, or leave out its chunk "
         "(default: stop)",
     )
-    add(
-        "--isolate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run the engine in a process of its own: if the engine or the system ends that one, "
-        "say what is left and how to go on (default: on)",
-    )
+    add_isolate(command)
     add(
         "--output-format",
         choices=("gguf", "dat"),

@@ -16,6 +16,7 @@ from imatrix.cli.command import Command
 from imatrix.cli.data import write_json
 from imatrix.cli.flags import hub, placement, sources
 from imatrix.cli.flags.common import (
+    add_isolate,
     add_parse_special,
     add_skipped_chunks,
     add_threads,
@@ -78,6 +79,7 @@ def _add_arguments(command: hub.Parser) -> None:
         "them)",
     )
     add_threads(command)
+    add_isolate(command)
     placement.add_arguments(command)
     add_skipped_chunks(command)
     add("--chunks", metavar="N", type=chunks, help="chunks to score at most (default: -1, all)")
@@ -102,10 +104,13 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         with Path(path).open("rb"):
             pass
 
-    placement.use_servers(args, isolate=False)
+    placement.use_servers(args, isolate=args.isolate)
     placed = placement.arguments(args)
     placement.warn_of_no_device(
-        args, terminal, lambda: any(device.gpu for device in imatrix.backends().devices)
+        args,
+        terminal,
+        # with --isolate the servers of --rpc are not among this process's devices
+        lambda: args.rpc is not None or any(each.gpu for each in imatrix.backends().devices),
     )
 
     def evaluated(model: str, mtp_model: str | None) -> imatrix.Evaluation:
@@ -128,6 +133,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
                 **text_arguments,
                 **placed,
                 n_threads=args.threads,
+                isolate=args.isolate,
                 progress=bar,
             )
 

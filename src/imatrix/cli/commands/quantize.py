@@ -7,9 +7,10 @@ import argparse
 import imatrix
 from imatrix.cli.command import Command
 from imatrix.cli.flags import hub, tensor_types
-from imatrix.cli.flags.common import add_threads, add_verbose
+from imatrix.cli.flags.common import add_isolate, add_threads, add_verbose
 from imatrix.cli.outputs import Files, check_output, named_outputs
 from imatrix.cli.progress import StepProgress, describe_tensors
+from imatrix.cli.signals import catch_signals
 from imatrix.cli.status import OK
 from imatrix.cli.terminal import Terminal
 from imatrix.words import size
@@ -29,6 +30,7 @@ def _add_arguments(command: hub.Parser) -> None:
     add("--pure", action="store_true", help="one format for all weights, no mixture")
     add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
     add_threads(command)
+    add_isolate(command)
     add_verbose(command)
 
 
@@ -36,7 +38,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     check_output(args.dst)
     rules = tensor_types.read(args)
     args.src, _ = hub.fetch(args.src, args, terminal)
-    with StepProgress(terminal, "quantizing", describe_tensors) as bar:
+    with catch_signals(terminal), StepProgress(terminal, "quantizing", describe_tensors) as bar:
         done = imatrix.quantize(
             args.src,
             args.dst,
@@ -47,6 +49,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
             allow_requantize=args.allow_requantize,
             pure=args.pure,
             quantize_output=not args.leave_output_tensor,
+            isolate=args.isolate,
             progress=bar,
         )
     terminal.note(

@@ -11,6 +11,7 @@ from imatrix.words import printable
 __all__ = [
     "Commands",
     "Parser",
+    "add_isolate",
     "add_output",
     "add_parse_special",
     "add_skipped_chunks",
@@ -44,6 +45,17 @@ def add_threads(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=threads,
         help="threads (default: the physical cores; 0: all logical ones)",
+    )
+
+
+def add_isolate(command: argparse.ArgumentParser) -> None:
+    """--isolate and --no-isolate, into `args.isolate`."""
+    command.add_argument(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the engine in a process of its own: if the engine or the system ends that one, "
+        "say what is left and how to go on (default: on)",
     )
 
 
