@@ -199,7 +199,11 @@ def test_the_system_kills_it(model: Path, tmp_path: Path) -> None:
         quantize(
             model, tmp_path / "q.gguf", "Q4_0", isolate=True, progress=kill_engine(signal.SIGKILL)
         )
-    assert f"while it quantized {model} to Q4_0" in str(caught.value)
+    # a quick machine may have done all tensors before `progress` is called at all
+    at = (
+        rf"while it (quantized {re.escape(str(model))} to Q4_0, at tensor|read what it had written)"
+    )
+    assert re.search(at, str(caught.value))
     assert contents(tmp_path) == {}
 
 
