@@ -23,7 +23,7 @@ from helpers.runs import poisoned, token_chunks
 
 import imatrix
 from imatrix import Chat, ChatOptions, EngineDiedError, Evaluation, NonFiniteError
-from imatrix.cli.terminal import CollectProgress
+from imatrix.cli.progress import CollectProgress
 from imatrix.engine import process
 from imatrix.native import engine as native
 from imatrix.text.progress import Progress

@@ -17,7 +17,7 @@ from helpers.running import Run
 
 import imatrix
 from imatrix import EngineDiedError, ImportanceMatrix, quantize
-from imatrix.cli.terminal import StepProgress
+from imatrix.cli.progress import StepProgress
 from imatrix.engine import process
 from imatrix.entries import Entry
 from imatrix.quantization import quantizer
