@@ -51,8 +51,11 @@ class Models:
     Args:
         options: which files, and how they are loaded.
         n_ctx: tokens a chunk, to compare with what the model was trained on.
+        loader: loads them; None for one of their own. Models that share one share the engine's own
+            process, which ends when one of them is freed.
 
     Attributes:
+        loader: as above.
         files: the headers.
         trunk_file, head_file: those of the two files; the same object if there is one.
         head: the loaded model that holds the head; None unless the last load() was asked for it.
@@ -63,7 +66,7 @@ class Models:
         FileNotFoundError, ModelError, ValueError: as Collector does.
     """
 
-    def __init__(self, options: ModelOptions, *, n_ctx: int) -> None:
+    def __init__(self, options: ModelOptions, *, n_ctx: int, loader: Loader | None = None) -> None:
         self._options = options
         self.files = ModelFiles.read(options)
         self.trunk_file, self.head_file = self.files.trunk, self.files.head
@@ -71,7 +74,7 @@ class Models:
         self._trunk: NativeModel | None = None
         self._vocabulary: NativeModel | None = None  # the trunk without its weights
         self._with_head = False  # whether the trunk was loaded with the head's tensors
-        self._loader = Loader(options.isolate)
+        self.loader = Loader(options.isolate) if loader is None else loader
         self._sessions: weakref.WeakSet[OpenSession] = weakref.WeakSet()
         self._n_ctx = n_ctx
         self.layers: Layers | None = None
@@ -87,7 +90,7 @@ class Models:
     @property
     def engine(self) -> process.Engine | None:
         """The engine's own process with isolate, once it was needed."""
-        return self._loader.process
+        return self.loader.process
 
     # --- before anything is loaded -------------------------------------------
 
@@ -237,13 +240,13 @@ class Models:
         """A session on what load() has loaded. It is closed when that is loaded anew or freed."""
         assert self._trunk is not None
         with self._dropping_engine():
-            session = OpenSession(self._loader.open(self._trunk, self.head, settings))
+            session = OpenSession(self.loader.open(self._trunk, self.head, settings))
         self._sessions.add(session)
         return session
 
     def free(self) -> None:
         """Close all sessions, let go of all that is loaded, and end the engine's own process."""
-        self._loader.close()  # first: a step that is running there ends with it
+        self.loader.close()  # first: a step that is running there ends with it
         self._drop()
         self._with_head = False
         self.layers = None
@@ -300,7 +303,7 @@ class Models:
     def machine(self) -> str:
         """What the engine's own process computes with, in words: equal words, equal numbers."""
         devices = ", ".join(each["description"] for each in self._devices() if each["gpu"])
-        features = self._loader.features()
+        features = self.loader.features()
         if not devices:
             return features
         placed = self._chosen_layers().describe(self.files.n_blocks)
@@ -308,7 +311,7 @@ class Models:
 
     def _devices(self) -> list[DeviceInfo]:
         self._drop_dead()
-        return self._loader.devices()
+        return self.loader.devices()
 
     def _chosen_layers(self) -> Layers:
         assert self.layers is not None  # load() sets it
@@ -366,7 +369,7 @@ class Models:
                     if bundled
                     else self._load_file(self.head_file, True, no_alloc=True, layers=layers)
                 )
-            return self._loader.open(trunk, other, settings).memory
+            return self.loader.open(trunk, other, settings).memory
         except (EngineError, MemoryError):
             return None
 
@@ -398,7 +401,7 @@ class Models:
         }
         self._drop_dead()
         with self._dropping_engine():
-            model = self._loader.load(file.path, options)
+            model = self.loader.load(file.path, options)
         if not model.has_decoder:
             raise ModelError(
                 f"{file.path}: {file.architecture} has no decoder; only models that decode text "
@@ -420,7 +423,7 @@ class Models:
 
     def _drop_dead(self) -> None:
         """Let go of what the engine's own process had loaded, if that is gone."""
-        if self._loader.died:
+        if self.loader.died:
             self.free()
 
     @contextmanager

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from imatrix.engine import process
 from imatrix.engine.background import NativeThread, Work
+from imatrix.engine.loading import Loader
 from imatrix.engine.models import Models
 from imatrix.engine.settings import Batch, ModelOptions, SessionSettings
 from imatrix.errors import EngineDiedError, ModelError
@@ -34,14 +35,19 @@ class Side:
     """One of the two that are compared, the model or the reference: a trunk, and maybe its head.
     A context that frees both.
 
+    Args:
+        loader: of the other one, so that one process of the engine has both; None for the first.
+
     Attributes:
         models: their files, and what is loaded of them.
         batch: as the model needs it; set by load().
     """
 
-    def __init__(self, options: EvaluateOptions, which: ModelOptions) -> None:
+    def __init__(
+        self, options: EvaluateOptions, which: ModelOptions, loader: Loader | None = None
+    ) -> None:
         self._options = options
-        self.models = Models(which, n_ctx=options.n_ctx)
+        self.models = Models(which, n_ctx=options.n_ctx, loader=loader)
         self.batch: Batch | None = None
 
     def __enter__(self) -> Side:

@@ -153,7 +153,7 @@ def evaluate(
         with_head = head_file.n_nextn > 0 if mtp is None else mtp
         theirs = None
         if reference is not None and options.reference_model is not None:
-            theirs = stack.enter_context(Side(options, options.reference_model))
+            theirs = stack.enter_context(Side(options, options.reference_model, ours.models.loader))
             check_reference(ours.models, theirs.models, with_head, os.fspath(reference))
         ours.load(with_head, {})
         render = ours.models.renderer(ChatOptions() if chat is None else chat)
@@ -172,7 +172,6 @@ def evaluate(
         chunks = (chunk.tokens for chunk in text.chunks)
         first = next(chunks)  # bad text is an error before any context is made
         if theirs is not None:
-            theirs.models.engine = ours.models.engine  # one process has both
             theirs.load(with_head, ours.models.contexts)
         evaluator = open_evaluator(options, ours, theirs)
         scored = drive(
