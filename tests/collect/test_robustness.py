@@ -78,7 +78,7 @@ class Ground:
             capture_output=True,
             text=True,
             timeout=200,
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parents[1],
         )
 
     def faulty(self, arm: str, **where: Any) -> subprocess.CompletedProcess[str]:
@@ -86,7 +86,8 @@ class Ground:
         return self.run(
             f"""
             sys.path.insert(0, "")
-            import errno, faults
+            import errno
+            from helpers import faults
             from imatrix.engine import models
             models.rehearse_in_child = lambda *_: None  # nothing can be started any more
             faults.watch({str(self.work)!r}, faults.Tally())
