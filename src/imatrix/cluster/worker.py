@@ -183,8 +183,11 @@ def _step(session: NativeSession, group: list[NDArray[np.int32]], at: int, block
 
 def release(owner: str) -> None:
     """Free what is loaded for an owner. A block that is on its way ends with an error."""
-    # not in turn: it shall not wait for the block
+    # not in turn: it shall not wait for the block, nor, as free() would, for its step
     if _loaded.owner == owner:
-        models, _loaded.models = _loaded.models, None
+        session, models = _loaded.session, _loaded.models
+        _loaded.models = None
+        if session is not None:
+            session.cancel()
         if models is not None:
-            models.free()  # the engine's process ends at once
+            models.free()

@@ -55,9 +55,9 @@ class Driver:
         self.models = self._preparation.models
 
     def free(self) -> None:
-        """Free the session and the models."""
-        with self.latest.lock:  # another thread may be at its sums
-            self.models.free()
+        """Free the models, the session and the sums."""
+        self.latest.let_go()
+        self.models.free()
 
     @property
     def batch(self) -> Batch:
@@ -111,7 +111,8 @@ class Driver:
             size = None
             if options.cluster is not None:
                 size = options.cluster.block_size(settings.batch.n_seq)
-            self.models.close_sessions()  # that of the run before
+            self.latest.let_go()
+            self.models.close_sessions()
             run = self.latest = Run(
                 RunSetup(
                     n_ctx=settings.n_ctx,

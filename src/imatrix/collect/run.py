@@ -76,8 +76,8 @@ class Run:
     Attributes:
         setup: what was settled before its first chunk.
         session: what holds the sums: the engine's session, or BlockSums if they are not in the
-            engine (any more); None before the first chunk. Models closes the engine's session
-            before it goes, and then it holds no sums.
+            engine (any more); None before the first chunk, and once they were let go. Models closes
+            the engine's session before it goes itself; then it holds no sums.
         done: chunks that are done, those left out among them.
         chunks: chunks that count.
         resumed: chunks that were taken over from a checkpoint.
@@ -144,6 +144,11 @@ class Run:
         self._ended_by = None if chunks.ended is None else self.setup.text.names[chunks.ended]
         if self.done == max_chunks:
             self._ended = "max_chunks"
+
+    def let_go(self) -> None:
+        """Drop the sums, those of a cluster's blocks too; the chunks stay counted."""
+        with self.lock:
+            self.session = None
 
     @property
     def next_chunk(self) -> int:
