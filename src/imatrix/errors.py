@@ -28,7 +28,8 @@ class EngineError(ImatrixError, RuntimeError):
 class EngineDiedError(EngineError):
     """The process that ran the engine is gone: the engine ended it, or the system did.
 
-    What the run had collected since its checkpoint went with it.
+    What a run of a Collector had collected since its checkpoint went with it. evaluate() has nothing
+    to go on from, and quantize() has written nothing.
 
     Attributes:
         cause: what ended it, such as "SIGABRT: ggml/ggml.c:123: GGML_ASSERT(n > 0) failed".

@@ -25,9 +25,9 @@ from imatrix.native import engine
 
 __all__ = ["Room", "choose", "choose_in_child"]
 
-# Of the memory that is free: weights, activations and all, where they fit together
+# Of the memory that is free: weights, activations and all, if they fit together
 _ALL = 0.9
-# and what is left to activations, keys and values where the weights do not fit anyway. They take
+# and what is left to activations, keys and values if the weights do not fit anyway. They take
 # turns in the rest, which has to hold the few that a layer needs and what is read ahead.
 _BESIDE_WEIGHTS = 0.5
 

@@ -15,7 +15,7 @@ from imatrix.files import processes
 
 __all__ = ["ABORTED", "SECONDS", "last_words", "run_child", "run_on_model", "start_child"]
 
-# exit codes of a process that ended itself, where there are no signals: abort(), and the status
+# exit codes of a process that ended itself, if the system has no signals: abort(), and the status
 # codes of Windows for a fast fail, an access violation and a division by zero
 ABORTED = frozenset({3, 0xC0000409, 0xC0000005, 0xC0000094})
 

@@ -29,7 +29,7 @@ class Device:
         description: its own name.
         buffer_type: what override_tensor calls its memory ("CPU", "CUDA0").
         gpu: whether layers can be offloaded to it.
-        memory_free, memory_total: bytes; 0 where the backend does not say.
+        memory_free, memory_total: bytes; 0 if the backend does not say.
     """
 
     backend: str
@@ -77,7 +77,7 @@ def add_rpc_server(endpoint: str) -> None:
     """Make the devices of a ggml-rpc-server known, as llama.cpp's --rpc does.
 
     Models loaded from now on may use them, as GPUs; there is no way to take them back. Needs a
-    build with GGML_RPC=ON. The engine ends the process where such a server goes away.
+    build with GGML_RPC=ON. The engine ends the process if such a server goes away.
 
     Args:
         endpoint: "host:port"; several with commas between them.

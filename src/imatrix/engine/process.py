@@ -45,7 +45,7 @@ __all__ = ["Engine", "Evaluator", "Model", "Session"]
 
 _log = logging.getLogger("imatrix.engine")
 
-_LOG = 64 * 1024  # of the worker's standard error that is kept, bytes
+_LOG = 64 * 1024  # of the child's standard error that is kept, bytes
 
 _ERRORS: dict[str, type[Exception]] = {
     "EngineError": EngineError,
@@ -62,7 +62,7 @@ Answer = tuple[dict[str, Any], list[NDArray[Any]]]
 
 
 class Engine:
-    """A worker process, started now.
+    """The engine's child process, started now.
 
     Raises:
         OSError: it cannot be started.
@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        """The worker's process id."""
+        """The child's process id."""
         return self._process.pid
 
     @property
@@ -132,7 +132,7 @@ class Engine:
             on_progress: called with what it tells meanwhile, in a thread of ours.
 
         Raises:
-            EngineDiedError: the worker is gone.
+            EngineDiedError: the child is gone.
             Exception: what it raised.
         """
         number = next(self._numbers)
@@ -158,7 +158,7 @@ class Engine:
         return next(self._numbers)
 
     def close(self) -> None:
-        """End the worker. Safe to call twice."""
+        """End the child. Safe to call twice."""
         with self._guard:
             if self._closing:
                 return
@@ -177,7 +177,7 @@ class Engine:
                 stream.close()
 
     def forget(self) -> None:
-        """In a fork: leave the worker to the process that started it."""
+        """In a fork: leave the child to the process that started it."""
         self._closing = True
         self._process.returncode = 0  # not our child: nothing to wait for
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
@@ -191,7 +191,7 @@ class Engine:
         stream = self._process.stdin
         assert stream is not None
         while (item := self._requests.get()) is not None:
-            # a worker that is gone is found by _listen, which answers for it
+            # a child that is gone is found by _listen, which answers for it
             with contextlib.suppress(OSError, ValueError):
                 frames.send(stream, *item)
             del item
@@ -241,7 +241,7 @@ class Engine:
         return EngineDiedError(str(self._died), cause=self._died.cause, log=self._died.log)
 
     def _read_log(self) -> None:
-        """Keep the end of what the worker writes to its standard error, and log it."""
+        """Keep the end of what the child writes to its standard error, and log it."""
         stream = self._process.stderr
         assert stream is not None
         with contextlib.suppress(OSError, ValueError):
@@ -256,7 +256,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _in_fork() -> None:
-    # or the worker would outlive the process that it works for, as long as this one holds the pipe
+    # or the child would outlive the process that it works for, as long as this one holds the pipe
     for engine in list(_engines):
         engine.forget()
 
@@ -264,7 +264,7 @@ def _in_fork() -> None:
 @atexit.register
 def _at_exit() -> None:
     # The runs end first, whichever of the two modules was imported first: a run saves its sums, which
-    # are in a worker. Then the workers: a thread that still reads from one would hold its stream's
+    # are in a child. Then the children: a thread that still reads from one would hold its stream's
     # lock while the interpreter takes the stream down, which is fatal.
     end_at_exit()
     for engine in list(_engines):
@@ -276,7 +276,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Model:
-    """imatrix.native.engine.Model in a worker."""
+    """imatrix.native.engine.Model in the child."""
 
     def __init__(self, engine: Engine, path: str, **options: Any) -> None:
         self.engine = engine
@@ -325,7 +325,7 @@ class Model:
 
 
 class Session:
-    """imatrix.native.engine.Session in a worker."""
+    """imatrix.native.engine.Session in the child."""
 
     def __init__(self, model: Model, head: Model | None = None) -> None:
         self.model = model
@@ -412,7 +412,7 @@ class Session:
 
 
 class Evaluator:
-    """imatrix.native.engine.Evaluator in a worker."""
+    """imatrix.native.engine.Evaluator in the child."""
 
     def __init__(
         self,
@@ -460,7 +460,7 @@ class Evaluator:
 
 
 def machine(engine: Engine) -> tuple[str, list[DeviceInfo]]:
-    """What the worker computes with: instruction sets and build, in the engine's words, and
+    """What the child computes with: instruction sets and build, in the engine's words, and
     its devices."""
     found, _ = engine.ask("devices")
     return found["features"], found["devices"]

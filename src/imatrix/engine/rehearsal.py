@@ -54,7 +54,7 @@ def rehearse(
 
     Args:
         model: the trunk's file.
-        mtp_model: the head's own file, None where the head is bundled or not wanted.
+        mtp_model: the head's own file, None if the head is bundled or not wanted.
         mtp: load the head too.
         settings: of the run's session; None to load and build no graphs. The batch is made larger
             if a chunk has to be decoded in one piece.

@@ -1,4 +1,4 @@
-"""TODO."""
+"""A figure, how sure it is, and the bootstrap over chunks that says so."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Estimate:
     Attributes:
         value: the figure itself.
         error: standard error, with every position taken as independent, as llama-perplexity has
-            it; for the accepted length the standard deviation of the bootstrap. NaN where there
+            it; for the accepted length the standard deviation of the bootstrap. NaN if there
             are too few positions.
         low, high: 95 % interval, from a bootstrap over chunks (percentiles of 1000 resamples, a
             fixed seed). Positions of a chunk hang together, so it is the one to trust. NaN with
@@ -44,8 +44,8 @@ class Difference(Estimate):
     """One evaluation's figure minus another's, and what can be said of it.
 
     Attributes:
-        verdict: "better" or "worse", for the first of the two, where the interval leaves out
-            zero; "no difference shown" where it does not; "too few chunks to tell" without one.
+        verdict: "better" or "worse", for the first of the two, if the interval leaves out
+            zero; "no difference shown" if it does not; "too few chunks to tell" without one.
     """
 
     verdict: str

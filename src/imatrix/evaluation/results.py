@@ -1,4 +1,4 @@
-"""TODO."""
+"""What evaluate() gives back: the predictions, the figures made of them, and comparisons."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Evaluation:
         trunk: the trunk's predictions.
         head: the first head's predictions, each slot fed with the text and the trunk's rows
             (teacher forcing); None without a head.
-        depth: how many tokens a draft has; fewer than asked for where a chain has fewer heads.
+        depth: how many tokens a draft has; fewer than asked for if a chain has fewer heads.
         known: int8 [n], how deep the draft that begins at a slot could be judged, see `draft`;
             0 to depth, empty without a head.
         accepted: int8 [n], how many of these tokens were accepted: known or known - 1. On text
@@ -136,7 +136,7 @@ class Evaluation:
     @property
     def draft(self) -> tuple[Estimate, ...]:
         """Draft agreement by depth: of the drafts whose tokens before were accepted, the share
-        whose next token the trunk accepts too. Empty without a head; shorter than `depth` where
+        whose next token the trunk accepts too. Empty without a head; shorter than `depth` if
         no draft could be judged that deep.
 
         Depth 1: the head's likeliest token equals the trunk's at the same position. Depth k feeds
@@ -343,7 +343,7 @@ class Comparison:
     """Differences of two evaluations of the same text: the one asked minus the one given.
 
     Paired: each difference is taken position by position, and the intervals resample the chunks
-    of both together. None where either has no such figure; those that need a reference, where it
+    of both together. None if either has no such figure; those that need a reference, if it
     was not the same one.
 
     Attributes:

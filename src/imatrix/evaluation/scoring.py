@@ -76,17 +76,17 @@ def evaluate(
         model: path of a GGUF model, or of the first part of a multi-part one.
         texts: as Collector.run takes them: sources, mixtures and chats too; rendered and tokenized
             by the model. Take other text than the calibration's.
-        mtp_model: the head's own file, where it is not in the model.
+        mtp_model: the head's own file, if it is not in the model.
         reference: the model to measure against, usually the one before quantization.
-        reference_mtp_model: its head's own file, where it is not in it.
-        mtp: score the head too (True), never (False), or where there is one (None).
+        reference_mtp_model: its head's own file, if it is not in it.
+        mtp: score the head too (True), never (False), or if there is one (None).
         depth: tokens the head drafts, 1 or more. A chain of heads drafts one each at most.
         n_ctx: tokens a chunk, 4 or more.
         n_batch: tokens a decode; None for n_ctx. Each context keeps the logits of the scored rows
-            of a batch: n_batch * n_vocab * 4 bytes at most, half of it where n_batch is n_ctx.
+            of a batch: n_batch * n_vocab * 4 bytes at most, half of it if n_batch is n_ctx.
         n_ubatch: tokens a graph; None for 512. A model whose tokens see those after them too
             (Collector.causal) needs each chunk in one decode and one graph: there both are n_ctx
-            where they are None, and must be no less where they are not.
+            if they are None, and must be no less if they are not.
         max_chunks, skip_chunks, parse_special, packing, chat: as in Collector.run. A chunk of
             2 tokens, which document packing can make, has no position to score.
         on_bad_record: as in Collector.run; records that are left out are a UserWarning.
@@ -107,7 +107,7 @@ def evaluate(
         TemplateError (a ValueError): a chat cannot be rendered.
         ValueError: a bad number, no tokens, mtp=True without a head, a source that cannot be
             understood, or a reference of another architecture or vocabulary, or without a head
-            where the model has one.
+            if the model has one.
         ImportError: a library that reads a source is not installed.
         NonFiniteError: NaN or infinite logits.
         EngineDiedError: with isolate=True, the process that ran the engine is gone.

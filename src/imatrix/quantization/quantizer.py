@@ -270,7 +270,7 @@ def _data(matrix: ImportanceMatrix) -> list[tuple[str, NDArray[np.float32]]]:
 def _metadata(
     matrix: ImportanceMatrix, source: str | os.PathLike[str] | None
 ) -> list[tuple[str, int | str]]:
-    """The keys that llama-quantize writes; no file name where the matrix came from memory."""
+    """The keys that llama-quantize writes; no file name if the matrix came from memory."""
     keys: list[tuple[str, int | str]] = []
     if source is not None:
         keys.append(("quantize.imatrix.file", cut(os.fspath(source), _MAX_TEXT)))

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Rendering a chat template, which is a program from a stranger, in a process of its own.
+
+`ChatTemplate` starts that process (imatrix.text.template_child), asks it, and ends it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class ChatTemplate:
 
     Templates come with models, from anybody. This one runs in a process of its own, in Jinja's
     immutable sandbox, and gets plain JSON values only. It is ended after 10 seconds, 16 Mi
-    characters of output, or 512 MiB of memory (where the system is Linux).
+    characters of output, or 512 MiB of memory (if the system is Linux).
 
     Args:
         text: the template.
@@ -288,7 +291,7 @@ def _in_fork() -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    # after the runs that render have ended (_native_thread registers later and so comes first)
+    # after the runs that render have ended (imatrix.engine.background registers later and so comes first)
     for template in list(_open):
         template.close()
 

@@ -9,7 +9,7 @@ a line comes in and goes out. First the template and its limits; then what each 
 
 A template is a program from a stranger. Here it gets Jinja's immutable sandbox, plain JSON values
 and nothing else; an end to its output, counted as it comes; and as much memory and time as the
-parent says, where the system can hold it to that (the parent has a clock of its own).
+parent says, if the system can hold it to that (the parent has a clock of its own).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def environment(now: datetime) -> ImmutableSandboxedEnvironment:
 
 
 def _limit_memory(n_bytes: int) -> None:
-    """Let the process take `n_bytes` more than it has, where the system counts that."""
+    """Let the process take `n_bytes` more than it has, if the system counts that."""
     try:
         import resource
 
