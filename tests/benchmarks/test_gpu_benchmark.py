@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs: on the CPU, with models of some millions of weights. No time is looked at."""
+"""benchmarks/gpu.py runs: on the CPU, with models of some millions of weights. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_on_the_cpu(tmp_path: Path) -> None:
         ("dense", 128),
         ("experts", 128),
     ]
-    # distinct activations of a layer: attention in and out, then the MLP's, the router's being
-    # gate's and up's, the shared expert's likewise
+    # distinct activations of a layer: attention's input and output, then those of the MLP; the
+    # router shares its input with gate and up, and so does the shared expert
     dense = kept["grids"][0]["variants"]
     # three recurrent layers (qkv, gate, beta and alpha share; out), one of attention (q, k and v;
     # out), and 2 for each MLP
@@ -36,7 +36,7 @@ def test_on_the_cpu(tmp_path: Path) -> None:
                 assert found["stops"] == 0
             if variant.startswith("imatrix"):
                 assert found["stops"] > 0
-                assert found["fetched_bytes"] == 0  # all is in the host's memory
+                assert found["fetched_bytes"] == 0  # everything is in the host's memory
     told = (tmp_path / "gpu.md").read_text()
     assert told.count("| llama-imatrix --no-ppl |") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]

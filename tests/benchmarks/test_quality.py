@@ -1,4 +1,4 @@
-"""benchmarks/quality.py: what it calls borrowed and flat, and a study of one type."""
+"""benchmarks/quality.py: which data it calls borrowed and flat, and a study of one type."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRUNK = {
     "blk.0.ffn_down.weight": (1, 2),
     "blk.1.attn_q.weight": (1, 4),
     "blk.1.ffn_up_exps.weight": (3, 4),
-    "blk.1.ffn_down_exps.weight": (2, 2),  # other experts than the head's
+    "blk.1.ffn_down_exps.weight": (2, 2),  # the trunk's experts differ from the head's
     "output.weight": (1, 4),
 }
 
@@ -64,7 +64,7 @@ def test_borrowed_data_are_the_last_trunk_blocks(matrix: ImportanceMatrix) -> No
     found = quality_cells.borrowed(matrix)
     assert found["blk.2.attn_q.weight"] == matrix["blk.1.attn_q.weight"]
     assert found["blk.2.ffn_up_exps.weight"] == matrix["blk.1.ffn_up_exps.weight"]
-    # no entry of that shape there
+    # no entry there has that shape
     assert found.importance("blk.2.nextn.eh_proj.weight").tolist() == [[1] * 8]
     assert found.importance("blk.2.ffn_down_exps.weight").tolist() == [[1, 1]] * 3
 
@@ -119,7 +119,7 @@ def test_a_study_of_one_type(model: Path, engine_tool: EngineTool, tmp_path: Pat
     made, references = quality_cells.run(study, wanted, folder, workers=1)
     quality_report.write(study, made, references, out)
 
-    # the engine's own programs and the public API come to the same figures
+    # the engine's own programs and the public API give the same figures
     with imatrix.Collector(model, n_threads=1) as collector:
         collector.run(TEXT[:20_000], mtp=True, max_chunks=3).save(tmp_path / "matrix.gguf")
     run_tool(
@@ -135,7 +135,8 @@ def test_a_study_of_one_type(model: Path, engine_tool: EngineTool, tmp_path: Pat
         for row in data["cells"]
         if row["part"] == "head"
     }
-    # collected data of two sizes and flat ones on both texts, borrowed ones on the first, and none
+    # collected data of two sizes and flat data on both texts, borrowed data on the first, and no
+    # data
     assert len(rows) == 4 + 2 + 1 + 1
     assert expected.head_nll is not None
     assert expected.head_kl is not None
@@ -157,7 +158,7 @@ def test_a_study_of_one_type(model: Path, engine_tool: EngineTool, tmp_path: Pat
     assert "| IQ2_XXS | 2.06 | none | refused |" in report
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
 
-    # a second time everything is there already
+    # the second time everything is there already
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
     again, _ = quality_cells.run(study, wanted, folder, workers=1)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")} == before

@@ -1,12 +1,14 @@
-"""Pages of `imatrix report` in a real browser. By hand: it needs Chromium, and playwright.
+"""Looks at pages of `imatrix report` in a real browser. It is run by hand and needs Chromium and
+playwright.
 
     pip install --group browser
     python tests/browser/check_report.py report.html ... [--pictures FOLDER]
 
-At each width, in light and in dark, with every part opened: does the page scroll sideways, does
-the console complain, does it ask the network for anything, is text too faint (WCAG 2.2, AA), can
-what scrolls be reached by keyboard, are targets for fingers large enough (24 CSS pixels), does
-each picture show. Then: does a heading sort, and is nothing missing without scripts and in print.
+At each width, in light and in dark, with every part opened, it asks: does the page scroll sideways,
+does the console complain, does the page ask the network for anything, is text too faint (WCAG 2.2,
+AA), can everything that scrolls be reached by keyboard, are targets large enough for fingers (24
+CSS pixels), does each picture show? Then: does a heading sort its column, and is nothing missing
+without scripts and in print?
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 WIDTHS = {360: 740, 390: 844, 768: 1024, 1280: 800}
 SCHEMES = ("light", "dark")
 
-# In the page: relative luminance and contrast as WCAG 2.2 defines them, of every element that has
-# text of its own, against the nearest background that is not transparent.
+# This runs in the page: relative luminance and contrast as WCAG 2.2 defines them, of every element
+# that has text of its own, against the nearest background that is not transparent.
 _FAINT = """() => {
   const rgba = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
   const luminance = ([r, g, b]) => {
@@ -80,7 +82,7 @@ _UNSEEN = """() => [...document.images].filter((i) => !i.complete || !i.naturalW
 
 
 def check(browser: Browser, path: Path, pictures: Path | None) -> list[str]:
-    """What is wrong with a page, a line each."""
+    """What is wrong with a page, one line for each fault."""
     wrong: list[str] = []
     for scheme in SCHEMES:
         for width, height in WIDTHS.items():
@@ -125,7 +127,7 @@ def _listen(page: Page, where: str, wrong: list[str]) -> None:
 
 
 def _sorting(browser: Browser, path: Path) -> list[str]:
-    """By a click on the last heading of each table: up, then down."""
+    """A click on the last heading of each table sorts upwards, a second one downwards."""
     page = browser.new_page()
     page.goto(path.resolve().as_uri())
     return page.evaluate(
@@ -153,7 +155,7 @@ def _sorting(browser: Browser, path: Path) -> list[str]:
 
 
 def _without_scripts(browser: Browser, path: Path) -> list[str]:
-    """The text without scripts, and whether it prints on paper without being cut."""
+    """The page has its text without scripts, and prints on paper without being cut."""
     texts = []
     for scripts in (True, False):
         context = browser.new_context(java_script_enabled=scripts)

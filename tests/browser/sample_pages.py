@@ -1,4 +1,4 @@
-"""Pages for check_report.py: usual ones, a large model's, and one of names that mean harm.
+"""Makes pages for check_report.py: usual ones, one of a large model, and one with hostile names.
 
 python tests/browser/sample_pages.py FOLDER
 """
@@ -18,7 +18,7 @@ MODEL = DATA / "tiny-glm4moe-mtp.gguf"
 
 
 def shipped(folder: Path) -> dict[str, str]:
-    """The package's model: all of it, beside another; its trunk; a .dat file."""
+    """The package's model: all of it, compared with another matrix; its trunk; a .dat file."""
     with Collector(MODEL) as collector:
         whole = collector.run(DATA / "calibration.txt", mtp=True)
         other = collector.run(DATA / "held-out-prose.txt", mtp=True, max_chunks=4)
@@ -50,7 +50,8 @@ def large() -> str:
 
 
 def hostile() -> str:
-    """Names of scripts, of the longest kind, and in letters that run from right to left."""
+    """Names that hold scripts, names of the greatest length, and letters that run from right to
+    left."""
     script = "<script>alert(1)</script>"
     rng = np.random.default_rng(1)
     names = [

@@ -1,4 +1,4 @@
-"""The `imatrix` command, in this process where that is enough, and against llama-imatrix."""
+"""The `imatrix` command, run in this process if that is enough, and compared with llama-imatrix."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same(ours: Path, reference: Path) -> None:
     assert (a.chunk_count, a.chunk_size, a.datasets) == (b.chunk_count, b.chunk_size, b.datasets)
     for name in a:
         assert a[name].counts.tolist() == b[name].counts.tolist(), name
-        # float32 sums there, one row after the other
+        # llama-imatrix adds float32 sums, one row after the other
         scale = b[name].sums.max()
         assert np.abs(a[name].sums - b[name].sums.reshape(a[name].sums.shape)).max() < 1e-5 * scale
 
@@ -72,7 +72,7 @@ def same(ours: Path, reference: Path) -> None:
 def test_the_same_flags_give_the_same_file_and_perplexity(
     flags: list[object], model: Path, text: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
-    # in a process of its own: a flag that upsets the engine must not end the tests
+    # in a process of its own, so that a flag that upsets the engine cannot end the tests
     special = tmp_path / "text.txt"
     special.write_text("<|begin|>" + text.read_text(encoding="utf-8"), encoding="utf-8")
     source = special if "--parse-special" in flags else text
@@ -126,7 +126,7 @@ def test_earlier_files_with_commas(
     assert set(found) == set(expected)
     for name in found:
         assert found[name].counts.tolist() == expected[name].counts.tolist(), name
-        np.testing.assert_allclose(  # theirs are rounded to float32 once more
+        np.testing.assert_allclose(  # llama-imatrix rounds once more to float32
             found[name].sums, expected[name].sums.reshape(found[name].sums.shape), rtol=3e-7
         )
 
@@ -214,8 +214,8 @@ def test_the_head_too(model: Path, text: Path, run: Run, tmp_path: Path) -> None
     assert f"wrote {out}\n41 weights: 29 trunk, 12 head (block 3); 5 chunks\n" in done.err
     assert re.search(r"320 tokens in [\d.]+ s, \d+ tokens/s\n$", done.err)
     assert "PPL" not in done.err
-    assert "warning" not in done.err  # the trunk's unused tensors, for one
-    # a batch and threads of the user's choice change nothing but the speed
+    assert "warning" not in done.err  # among others, the tensors that the trunk does not use
+    # if the user chooses a batch and threads, only the speed changes
     again = tmp_path / "again.gguf"
     run("collect", "-m", model, "-f", text, "-o", again, "-c", 64, "--mtp", "--chunks", 5,
         "-b", 32, "-t", 0, "--no-mmap", "--check-tensors")  # fmt: skip
@@ -247,7 +247,7 @@ def test_lines_of_progress(model: Path, text: Path, run: Run, tmp_path: Path) ->
 def test_a_bar_on_a_terminal(
     model: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")  # with this, rich takes the stream for a terminal
     common = ["-m", model, "-f", text, "-o", tmp_path / "out.gguf", *one_at_a_time()]
     done = run("collect", *common, "--chunks", 7)
     assert done.status == 0
@@ -267,7 +267,7 @@ def test_files_along_the_way(model: Path, text: Path, run: Run, tmp_path: Path) 
     run("collect", *common, "-o", tmp_path / "four.gguf", "--chunks", 4)
     four = ImportanceMatrix.load(tmp_path / "four.gguf")
     assert ImportanceMatrix.load(tmp_path / "out.gguf.at_4") == four
-    # counting goes on from earlier files
+    # counting continues from that of earlier files
     run("collect", *common, "-o", out, "--chunks", 2, "--save-frequency", 3, "--in-file", out)
     assert ImportanceMatrix.load(tmp_path / "out.gguf.at_6").chunk_count == 6
 
@@ -494,7 +494,7 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
     long.write_text(TEXT * 40, encoding="utf-8")
     out = tmp_path / "out.gguf"
-    # a save that takes its time
+    # saving takes its time
     script = """
         import sys, time
         from imatrix import cli, ImportanceMatrix
@@ -547,7 +547,7 @@ def test_the_engine_has_a_process_of_its_own(
         os.kill(int(children[0]), number)
         rest = process.stderr.read()
         assert process.wait(60) == 1
-    # in the chunk, or while its sums were fetched
+    # during the chunk, or while its sums were fetched
     found = re.search(
         r", (?:in|before) chunk (\d+)\. (\S+) holds (\d+) chunk\(s\) and is 0:00:\d\d old", rest
     )
@@ -558,7 +558,7 @@ def test_the_engine_has_a_process_of_its_own(
     assert found[2] == f"{out}.checkpoint"
     assert int(found[1]) >= int(found[3]) >= 3
     assert ImportanceMatrix.load(out).chunk_count == int(found[3])
-    # the same without it
+    # the same bytes if the engine has no process of its own
     done = spawn("collect", *common, "-f", text, "-o", whole, "--chunks", 2)
     assert (done.returncode, ImportanceMatrix.load(whole).chunk_count) == (0, 2)
     expected = whole.read_bytes()
@@ -571,7 +571,8 @@ def test_the_engine_has_a_process_of_its_own(
 def test_an_output_that_was_written_is_not_added_to_again(
     model: Path, text: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended between writing an output that is an input too and removing the checkpoint."""
+    """The run ended after it wrote an output that is also an input, and before it removed the
+    checkpoint."""
     out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
     checkpoint = tmp_path / "out.gguf.checkpoint"
     common = ["-m", model, "-f", text, *one_at_a_time(), "--chunks", 2, "-ofreq", 1]
@@ -588,7 +589,7 @@ def test_an_output_that_was_written_is_not_added_to_again(
     assert f"{out} is done: the run before this one was ended between" in done.err
     assert out.read_bytes() == whole.read_bytes()
     assert not checkpoint.exists()
-    # and the command after that adds, as it is told to
+    # the next command adds to it, as it is told to
     assert run("collect", *common).status == 0
     assert ImportanceMatrix.load(out).chunk_count == 6
 
@@ -623,7 +624,7 @@ def test_one_run_an_output(model: Path, text: Path, run: Run, tmp_path: Path) ->
             )
         assert not out.exists()
         assert run("collect", *common, "-o", tmp_path / "other.gguf").status == 0
-        # left by one that was killed: the lock goes with the process
+        # a killed run left it: its lock goes with the process
         holder.kill()
     assert (tmp_path / "out.gguf.lock").exists()
     (tmp_path / ".out.gguf.0123456789abcdef.tmp").write_bytes(b"half")
@@ -811,7 +812,7 @@ def test_flags_that_will_not_do(
 
 
 def test_flags_that_llama_imatrix_takes(model: Path, text: Path, run: Run, tmp_path: Path) -> None:
-    """Long and short names, and values that stand for "all"."""
+    """Long and short names, and the values that mean "all"."""
     start = ["collect", "--model", model, "--file", text, "--ctx-size", 64, "--batch-size", 64]
     more = ["--ubatch-size", 64, "--threads", -1, "--chunks", 1, "--output-format", "gguf", "--ppl"]
     out = tmp_path / "out.gguf"
@@ -982,7 +983,7 @@ def test_quantize(model: Path, head_matrix: Path, run: Run, tmp_path: Path) -> N
     flags = ["--pure", "--leave-output-tensor", "--allow-requantize"]
     assert run("quantize", target, again, "Q4_0", *flags).status == 0
     types = {t.name: t.tensor_type.name for t in GGUFReader(again).tensors}
-    assert types["output.weight"] == "Q5_K"  # left as it was
+    assert types["output.weight"] == "Q5_K"  # the file is as it was
     assert types["blk.3.attn_q.weight"] == "Q4_0"
 
 
@@ -1071,7 +1072,7 @@ def test_as_a_module_and_as_a_script(head_matrix: Path) -> None:
 def test_without_the_native_part(
     head_matrix: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A matrix can be shown and combined; the rest says what is missing."""
+    """A matrix can be shown and combined without it; the other commands say what is missing."""
 
     def missing(name: str) -> Any:
         raise ImportError(f"imatrix.{name} needs the native part, which is not built here.")

@@ -1,4 +1,4 @@
-"""`imatrix completion`: the shells take the scripts, and bash completes with its own."""
+"""`imatrix completion`: the shells accept the scripts, and bash completes with its script."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def made(shell: str, capfd: pytest.CaptureFixture[str]) -> str:
     return capfd.readouterr().out
 
 
-# bash is wherever these tests run
+# bash is installed wherever these tests run
 @pytest.mark.parametrize(
     "shell", [shell for shell in SHELLS if shell == "bash" or shutil.which(shell)]
 )
@@ -36,8 +36,8 @@ def test_the_shell_takes_it(shell: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# What readline does: the function that `complete` names, with the words so far; the last one is
-# the one that is completed.
+# This does what readline does: it calls the function that `complete` names with the words so far;
+# the last word is the one to complete.
 ASK = """
 source "$1"; shift
 set -- "$@"
@@ -82,7 +82,7 @@ def test_bash_completes(
     assert complete("ch") == {name for name in commands if name.startswith("ch")}
     assert complete("collect", "--mt") == options(commands["collect"], "--mt")
     assert complete("collect", "--packing", "") == {"stream", "document"}
-    # files, wherever one is given
+    # files, wherever an argument is a file
     models = {"model F16.gguf", "model.gguf", "models"}
     for words in (
         ["collect", "-m"], ["collect", "-f"], ["collect", "--in-file"], ["check"],
@@ -90,8 +90,8 @@ def test_bash_completes(
     ):  # fmt: skip
         assert complete(*words, "mod") == models, words
     assert complete("demo", "--dir", "") == {"models"}
-    assert complete("collect", "-p", "mod") == set()  # words of a person
-    # types: each is one of those that llama-quantize lists
+    assert complete("collect", "-p", "mod") == set()  # free text, which cannot be completed
+    # types: each is one that llama-quantize lists
     theirs = run_tool(engine_tool("llama-quantize"), "--help", ok=False)
     for words in (["check", "model.gguf", "--type"], ["quantize", "a", "b"]):
         types = complete(*words, "IQ")
@@ -101,7 +101,7 @@ def test_bash_completes(
 
 
 def test_every_file_argument_is_found() -> None:
-    """What takes plain text is a file, or is known to be something else."""
+    """An argument that takes plain text is a file, or is known to be something else."""
     from imatrix.cli.commands.completion import NO_FILES
 
     def dests(parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -112,7 +112,7 @@ def test_every_file_argument_is_found() -> None:
             else:
                 yield action.dest
 
-    assert set(dests(build_parser())) >= NO_FILES  # no name there is out of date
+    assert set(dests(build_parser())) >= NO_FILES  # no name in that list is out of date
 
 
 def test_without_the_library(

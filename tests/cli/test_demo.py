@@ -1,4 +1,4 @@
-"""`imatrix demo` does what it tells, and the README shows what it tells."""
+"""`imatrix demo` does what it says, and the README shows what it says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = [
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few chunks say as much as all of them."""
+    """A few chunks show as much as all of them."""
     monkeypatch.setattr(command, "_CALIBRATION_CHUNKS", 4)
     monkeypatch.setattr(command, "_HELD_OUT_CHUNKS", 3)
 
@@ -37,8 +37,8 @@ def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def normalized(text: str) -> str:
-    """Without what may change from run to run and with the width of a terminal: numbers, lines
-    and spaces, rules, and whether a difference is one."""
+    """Without whatever may change between runs and with the width of a terminal: numbers, lines and
+    spaces, rules, and whether a difference is one."""
     text = re.sub(r"collected is better|flat is better|no difference shown", "~", text)
     text = re.sub(r"[+-]?\d+(\.\d+)?%?", "#", text)
     return " ".join(text.replace("─", " ").split())
@@ -55,7 +55,7 @@ def test_the_story_the_files_and_the_readme(
     assert "error" not in err
     assert f"The files are in {folder}" in " ".join(out.split())
 
-    # every part of the README's block is told, in this order
+    # the output has every part of the README's block, in this order
     block = re.search(
         r"^## `make demo`$.*?^```text\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
     )
@@ -65,14 +65,14 @@ def test_the_story_the_files_and_the_readme(
         _, found, told = told.partition(normalized(part))
         assert found, f"{part}\nis not in, or not after what the README has before it:\n{out}"
 
-    # the files are what they are called
+    # each file is of the kind that its name says
     assert sorted(path.name for path in folder.iterdir()) == FILES
     whole = ImportanceMatrix.load(folder / "with-head.gguf")
     head = max(whole.head_blocks)
     assert not ImportanceMatrix.load(folder / "trunk-only.gguf").head
     assert dict(ImportanceMatrix.load(folder / "trunk-only.gguf")) == dict(whole.trunk)
 
-    # the engine's own program makes the same tensors of it, and refuses for the same reason
+    # the engine's own program makes the same tensors from it, and refuses for the same reason
     def quantized(matrix: Path, ok: bool) -> str:
         return run_tool(
             engine_tool("llama-quantize"), "--imatrix", matrix,
@@ -97,7 +97,7 @@ def test_the_story_the_files_and_the_readme(
         out.split()
     )
 
-    # and the figures are those of the files
+    # and the figures are those in the files
     for name in ("flat", "collected"):
         found = imatrix.evaluate(
             folder / f"head-IQ2_XXS-{name}.gguf",

@@ -1,4 +1,5 @@
-"""What comes from a file never acts on the terminal: no command, no error, no progress bar."""
+"""Text from a file never acts on the terminal: no command, no error message, no progress bar lets
+it."""
 
 from __future__ import annotations
 
@@ -30,17 +31,18 @@ from imatrix.entries import Entry, LeftOut, Provenance, TextSource
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.words import printable
 
-# A title, colours (of C0 and of C1), a cleared screen, a turned direction, what would go up a line
-# or write over it, Rich's markup and emoji, and a forged message in a line of its own.
+# A title, colours (of C0 and of C1), a cleared screen, a changed direction of writing, codes that
+# go up a line or write over it, Rich's markup and emoji, and a forged message on a line of its own.
 EVIL = (
     "\x1b]0;owned\x07\x1b[38;5;201m\x9b38;5;201m\x1b[2J\u202e\u2066\x1b[3A\r\x08\x7f\u2028"
     "[bold red]:skull:[blink]\nerror: forged"
 )
 SHOWN = r"\x1b]0;owned\x07\x1b[38;5;201m\x9b38;5;201m\x1b[2J\u202e\u2066\x1b[3A\r\x08\x7f\u2028"
 SHOWN += r"[bold red]:skull:[blink]\nerror: forged"
-MARKUP = EVIL + "[/bold]"  # ends what was never begun, which Rich refuses; no name of a file
+MARKUP = EVIL + "[/bold]"  # ends what never began, which Rich refuses; no file can have this name
 
-# What Rich itself writes to a terminal: styles, the cursor hidden and shown, a line up, a line gone.
+# What Rich itself writes to a terminal: styles, a hidden and a shown cursor, a line up, a deleted
+# line.
 _RICH = re.compile(r"\x1b\[(?:[0-9;]*m|\?25[lh]|1A|2K)|\r")
 
 
@@ -54,7 +56,7 @@ def acting(text: str) -> set[str]:
 
 
 def test_the_characters() -> None:
-    """All that Unicode holds for controls, formats, halves of pairs, and ends of lines; by the
+    """All characters that Unicode calls controls, formats, surrogates and line ends, by the
     database of this Python."""
     for code in range(0x110000):
         each = chr(code)
@@ -62,11 +64,11 @@ def test_the_characters() -> None:
         if bad:
             assert not acting(printable(each)), hex(code)
             assert printable(each).isascii()
-        elif unicodedata.category(each) != "Cn":  # a later Unicode may make a format of it
+        elif unicodedata.category(each) != "Cn":  # a later Unicode may call it a format
             assert printable(each) == each, hex(code)
     assert printable(EVIL) == SHOWN
     assert printable("a\nb\tc", "\n\t") == "a\nb\tc"
-    # as bytes where they stand for bytes, and in full elsewhere
+    # as bytes if they stand for bytes, and in full otherwise
     assert printable(b"caf\xe9.txt".decode("utf-8", "surrogateescape")) == r"caf\xe9.txt"
     assert printable("\ud83d\U000e0041") == r"\ud83d\U000e0041"
     for text in ("Zürich 東京\u3000", "\u05e2\u05d1\u05e8\u05d9\u05ea\u00a0", "C:\\new"):
@@ -75,7 +77,7 @@ def test_the_characters() -> None:
 
 @dataclass(frozen=True)
 class Tried:
-    """A command line, its status, and whether hostile text is to be seen in what it says."""
+    """A command line, its status, and whether its messages contain the hostile text."""
 
     argv: tuple[str, ...]
     status: int
@@ -86,7 +88,7 @@ class Tried:
         return " ".join(self.argv)
 
 
-# FILE: matrix.gguf and so on, by a name that is hostile itself
+# FILE: matrix.gguf and so on, in files whose names are hostile too
 TRIED = [
     Tried(("show", "matrix"), 0),
     Tried(("show", "matrix", "--all"), 0),
@@ -206,7 +208,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     matrix.save(folder / f"matrix{EVIL}.gguf")
     plain = {"blk.0.attn_q.weight": matrix["blk.0.attn_q.weight"]}
     ImportanceMatrix(plain).save(folder / f"other{EVIL}.gguf")
-    # of the old format a file is known by the name that it begins with
+    # a file in the old format is recognized by the name that it begins with
     old = ImportanceMatrix(
         {**plain, "blk.1." + EVIL[:20]: matrix["blk.0." + EVIL[:20]]}, datasets=[EVIL]
     )
@@ -227,7 +229,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 
 
 def named(scene: Path, folder: Path, word: str) -> str:
-    """A word of a command line; one that is a file's beginning is its path."""
+    """A word of a command line; a word that is the beginning of a file name becomes its path."""
     stem, _, ending = word.partition(".")
     if stem == "new":
         return str(folder / f"new{EVIL}.{ending or 'gguf'}")
@@ -249,7 +251,7 @@ def test_nothing_acts_on_the_terminal(tried: Tried, scene: Path, folder: Path, r
     done = run(*(named(scene, folder, word) for word in tried.argv))
     assert done.status == tried.status, done.err
     assert not acting(done.out + done.err)
-    assert "\U0001f480" not in done.out + done.err  # the emoji of the code
+    assert "\U0001f480" not in done.out + done.err  # the emoji that the code stands for
     lines = (done.out + done.err).splitlines()
     assert not any(line.startswith("error: forged") for line in lines)
     if tried.seen:
@@ -261,8 +263,8 @@ def test_nothing_acts_on_the_terminal(tried: Tried, scene: Path, folder: Path, r
 def test_nothing_acts_on_a_real_terminal(
     tried: Tried, scene: Path, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Rich draws bars and colours, only its own codes come."""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal then
+    """Rich draws bars and colours here; the output has its own codes and no others."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # with this, rich takes the stream for a terminal
     monkeypatch.setenv("COLUMNS", "300")
     done = run(*(named(scene, folder, word) for word in tried.argv))
     said = done.out + done.err
@@ -277,7 +279,7 @@ def test_every_command_is_tried() -> None:
     assert parser._subparsers is not None
     (action,) = parser._subparsers._group_actions
     assert action.choices is not None
-    # demo reads the package's own files, completion none
+    # demo reads the package's own files, completion reads none
     assert set(action.choices) - {"demo", "completion"} == commands - {EVIL}
 
 
@@ -325,7 +327,7 @@ def test_logs_warnings_bars_and_tracebacks(
 ) -> None:
     terminal, captured = terminals
     root = logging.getLogger()
-    handlers, root.handlers = root.handlers, []  # as in a program of its own
+    handlers, root.handlers = root.handlers, []  # as a program of its own would do
     try:
         with show_logs(terminal):
             logging.getLogger("imatrix.engine").info("%s", MARKUP)
@@ -372,7 +374,7 @@ def test_the_traceback_of_an_error(scene: Path, capfd: pytest.CaptureFixture[str
 def test_a_defect_of_ours(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What Python would print itself."""
+    """Python would print these itself."""
 
     def broken() -> int:
         raise KeyError(0, MARKUP.splitlines()[0], type("X", (), {"__repr__": lambda _: EVIL})())

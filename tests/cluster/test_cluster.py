@@ -1,4 +1,5 @@
-"""A text over several processes of a Dask cluster: the same file whatever becomes of them."""
+"""A text spread over the processes of a Dask cluster gives the same file whatever happens to
+them."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def headed(forged: Forged) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Any]:
-    """The client of two workers, which stay."""
+    """The client of two workers, which stay alive."""
     with Cluster("local:2") as two:
         yield two.client
 
@@ -73,7 +74,7 @@ def collector(spec: ModelSpec | Path, **options: Any) -> Collector:
 
 
 def by_hand(made: Collector, chunks: list[list[int]], **options: Any) -> dict[str, Any]:
-    """Each block in a run of its own on one machine, added in their order by NumPy."""
+    """Each block is a run of its own on one machine, and NumPy adds the blocks in their order."""
     added: dict[str, Any] = {}
     for first in range(0, len(chunks), BLOCK):
         for name, entry in made.run(chunks[first : first + BLOCK], **options).items():
@@ -93,8 +94,8 @@ def assert_within_rounding(a: ImportanceMatrix, b: ImportanceMatrix, n_chunks: i
     assert set(a) == set(b)
     for name, entry in a.items():
         assert np.array_equal(entry.counts, b[name].counts), name
-        # n - 1 additions of numbers of one sign, each off by 2^-53 of its result at most, on
-        # either side, in whatever order
+        # n - 1 additions of numbers of one sign, in whatever order: on each side every addition is
+        # off by at most 2^-53 of its result
         assert np.allclose(entry.sums, b[name].sums, rtol=2 * n_chunks * 2**-53, atol=0), name
 
 
@@ -110,10 +111,11 @@ def test_however_many_workers(headed: ModelSpec, tmp_path: Path, n: int) -> None
         whole = here.run(chunks, **options)
         perplexity, report = here.perplexity, here.report
     reports: list[Progress] = []
-    # the cores divided among the workers: another number of threads each time, as by default
+    # the cores are divided among the workers, so that each has another number of threads, as by
+    # default
     with Cluster(f"local:{n}", block=BLOCK) as some, collector(headed, n_threads=None) as made:
         matrix = made.run(iter(chunks), cluster=some, progress=reports.append, **options)
-        assert made.perplexity == perplexity  # scores are added by chunk
+        assert made.perplexity == perplexity  # scores are added chunk by chunk
         assert made.report == report
         assert made.counters == {}
         assert some.use.blocks == 4
@@ -144,20 +146,21 @@ def test_a_worker_that_is_killed(headed: ModelSpec, cluster: Cluster, tmp_path: 
 def test_parts_that_workers_add(
     headed: ModelSpec, workers: Any, cluster: Cluster, tmp_path: Path
 ) -> None:
-    """Neighbours first, (0 + 1) + (2 + 3), whoever has them, one worker killed; scores, a NaN and
-    what goes on from a checkpoint are as they are with whole blocks."""
+    """Neighbours are added first, (0 + 1) + (2 + 3), on whichever worker has them, while one worker
+    is killed. Scores, a skipped NaN and a run that continues from a checkpoint give what whole
+    blocks give."""
     path = poisoned(headed, tmp_path, "token_embd.weight", 77, 41)
     chunks = [[token if token != 77 else 78 for token in one] for one in token_chunks(headed, 13)]
     chunks[9][20] = 77
     options: dict[str, Any] = {"mtp": True, "perplexity": True, "on_nonfinite": "skip"}
 
     with warnings.catch_warnings(), collector(path) as made:
-        warnings.simplefilter("ignore", UserWarning)  # what is left out is told
+        warnings.simplefilter("ignore", UserWarning)  # a warning says what is left out
         parts = [made.run(chunks[at : at + 2], **options) for at in range(0, 13, 2)]
         expected = {}
         for name in parts[0]:
             a, b, c, d, e, f, g = (part[name].sums for part in parts)
-            # the first block is 8 chunks, the second one the other 5
+            # the first block has 8 chunks, the second one the other 5
             expected[name] = (
                 ((a + b) + (c + d)) + ((e + f) + g),
                 sum(part[name].counts for part in parts),
@@ -179,7 +182,7 @@ def test_parts_that_workers_add(
         with Cluster(workers, block=8, part=4) as other:
             with pytest.raises(imatrix.CheckpointError, match="part is 2 there and 4 here"):
                 made.run(chunks, cluster=other, checkpoint=checkpoint, **options)
-            workers.wait_for_workers(2)  # the one in place of the killed one too
+            workers.wait_for_workers(2)  # the replacement of the killed worker among them
             workers.run(hooks.engine_dies, chunks[5], None)
             with pytest.raises(ClusterError, match=r"chunks 0 to 7, the last time in chunk 5: SIG"):
                 made.run(chunks, cluster=other, **options)
@@ -195,7 +198,7 @@ def test_an_engine_that_ends_once(headed: ModelSpec, cluster: Cluster, tmp_path:
         cluster.client.run(hooks.engine_dies, chunks[4], str(tmp_path / "died"))
         assert_is(made.run(chunks, cluster=cluster), expected)
     assert (tmp_path / "died").exists()
-    # not the worker
+    # the worker itself does not end
     assert set(cluster.client.run(os.getpid).values()) == before
 
 
@@ -234,7 +237,7 @@ def test_going_on_with_other_workers(headed: ModelSpec, cluster: Cluster, tmp_pa
     with Cluster("local:1", block=BLOCK) as one, collector(headed) as made:
         assert saved(made.run(iter(chunks), cluster=one, **options), tmp_path) == expected
         assert made.perplexity == perplexity
-        # one that is done gives its matrix again
+        # a run that is done gives its matrix again
         assert saved(made.run(iter(chunks), cluster=one, **options), tmp_path) == expected
     with Cluster(cluster.client, block=2) as other, collector(headed) as made:
         with pytest.raises(imatrix.CheckpointError, match="block is 3 there and 2 here"):
@@ -265,7 +268,8 @@ if __name__ == "__main__":
 def test_where_it_was_started_it_is_ended(
     headed: ModelSpec, prose_file: Path, tmp_path: Path
 ) -> None:
-    """By Ctrl-C and by SIGKILL; the same again goes on, and the workers did not stay."""
+    """The run ends by Ctrl-C or by SIGKILL; the same command continues it, and no worker stayed
+    behind."""
     script = tmp_path / "run.py"
     script.write_text(RUN, encoding="utf-8")
 
@@ -289,7 +293,7 @@ def test_where_it_was_started_it_is_ended(
         assert len(pids) >= 4
         until_gone(pids)
         assert not (tmp_path / out).exists()
-        # saved at once where it could be, or every 3 chunks
+        # saved at once if possible, or every 3 chunks
         assert file.read(tmp_path / f"{out}.checkpoint").done == 6
         done = run("local:2", out, 0)
         assert done.returncode == 0, done.stderr
@@ -302,7 +306,8 @@ def test_where_it_was_started_it_is_ended(
 def test_documents_and_experts(
     forged: Forged, headed: ModelSpec, prose: str, cluster: Cluster
 ) -> None:
-    """Cut as on one machine, and ended by the experts where a block ends."""
+    """The text is cut as on one machine, and the run stops at the end of a block if the experts
+    have enough."""
     documents = [part + "." for part in prose[:4000].split(".\n")]
     options: dict[str, Any] = {"packing": "document", "mtp": True}
     with collector(headed) as made:
@@ -311,7 +316,7 @@ def test_documents_and_experts(
         assert_within_rounding(found, whole, whole.chunk_count)
         assert found.provenance == whole.provenance
         assert found.chunk_count > 2 * BLOCK
-        # rows after each block on one machine, until all experts have enough of them
+        # rows after each block on one machine, until all experts have enough
         chunks = token_chunks(headed, 30)
         enough = next(
             n
@@ -332,7 +337,7 @@ def test_documents_and_experts(
 def test_chunks_side_by_side_at_another_path(
     headed: ModelSpec, workers: Any, tmp_path: Path
 ) -> None:
-    """The model has another path on the workers, and what is in their environment counts."""
+    """The workers find the model at another path, and their environment counts."""
     chunks = token_chunks(headed, 8)
     (tmp_path / "there.gguf").write_bytes(headed.path.read_bytes())
     workers.run(hooks.set_variable, "IMATRIX_TEST_MODELS", str(tmp_path))
@@ -349,7 +354,8 @@ def test_chunks_side_by_side_at_another_path(
 
 
 def test_a_head_of_its_own_kind_in_a_file_of_its_own(workers: Any, tmp_path: Path) -> None:
-    """gemma4-assistant: names that say whose they are, and another path for both files."""
+    """gemma4-assistant: its names say whose they are, and both files have another path on the
+    workers."""
     trunk = make_any(tmp_path / "gemma4.gguf", "gemma4", n_nextn=0, seed=1, n_embd=512).path
     head = make_any(tmp_path / "head.gguf", "gemma4-assistant", n_nextn=2, seed=2).path
     (tmp_path / "there").mkdir()
@@ -377,7 +383,7 @@ def test_a_nan(headed: ModelSpec, cluster: Cluster, tmp_path: Path) -> None:
     chunks[4][20] = 77
     checkpoint = tmp_path / "checkpoint"
     with collector(path) as made, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # what is left out is told
+        warnings.simplefilter("ignore", UserWarning)  # a warning says what is left out
         whole = made.run(chunks, mtp=True, on_nonfinite="skip")
         with pytest.raises(
             NonFiniteError, match=r"in chunk 4 .*Its block was discarded; the 3 "
@@ -508,8 +514,9 @@ else:
 def test_jobs_of_a_queue(
     headed: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """dask-jobqueue and a queue that starts each job at once: one worker a job, whatever the
-    configuration says of its cores (the last --nthreads counts), and all end with the run."""
+    """dask-jobqueue with a queue that starts each job at once: each job runs one worker, whatever
+    the configuration says about its cores (the last --nthreads counts), and all jobs end with the
+    run."""
     config = {
         "jobqueue.slurm.cores": 16,
         "jobqueue.slurm.memory": "1GB",
@@ -539,7 +546,7 @@ def test_jobs_of_a_queue(
 
 
 def test_ctrl_c_stays_what_it_was() -> None:
-    """dask_jobqueue takes SIGINT when it is imported, and can do so in the main thread only."""
+    """dask_jobqueue takes over SIGINT when it is imported, which only the main thread can do."""
     code = """
 import signal, threading
 from imatrix import Cluster
@@ -569,7 +576,7 @@ def until_gone(pids: Iterable[int]) -> None:
     pytest.fail("a worker stayed")
 
 
-# --- alone ---------------------------------------------------------------------------------------
+# --- without workers -----------------------------------------------------------------------------
 
 
 def test_blocks_that_share_otherwise() -> None:
@@ -592,7 +599,7 @@ def test_blocks_that_share_otherwise() -> None:
         parts = [data for names, *data in itertools.chain(*blocks) if name in names]
         for kind in range(3):
             assert np.array_equal(found[name][kind], sum(data[kind] for data in parts)), name
-    # all of a block or nothing
+    # a block has all of them or none
     with pytest.raises(ClusterError, match=r"o: a worker sent sums \(3, 4\)"):
         sums.add([group("q"), (["o"], np.ones((3, 4)), np.array([3]), np.ones((3, 4)))])
     with pytest.raises(ClusterError, match=r"o: a worker sent .* and no signed sums, the blocks"):
@@ -617,7 +624,7 @@ def test_errors_are_pickled(error: Exception) -> None:
 
 
 def test_progress_within_blocks(headed: ModelSpec, workers: Any) -> None:
-    """What workers have collected before a block is done."""
+    """What the workers have collected before a block is done."""
     reports: list[Progress] = []
     workers.run(hooks.slow, 0.25)
     with Cluster(workers, block=12) as some, collector(headed) as made:
@@ -630,7 +637,7 @@ def test_progress_within_blocks(headed: ModelSpec, workers: Any) -> None:
 
 
 def test_nothing_stays_loaded(headed: ModelSpec, workers: Any) -> None:
-    """Workers that stay let go of the model, though a block is on its way."""
+    """Workers that stay alive let go of the model even if a block is still on its way."""
     chunks = token_chunks(headed, 40)
     with Cluster(workers, block=2) as some, collector(headed) as made:
         workers.run(hooks.slow, 0.2)

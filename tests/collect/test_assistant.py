@@ -1,4 +1,4 @@
-"""gemma4 with gemma4-assistant: a head of another architecture that reads its trunk's memory."""
+"""gemma4 with gemma4-assistant: a head of another architecture, which reads its trunk's memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
     ),
 ]
 
-WIDTH = 512  # of the trunk; the forge makes an assistant for it
+WIDTH = 512  # the trunk's architecture; the forge makes an assistant for it
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_weight_of_the_assistant_gets_every_slot_but_the_first(
     names = {f"blk.{il}.{kind}.weight" for il in (0, 1) for kind in kinds}
     names |= {"nextn.pre_projection.weight", "nextn.post_projection.weight"}
     assert set(head) == names
-    # the engine never drafts at slot 0: there is nothing in the trunk's memory to read yet
+    # the engine never drafts at slot 0: the trunk's memory holds nothing to read yet
     assert {name: entry.counts.tolist() for name, entry in head.items()} == {
         key: [159] for key in names
     }
@@ -79,7 +79,7 @@ def test_the_tokens_half_of_its_input_is_the_trunks_scaled_embedding(
         collector.run([tokens], mtp=True)
         head = collector.mtp_matrix
     assert head is not None
-    # slot p takes token p: all of them but the first (src/models/gemma4-assistant.cpp)
+    # slot p takes token p, so every token but the first (src/models/gemma4-assistant.cpp)
     expected = (WIDTH * embedding[tokens[1:]] ** 2).sum(axis=0)
     got = head["nextn.pre_projection.weight"].sums[0, :WIDTH]
     # float32 sums over at most 64 rows
@@ -87,8 +87,8 @@ def test_the_tokens_half_of_its_input_is_the_trunks_scaled_embedding(
 
 
 def test_a_slot_sees_the_trunk_before_it_and_not_at_it(trunk: Path, assistant: Path) -> None:
-    """With two tokens slot 1 has one cell to read, that of slot 0: what it attends to cannot
-    depend on its own token. Were its own cell visible too, it would."""
+    """With two tokens slot 1 has one cell to read, that of slot 0, so that its attention cannot
+    depend on its own token. If its own cell were visible too, it would depend on it."""
 
     def attended(second: int) -> np.ndarray:
         with Collector(trunk, mtp_model=assistant, n_ctx=2) as collector:

@@ -1,4 +1,5 @@
-"""Runs over sources of text: packed by documents, resumed, and until the experts have enough."""
+"""Runs over sources of text: packed by documents, resumed, and run until the experts have
+enough."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def pieces_of(spec: ModelSpec, texts: list[str], n_ctx: int) -> list[list[int]]:
 
 
 def test_documents_do_not_see_one_another(forged: Forged, prose: str) -> None:
-    """Trunk and head against NumPy, each piece run from position 0 with zeros for a state."""
+    """Trunk and head compared with NumPy, which runs each piece from position 0 with a state of
+    zeros."""
     spec = forged("qwen35", seed=2, n_nextn=1)
     texts = [prose[:700], prose[700:760], prose[760:1400]]
     pieces = pieces_of(spec, texts, 128)
@@ -80,8 +82,8 @@ def test_the_sums_are_those_of_each_piece_by_itself(
             # the same additions in the same order
             np.testing.assert_array_equal(together[name].sums, merged[name].sums)
         else:
-            # side by side the engine multiplies other shapes, and below 64 rows its attention adds
-            # in float16 either way (ops.cpp)
+            # with chunks side by side the engine multiplies other shapes, and with fewer than 64
+            # rows its attention adds in float16 either way (ops.cpp)
             scale = merged[name].sums.max()
             np.testing.assert_allclose(together[name].sums, merged[name].sums, atol=1e-3 * scale)
 
@@ -90,7 +92,7 @@ def test_the_sums_are_those_of_each_piece_by_itself(
 
 
 def mixed(folder: Path, prose: str) -> list[Source]:
-    """Three sources: JSON lines with chats, gzip, and a folder."""
+    """Three sources: JSON lines with chats, a gzip file, and a folder."""
     words = prose.split(" ")
     chats = [
         {"messages": [{"role": "user", "content": " ".join(words[i : i + 9])}]}
@@ -128,7 +130,7 @@ def test_report_and_file(experts: ModelSpec, prose: str, tmp_path: Path) -> None
     assert [source.weight for source in found.sources] == [0.5, 0.3, 0.2]
     assert (found.tokens, found.packing, found.seed) == (40 * N_CTX, "stream", 5)
     assert found.dataset_digest == report.digest
-    # to its end: what is left of each stream is dropped, and the source that ended it is named
+    # the text ends: the rest of each stream is dropped, and the source that ended it is named
     with collector(experts) as made:
         made.run(Mixture(sources[2:], seed=5))
         (books,) = made.report.sources
@@ -140,7 +142,7 @@ def test_report_and_file(experts: ModelSpec, prose: str, tmp_path: Path) -> None
         made.run(Mixture(sources, seed=5), chat=TEMPLATE)
         assert made.report.ended == "text"
         assert made.report.ended_by in names
-    # two of them together: by source
+    # two matrices together: their sources are added one by one
     both = matrix + matrix
     assert both.provenance is not None
     assert both.provenance.tokens == 80 * N_CTX
@@ -172,7 +174,7 @@ def test_a_resumed_run_over_mixed_sources(
         with collector(experts) as made:
             assert saved(made.run(texts(), checkpoint=path, **options), tmp_path) == whole
             assert made.report == report
-    # another order, other shares, another cut or other words are another run
+    # other order, shares, cuts or words make it another run
     path = tmp_path / "6.checkpoint"
     others: list[tuple[Mixture, dict[str, Any], str]] = [
         (Mixture(sources, seed=2), {}, "seed is 1 there and 2 here"),
@@ -218,7 +220,7 @@ def test_until_every_expert_has_enough(
         if mtp:  # the head's experts count too
             blocks = {name.split(".")[1] for name, entry in matrix.items() if entry.n_counts > 1}
             assert str(experts.hparams.n_layer) in blocks
-        # the same bytes again, and after an interruption, at the end too
+        # the same bytes again, also after an interruption, and also at the end
         expected_bytes = saved(matrix, tmp_path)
         options: dict[str, Any] = {"mtp": mtp, "min_expert_rows": wanted}
         assert saved(made.run(prose, **options), tmp_path) == expected_bytes
@@ -243,7 +245,8 @@ def test_too_little_text_for_the_experts(experts: ModelSpec, prose: str) -> None
     least = rows(matrix)
     assert found.thinnest[2] == least
     assert found.n_reached == 0
-    # in proportion: every expert needs 10^6 rows, the thinnest has `least` of 160 tokens
+    # the estimate is proportional: every expert needs 10^6 rows, the thinnest has `least` of 160
+    # tokens
     assert found.tokens_needed(160) == -(-160 * 10**6 // least)
     assert f"about {found.tokens_needed(160)} tokens of such text would do" in report.lines()[-1]
     name, expert, _ = found.thinnest
@@ -325,12 +328,12 @@ def test_the_command(
     assert f"of up to 64 tokens, no document beside another; {tokens} tokens\n" in shown
     assert re.search(r"text +\S+(chat\.jsonl|web\.txt\.gz) 5\d\.\d%, \S+ 4\d\.\d%\n", shown)
     with monkeypatch.context() as patch:
-        patch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal then
+        patch.setenv("FORCE_COLOR", "1")  # with this, rich takes the stream for a terminal
         status, err = run(*given, "--min-expert-rows", 20, "-o", out, "--restart")
     assert status == 0
     bar = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", err)
     assert re.search(r"experts +━+ 24/24 at 20 rows, thin", bar)
-    # a chat without a template, or with one that fails, is bad input
+    # a chat without a template, or whose template fails, is bad input
     status, err = run("-f", tmp_path / "chat.jsonl", "-o", tmp_path / "no.gguf")
     assert status == 2
     assert "has no chat template" in err

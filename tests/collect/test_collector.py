@@ -1,4 +1,4 @@
-"""What a Collector does and refuses, on small models made for the purpose."""
+"""What a Collector does and what it refuses, on small models made for these tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def headed(forged: Forged) -> ModelSpec:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_over() -> Iterator[None]:
-    """Every test gives back the native sessions it made, whatever it did to them."""
+    """Every test gives back the native sessions that it made, whatever it did to them."""
     gc.collect()
     before = engine.live_objects()
     yield
@@ -116,7 +116,7 @@ def test_provenance_and_digest(headed: ModelSpec) -> None:
 
 
 def test_digest_is_of_what_was_fed(forged: Forged) -> None:
-    """BOS over the first token of a chunk, skipped chunks and the tail left out."""
+    """BOS replaces the first token of a chunk; skipped chunks and the tail are left out."""
     spec = forged("llama", seed=SEED, add_bos=True)
     assert spec.tokenizer is not None
     stream = np.arange(3 * N_CTX + 5, dtype="<i4")
@@ -168,7 +168,7 @@ def test_a_stream_is_taken_as_it_is_needed(plain: ModelSpec) -> None:
     with collector(plain) as made:
         matrix = made.run(stream, max_chunks=3, progress=lambda at: totals.append(at.total))
     assert matrix.chunk_count == 3
-    assert next(taken) == 3  # as many items as chunks: nothing is read ahead of the limit
+    assert next(taken) == 3  # it takes as many items as chunks: nothing is read ahead of the limit
     assert totals == [None] * 3
 
 
@@ -211,7 +211,7 @@ def test_perplexity_is_none_unless_asked_for(plain: ModelSpec) -> None:
 
 
 def test_perplexity_of_a_known_model(plain: ModelSpec) -> None:
-    """By the oracle, over the second half of the chunk."""
+    """The expected value is the oracle's, over the second half of the chunk."""
     chunks = token_chunks(plain, 2)
     logits = oracle.run(plain, chunks, kv_dtype=np.float16).logits
     nll = np.concatenate(
@@ -282,7 +282,7 @@ def test_the_native_session_refuses_it_too(headed: ModelSpec) -> None:
 
 
 def test_sequences_side_by_side(headed: ModelSpec) -> None:
-    """Five chunks by three: the same names and counts as one by one."""
+    """Five chunks, three at a time, give the same names and counts as one at a time."""
     chunks = token_chunks(headed, 5)
     with collector(headed, n_seq=3) as made:
         matrix = made.run(chunks)
@@ -333,7 +333,7 @@ def test_a_token_out_of_range(token: int, plain: ModelSpec) -> None:
     with collector(plain) as made:
         with pytest.raises(ValueError, match=rf"texts\[0\]\[1\]: token id {token} is out of range"):
             made.run([[3, token, 4]])
-        # further on in a stream: what was complete by then stays
+        # later in a stream, the chunks that were complete by then stay
         chunks = token_chunks(plain, 4)
         with pytest.raises(ValueError, match=rf"texts\[4\]\[0\]: token id {token}"):
             made.run([*chunks, [token] * N_CTX])
@@ -380,7 +380,7 @@ def test_an_open_one_says_so_when_it_is_collected(plain: ModelSpec) -> None:
 
 
 def test_a_closed_one_and_a_failed_one_say_nothing(plain: ModelSpec, tmp_path: Path) -> None:
-    # warnings are errors here, those of __del__ by way of the unraisable hook
+    # warnings are errors here; those of __del__ arrive through the unraisable hook
     collector(plain).close()
     with pytest.raises(FileNotFoundError):
         Collector(tmp_path / "missing.gguf")
@@ -388,7 +388,7 @@ def test_a_closed_one_and_a_failed_one_say_nothing(plain: ModelSpec, tmp_path: P
         collector(plain, n_ctx=1)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(plain.path.read_bytes()[:-1000])
-    for mtp in (True, False):  # loads at once
+    for mtp in (True, False):  # the model is loaded at once
         with pytest.raises(ModelError):
             collector(cut, mtp=mtp)
     gc.collect()
@@ -423,7 +423,7 @@ def test_an_importance_matrix_is_not_a_model(plain: ModelSpec, tmp_path: Path) -
 
 @pytest.mark.parametrize("part", [0.00001, 0.0005, 0.002, 0.3, 0.9, 0.9999])
 def test_truncated(part: float, plain: ModelSpec, tmp_path: Path) -> None:
-    """Cut in the magic, in the keys, in the list of tensors and in the data."""
+    """The file is cut in the magic, in the keys, in the list of tensors and in the data."""
     whole = plain.path.read_bytes()
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole[: max(3, int(part * len(whole)))])
@@ -477,8 +477,9 @@ def test_a_head_without_one_of_its_tensors(arch: Arch, name: str, forged: Forged
     "src/models/deepseek4.cpp", "the loader asks for a head's tensors even to skip them"
 )
 def test_the_engine_wants_a_head_it_skips(tmp_path: Path) -> None:
-    """deepseek4's file lacks the block of the head, which the engine then takes for the trunk's
-    (load_arch_hparams in src/models/deepseek4.cpp): refused before it is loaded."""
+    """deepseek4's file lacks the block of the head, which the engine then counts as a block of the
+    trunk (load_arch_hparams in src/models/deepseek4.cpp): the file is refused before it is
+    loaded."""
     model = make_any(tmp_path / "m.gguf", "deepseek4", drop=("blk.3.*",))
     with pytest.raises(ModelError, match=r"blk\.3\.nextn\.eh_proj\.weight is missing.*drop-mtp"):
         Collector(model.path, n_ctx=N_CTX, n_threads=1)
@@ -527,8 +528,8 @@ def test_a_model_in_parts(headed: ModelSpec, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_names_weight_chunk_and_channel(value: float, plain: ModelSpec, tmp_path: Path) -> None:
-    """One channel of one token's embedding; the norm spreads it to the whole row, an infinity as
-    NaN there and as 0 elsewhere."""
+    """One channel of one token's embedding is not finite; the norm spreads it to the whole row, an
+    infinity as NaN in that channel and as 0 elsewhere."""
     token, channel = 77, 41
     path = poisoned(plain, tmp_path, "token_embd.weight", token, channel, value=value)
     chunks = [[token + 1] * N_CTX, [token + 2] * N_CTX, [token] * N_CTX, [token + 3] * N_CTX]
@@ -544,7 +545,7 @@ def test_nan_names_weight_chunk_and_channel(value: float, plain: ModelSpec, tmp_
             assert part in str(error)
         kept = made.matrix
         assert kept.chunk_count == 2
-        # and the Collector goes on
+        # and the Collector can run again
         assert_same_data(made.run(chunks[:2]), kept)
 
 
@@ -555,13 +556,14 @@ def test_nan_in_the_middle_of_a_model(plain: ModelSpec, tmp_path: Path) -> None:
             made.run(token_chunks(plain, 2))
         assert (caught.value.weight, caught.value.channel) == ("blk.1.ffn_down.weight", 300)
         assert caught.value.chunk == 0
-        # a chunk counts wholly or not at all: not what its first layers saw either
+        # a chunk counts wholly or not at all: the rows of its first layers do not count either
         assert len(made.matrix) == 0
         assert made.matrix.chunk_count == 0
 
 
 def test_nan_in_one_expert(forged: Forged, tmp_path: Path) -> None:
-    """It shows in the first chunk that has a token for that expert; the oracle knows which."""
+    """The error appears in the first chunk that has a token for that expert; the oracle knows
+    which."""
     spec = forged("glm4moe", seed=SEED, n_nextn=1)
     chunks = token_chunks(spec, 6, n_ctx=4)
     used = [
@@ -665,7 +667,7 @@ def test_an_exception_of_the_stream_ends_the_run(plain: ModelSpec) -> None:
         with pytest.raises(OSError, match="the disk is gone"):
             made.run(stream())
         kept = made.matrix
-        # the stream is read ahead while a chunk runs, and that one may not count
+        # the stream is read ahead while a chunk runs, and that chunk must not count
         assert 1 <= kept.chunk_count <= 3
         assert_same_data(made.run(chunks, max_chunks=kept.chunk_count), kept)
 
@@ -702,7 +704,7 @@ def test_a_plain_run_is_silent(headed: ModelSpec, capfd: pytest.CaptureFixture[s
 
 
 def test_the_trunk_alone_is_silent_too(headed: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
-    """Leaving out the head is what was asked for, not news about each of its tensors."""
+    """The user asked to leave out the head, so the engine's lines about its tensors are no news."""
     with caplog.at_level(logging.WARNING, logger="imatrix.engine"), collector(headed) as made:
         made.run(token_chunks(headed, 1))
     assert [r.getMessage() for r in caplog.records if r.name == "imatrix.engine"] == []

@@ -1,4 +1,4 @@
-"""Models with several head layers: each one gets what it gets when the engine drafts."""
+"""Models with several head layers: each layer sees what it sees when the engine drafts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Chunks = list[list[int]]
 N_CTX = 96
 # Found by trying: with these chunks no router comes nearer than 9e-4 to choosing another expert.
 SEED = 285
-# The largest difference of sums over the largest sum, for any tensor. What is left is the
-# attention's rounding. Where a decode has 64 rows or more, the engine adds values up in F32 (the
+# The largest difference of sums over the largest sum, for any tensor. The difference comes from the
+# rounding in attention. If a decode has 64 rows or more, the engine adds values up in F32 (the
 # tiles of ggml_compute_forward_flash_attn_ext, ggml/src/ggml-cpu/ops.cpp): at most 3e-4 here, and
 # 9e-4 with other seeds.
 TOLERANCE = 1e-3
-# With fewer it adds them up in F16: at most 1.3e-3 here, and 2.2e-3 with other seeds.
+# With fewer rows it adds them up in F16: at most 1.3e-3 here, and 2.2e-3 with other seeds.
 TOLERANCE_FEW_ROWS = 4e-3
-# What a head that is fed wrongly is off by, at the least.
+# A head that is fed wrongly is off by at least this much.
 WRONG = 0.05
 
 
@@ -62,7 +62,7 @@ def collect(
 def expected(spec: ModelSpec, chunks: Chunks, feeding: oracle.Feeding = "draft") -> oracle.Result:
     result = oracle.run(spec, chunks, feeding=feeding, kv_dtype=np.float16)
     if feeding == "draft":
-        # an expert's count is only certain where the rounding cannot change the choice
+        # an expert's count is certain only if the rounding cannot change the choice
         assert min(result.margins.values()) > 5e-4
     return result
 
@@ -93,8 +93,8 @@ def test_agrees_with_the_oracle(forged: Forged, n_nextn: int) -> None:
 
     for head in range(n_nextn):
         blk = f"blk.{spec.hparams.n_layer + head}."
-        # one row a slot, however many rows ran to make its keys and values. No draft begins at slot
-        # 0, so that head 0 has its first turn at slot 1, head 1 at slot 2, ...
+        # One row per slot, however many rows ran to make its keys and values. No draft begins at
+        # slot 0, so that head 0 has its first turn at slot 1, head 1 at slot 2, ...
         rows = 2 * (N_CTX - 1 - head)
         assert matrix[blk + "nextn.eh_proj.weight"].counts.tolist() == [rows]
         assert matrix[blk + "attn_k.weight"].counts.tolist() == [rows]
@@ -127,7 +127,7 @@ def test_later_heads_do_not_get_the_rows_of_the_trunk(three_heads: ModelSpec) ->
 def test_keys_and_values_before_the_draft_are_told_apart(
     three_heads: ModelSpec, later: str
 ) -> None:
-    """The last head's own rows are fed rightly, all other rows from one depth."""
+    """The last head's own rows are fed correctly; all other rows come from one depth."""
     chunks, _ = chunks_of(three_heads)
     matrix = collect(three_heads, chunks)
     result = oracle.Result()
@@ -146,7 +146,7 @@ def test_any_batch_gives_the_same(three_heads: ModelSpec, n_batch: int) -> None:
     chunks, _ = chunks_of(three_heads)
     matrix = collect(three_heads, chunks, n_batch=n_batch)
     assert_agrees(matrix, expected(three_heads, chunks), TOLERANCE_FEW_ROWS)
-    if n_batch < 64:  # then every row meets the same attention kernel
+    if n_batch < 64:  # with such batches every row meets the same attention kernel
         other = collect(three_heads, chunks, n_batch=40)
         for name in matrix:
             np.testing.assert_allclose(matrix[name].sums, other[name].sums, rtol=1e-4)
@@ -169,7 +169,7 @@ def test_trunk_is_the_same_without_the_heads(forged: Forged, n_nextn: int) -> No
 def states_of(
     spec: ModelSpec, chunk: Sequence[int], kv_dtype: type[np.floating] | None = np.float16
 ) -> tuple[oracle._Forward, NDArray[np.int64], list[F64]]:
-    """A forward pass that has run, and the states of each depth."""
+    """A forward pass that has run, and the states at each depth."""
     forward = oracle._Forward(spec, kv_dtype, False)
     tokens = np.asarray(chunk, dtype=np.int64)
     h, _ = forward.trunk(tokens, False)
@@ -178,13 +178,13 @@ def states_of(
 
 
 def test_oracle_chain_is_the_engines_draft_step_by_step(three_heads: ModelSpec) -> None:
-    """draft() of draft-mtp (common/speculative.cpp) told literally, from every slot on.
+    """Follows draft() of draft-mtp (common/speculative.cpp) step by step, from every slot on.
 
     It begins with the trunk's row at a slot, runs the first head there, and then each next head
     over all slots since, with the rows that the heads before gave.
     """
     _, [chunk] = chunks_of(three_heads)
-    # without the cache's rounding, where the last bit of a product may tip a value
+    # without the rounding of the cache, which may tip the last bit of a product
     result = oracle.run(three_heads, [chunk])
     forward, tokens, (trunk_states, *_) = states_of(three_heads, chunk, kv_dtype=None)
     for start in range(len(chunk)):

@@ -1,7 +1,7 @@
-"""The head against an independent forward pass in NumPy: the test that everything hangs on.
+"""Compares the head with an independent forward pass in NumPy: everything else relies on this test.
 
-A head that is fed wrongly still gives every name and every count, so only sums from elsewhere can
-tell.
+A head that is fed wrongly still has the right names and counts, so that only sums from an
+independent source show the error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ pytestmark = [
 ]
 
 
-# What a wrong pairing must miss GATE by, in the weights where it shows: 100 times.
+# A wrong pairing must miss GATE by a factor of 100 in the weights that feel it.
 WRONG = 1e-1
 
 
-# found by trying: the oracle's margins for these are above CLEAR on the text of conftest.py
+# found by trying: on the text of conftest.py the oracle's margins for these are above CLEAR
 SEEDS: dict[str, int] = {"glm4moe": 11, "qwen35": 2, "qwen35moe": 27, "deepseek2": 4}
 
 HEADS: list[Arch] = ["glm4moe", "qwen35", "qwen35moe", "deepseek2"]
@@ -58,19 +58,20 @@ def ours(spec: ModelSpec, chunks: Chunks, **collector: Any) -> ImportanceMatrix:
 def test_every_weight_of_trunk_and_head(
     arch: Arch, n_batch: int, forged: Forged, prose: str
 ) -> None:
-    """Below n_ctx, the last row of a batch has to be carried over to the first token of the next."""
+    """With batches below n_ctx, the last row of a batch is carried over to the first token of the
+    next."""
     spec = forged(arch, seed=SEEDS[arch], n_nextn=1)
     chunks = spec.chunks(prose, 192, 2)
     got = ours(spec, chunks, n_ctx=192, n_batch=n_batch)
     assert got.head_blocks == {spec.hparams.n_layer}
     # slot 0 of a chunk fills the head's cache and is not counted
     assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [2 * 191]
-    # all in tiles of 64 rows: 2e-4 is enough, see GATE. Without slot 0 the head's last batch of 64
-    # has 63
+    # every batch consists of tiles of 64 rows: 2e-4 is enough, see GATE. Without slot 0 the head's
+    # last batch of 64 has 63 rows
     assert_agrees(got, reference(spec, chunks), 2e-4 if n_batch > 64 else GATE)
 
 
-# deepseek2 goes without: 512 channels added up in float16 bring its own error to the gate's size
+# deepseek2 is left out: adding 512 channels in float16 brings its own error close to GATE
 @pytest.mark.parametrize("arch", HEADS[:3])
 @pytest.mark.parametrize(("n_batch", "n_ubatch"), [(24, 512), (50, 7), (1, 512)])
 def test_small_and_uneven_batches(
@@ -109,7 +110,7 @@ def test_optional_tensors_and_types(arch: Arch, options: str, forged: Forged, pr
     got = ours(spec, chunks, n_ctx=128)
     shared = "blk.2.nextn.shared_head_head.weight"
     assert (shared in got) == bool(OPTIONS[options].get("shared_head_head"))
-    assert "blk.2.nextn.embed_tokens.weight" not in got  # a lookup, not a matmul
+    assert "blk.2.nextn.embed_tokens.weight" not in got  # its input is a lookup, not a matmul
     assert_agrees(got, reference(spec, chunks))
 
 
@@ -123,7 +124,7 @@ def test_chunks_do_not_leak_into_one_another(arch: Arch, forged: Forged, prose: 
     again = ours(spec, [first], n_ctx=128)
     for name in both:
         np.testing.assert_array_equal(both[name].counts, alone[name].counts + again[name].counts)
-        # float64 sums of the same float32 chunk sums: exact but for one addition
+        # float64 sums of the same float32 chunk sums, exact except for one addition
         np.testing.assert_allclose(
             both[name].sums, alone[name].sums + again[name].sums, rtol=1e-14, err_msg=name
         )
@@ -134,10 +135,11 @@ def test_chunks_do_not_leak_into_one_another(arch: Arch, forged: Forged, prose: 
 def test_wrong_pairings_fail_by_a_wide_margin(
     arch: Arch, pairing: oracle.Pairing, forged: Forged, prose: str
 ) -> None:
-    """The comparison above can tell: with another row of the trunk beside each token it fails.
+    """The comparison above can tell a wrong pairing: with another trunk row beside each token it
+    fails.
 
-    Least in eh_proj, whose sums hold the same rows whatever token they stand beside, but for those
-    at the ends; most behind the attention.
+    The difference is smallest in eh_proj, whose sums hold the same rows whatever token they stand
+    beside, except for the rows at the ends; it is largest behind the attention.
     """
     spec = forged(arch, seed=SEEDS[arch], n_nextn=1)
     chunks = spec.chunks(prose, 192, 2)

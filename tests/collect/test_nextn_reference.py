@@ -1,9 +1,10 @@
-"""The head against llama-imatrix --nextn, as far as that goes.
+"""Compares the head with llama-imatrix --nextn, as far as that program can serve as a reference.
 
 The program of 0.6.0 ends on every model with --nextn. The build makes a copy of it in which two
-calls hand over the head's state as the engine demands it (vendor/engine.cmake), and that copy is
-what these tests run. It leaves slot 0 out of the head's cache, so that it agrees with ours behind
-the head's attention only if ours leaves it out too (FirstSlot::absent in ext/session.h).
+calls hand over the head's state as the engine demands it (vendor/engine.cmake), and these tests run
+that copy. The copy leaves slot 0 out of the head's cache, so that behind the head's attention it
+agrees with this package only if the package leaves slot 0 out too (FirstSlot::absent in
+ext/session.h).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from imatrix.native import engine
 N_CTX = 128
 N_CHUNKS = 3
 
-# Router margins: an expert may be chosen otherwise if two are as close as the rounding. With these
-# seeds none is, on the text of conftest.py.
+# Router margins: another expert may be chosen if two scores are as close as the rounding. With
+# these seeds no two are, on the text of conftest.py.
 HEADS: dict[Arch, int] = {"glm4moe": 11, "qwen35": 2, "qwen35moe": 27, "deepseek2": 4}
 
 Theirs = Callable[..., ImportanceMatrix]
@@ -37,7 +38,7 @@ Theirs = Callable[..., ImportanceMatrix]
 
 @pytest.fixture
 def theirs(engine_tool: EngineTool, prose_file: Path, tmp_path: Path) -> Theirs:
-    """Runs their program on the test's text."""
+    """Runs llama-imatrix on the test's text."""
 
     def run(model: Path, *options: str | Path) -> ImportanceMatrix:
         out = tmp_path / "theirs.gguf"
@@ -80,8 +81,8 @@ def assert_same_counts(got: ImportanceMatrix, want: ImportanceMatrix) -> None:
 def test_process_output_counts_the_trunks_rows(
     tied: bool, forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
-    """The head, which uses the trunk's LM head in drafting, adds nothing to it: theirs asks it for
-    no logits."""
+    """The head, which uses the trunk's LM head when it drafts, adds nothing to it: llama-imatrix
+    asks it for no logits."""
     spec = forged("glm4moe", seed=HEADS["glm4moe"], n_nextn=1, tied=tied)
     want = theirs(spec.path, "--nextn", "--process-output")
     got = ours(spec.path, prose_file, process_output=True)
@@ -100,7 +101,7 @@ def test_without_slot_0_all_is_theirs(
     got, want = ours(spec.path, prose_file), theirs(spec.path, "--nextn")
     assert got["blk.2.nextn.eh_proj.weight"].counts.tolist() == [N_CHUNKS * (N_CTX - 1)]
     assert_same_counts(got, want)
-    # float32 sums there, see test_trunk_parity.py
+    # llama-imatrix adds in float32, see test_trunk_parity.py
     assert {name: d for name, d in differences(got, want).items() if not d <= PARITY} == {}
 
 
@@ -108,11 +109,12 @@ def test_without_slot_0_all_is_theirs(
 def test_with_slot_0_in_the_cache_the_counts_and_what_comes_before_attention_are_theirs(
     arch: Arch, forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
-    """Behind attention slot 0 shows: there the oracle is the reference (test_head_oracle.py)."""
+    """Behind attention slot 0 has an effect: there the oracle is the reference
+    (test_head_oracle.py)."""
     spec = forged(arch, seed=HEADS[arch], n_nextn=1)
     got, want = ours(spec.path, prose_file), theirs(spec.path, "--nextn")
     assert set(got) == set(want)
-    dense = [name for name in want if "_exps." not in name]  # experts may be chosen otherwise
+    dense = [name for name in want if "_exps." not in name]  # the two may choose different experts
     for name in dense:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
     worst = differences(got, want)
@@ -136,17 +138,17 @@ def test_a_head_in_its_own_file(
     assert {name: d for name, d in differences(got, want).items() if not d <= PARITY} == {}
 
 
-# --- what theirs leaves without data -------------------------------------------------------------
+# --- weights that llama-imatrix leaves without data ----------------------------------------------
 
-# Weights of the head that have no entry there, and such as have one without rows.
+# Weights of the head that have no entry in its file, and weights whose entry has no rows.
 LACKS = {
     "qwen3next": (5, 3),
     "nemotron_h_moe": (5, 2),
     "deepseek4": (1, 0),
     "qwen4exp": (3, 0),
 }
-# Of these heads because of its rule that a matmul has 16 rows at least: one token's 4 rows are a
-# matrix of their own there.
+# These heads, because llama-imatrix counts a matmul only if it has 16 rows or more, and one token's
+# 4 rows are a matrix of their own in them.
 FEW_ROWS = {
     "deepseek4": {"nextn.eh_proj"},
     "qwen4exp": {"nextn.eh_proj", "nextn.hc_head_down", "nextn.hc_head_up"},
@@ -177,8 +179,8 @@ def test_ours_has_data_that_theirs_lacks(
 def test_the_program_as_shipped_ends_on_a_head(
     arch: Arch, engine_tool: EngineTool, forged: Forged, prose_file: Path, tmp_path: Path
 ) -> None:
-    """What README and docs say of it; when this fails the engine has mended it, and they are to be
-    changed."""
+    """README and docs say so. If this test fails, the engine has repaired the program, and both
+    have to be changed."""
     spec = forged(arch, seed=HEADS[arch], n_nextn=1)
     with pytest.raises(AssertionError, match="requires a state embedding"):
         run_tool(
@@ -202,7 +204,7 @@ def test_what_the_mended_program_refuses(
     prose_file: Path,
     tmp_path: Path,
 ) -> None:
-    """As the page says; ours takes both by the same flags."""
+    """The page says so; this package accepts both by the same flags."""
     model = make_any(tmp_path / "model.gguf", "step35", n_nextn=n_nextn).path
     out, mine = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
     flags = ["-m", model, "-f", prose_file, "--no-ppl", "-c", "128", *options, "--nextn"]
@@ -217,7 +219,7 @@ def test_what_the_mended_program_refuses(
 def test_a_draft_model_is_the_heads_file(
     forged: Forged, prose_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """-md and its other spellings, as --mtp-model: the same file to the byte."""
+    """-md and its other spellings mean --mtp-model: the file is the same to the byte."""
     spec = forged("glm4moe", seed=HEADS["glm4moe"], n_nextn=1)
     head, trunk = tmp_path / "head.gguf", tmp_path / "trunk.gguf"
     imatrix.extract_mtp(spec.path, head, trunk_out=trunk)

@@ -1,4 +1,4 @@
-"""Runs that are interrupted and go on: to the bit what they would have been, or refused."""
+"""Interrupted runs that continue give the same bits as a whole run, or are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ N_CHUNKS = 5
 
 @pytest.fixture(scope="module")
 def headed(forged: Forged) -> ModelSpec:
-    """Experts and a head: groups that share rows, and weights that do not see every chunk."""
+    """Experts and a head: there are groups that share rows, and weights that do not see every
+    chunk."""
     return forged("glm4moe", seed=SEED, n_nextn=1)
 
 
@@ -83,9 +84,9 @@ def test_across_several_interruptions(headed: ModelSpec, tmp_path: Path) -> None
             made.run(iter(chunks), mtp=True, checkpoint=path, progress=stop_at(n))
     with collector(headed) as made:
         assert made.run(iter(chunks), mtp=True, checkpoint=path) == whole
-        # a run that is done gives its matrix again, without running anything
+        # a run that is done gives its matrix again without running anything
         assert made.run(iter(chunks), mtp=True, checkpoint=path) == whole
-        # and all of it from zero where that is asked for
+        # and starts again from zero if that is asked for
         reports: list[Progress] = []
         again = made.run(chunks, mtp=True, checkpoint=path, restart=True, progress=reports.append)
         assert again == whole
@@ -120,7 +121,7 @@ def test_text_is_tokenized_again(headed: ModelSpec, prose: str, tmp_path: Path) 
 
 
 def test_a_head_of_its_own_kind(tmp_path: Path) -> None:
-    """gemma4-assistant: names that say whose they are."""
+    """gemma4-assistant: its names say whose they are."""
     trunk = make_any(tmp_path / "gemma4.gguf", "gemma4", n_nextn=0, seed=1, n_embd=512).path
     head = make_any(tmp_path / "head.gguf", "gemma4-assistant", n_nextn=2, seed=2).path
     chunks = np.random.default_rng(0).integers(0, 64, (3, N_CTX)).tolist()
@@ -138,7 +139,7 @@ def test_a_head_of_its_own_kind(tmp_path: Path) -> None:
 
 
 def test_more_threads_go_on(headed: ModelSpec, tmp_path: Path) -> None:
-    """Threads, mapping, devices and the file's place may differ."""
+    """The number of threads, mapping, devices and the file's place may change."""
     chunks = token_chunks(headed, 3)
     path = tmp_path / "checkpoint"
     moved = tmp_path / "moved.gguf"
@@ -185,7 +186,7 @@ def test_every_so_many_minutes(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The chunks of every checkpoint that is written from here on."""
+    """The number of chunks in every checkpoint that is written from here on."""
     written: list[int] = []
     write = file.write
 
@@ -275,7 +276,7 @@ def test_another_text(headed: ModelSpec, prose: str, interrupted: Path, tmp_path
             made.run(chunks, mtp=True, checkpoint=interrupted)
         with pytest.raises(CheckpointError, match=r"2 chunks of it are done, this one has 1\."):
             made.run(token_chunks(headed, 1), mtp=True, checkpoint=interrupted)
-        # what is still to come is compared where it is known
+        # what is still to come is compared if it is known
         path = tmp_path / "checkpoint"
         with pytest.raises(Enough):
             made.run(prose, checkpoint=path, progress=stop_at(1))
@@ -313,7 +314,8 @@ def test_a_matrix_is_no_checkpoint(headed: ModelSpec, interrupted: Path, tmp_pat
 
 
 def test_others_can_read_it(headed: ModelSpec, interrupted: Path) -> None:
-    """With gguf-py alone: float64 sums and int64 counts, each weight's or another's."""
+    """It is read with gguf-py alone: float64 sums and int64 counts, each weight's own or shared
+    ones."""
     with collector(headed) as made:
         matrix = made.run(token_chunks(headed, 2), mtp=True)
     reader = gguf.GGUFReader(interrupted)
@@ -376,7 +378,7 @@ def test_all_of_it_comes_back(tmp_path: Path) -> None:
         assert a.tobytes() == c.tobytes()
         assert a.shape == c.shape
         assert b.tolist() == d.tolist()
-    # and one without data, where every chunk so far was left out
+    # and a checkpoint without data, if every chunk so far was left out
     file.write(file.Checkpoint(1, 0, 0.0, 0.0, 0.0, 0, "", {}), path)
     assert file.read(path).groups == []
 
@@ -386,8 +388,8 @@ def test_all_of_it_comes_back(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rotten(headed: ModelSpec, tmp_path: Path) -> tuple[Path, list[list[int]], list[list[int]]]:
-    """A model with NaN in one token's embedding; seven chunks of which number 2 and 5 have that
-    token; the others."""
+    """A model with NaN in one token's embedding; seven chunks, of which numbers 2 and 5 have that
+    token; and the other five chunks."""
     path = poisoned(headed, tmp_path, "token_embd.weight", 77, 41)
     chunks = [[token if token != 77 else 78 for token in one] for one in token_chunks(headed, 7)]
     chunks[2][20] = chunks[5][3] = 77
@@ -412,7 +414,7 @@ def test_skip(
     assert [(one.chunk, one.token) for one in found] == [(2, 2 * N_CTX), (5, 5 * N_CTX)]
     assert {one.weight for one in found} <= {f"blk.0.attn_{x}.weight" for x in "qkv"}
     assert matrix.provenance.dataset_digest == expected.provenance.dataset_digest
-    # in the file, too, and out of it again
+    # the file has it too, and so does the matrix read from it
     matrix.save(tmp_path / "matrix.gguf")
     again = ImportanceMatrix.load(tmp_path / "matrix.gguf")
     assert again.provenance == matrix.provenance
@@ -423,7 +425,8 @@ def test_skip(
 def test_skip_and_resume(
     n_seq: int, rotten: tuple[Path, list[list[int]], list[list[int]]], tmp_path: Path
 ) -> None:
-    """Stopped by the first NaN, told to skip, interrupted wherever: as one run that skips."""
+    """The run stops at the first NaN, is told to skip it, and is interrupted anywhere: the result
+    is that of one run that skips."""
     path, chunks, _ = rotten
     with collector(path, n_seq=n_seq) as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -458,7 +461,7 @@ def test_bad_arguments(headed: ModelSpec) -> None:
 def test_weights_that_shared_their_rows_may_come_back_alone(
     headed: ModelSpec, interrupted: Path, tmp_path: Path
 ) -> None:
-    """As after a run whose groups fell apart: the first chunk finds out, and is done again."""
+    """As after a run whose groups fell apart: the first chunk notices it and is computed again."""
     found = file.read(interrupted)
     assert any(len(names) > 1 for names, *_ in found.groups)
     alone = [([name], *data) for names, *data in found.groups for name in names]
@@ -478,7 +481,7 @@ def test_nothing_is_put_back_twice(headed: ModelSpec) -> None:
     sums, counts = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([5, 0])
     session.restore(["a", "b"], sums, counts)
     [(names, found_sums, found_counts, signed)] = session.groups()
-    assert signed is None  # nobody gave any
+    assert signed is None  # none was given any
     assert names == ["a", "b"]
     assert (found_sums.tolist(), found_counts.tolist()) == (sums.tolist(), [5, 0])
     with pytest.raises(ValueError, match="has sums already"):

@@ -1,5 +1,5 @@
-"""Runs that are killed, or lose their disk, folder or memory: some dozens of times here, thousands
-of times by benchmarks/robustness.py."""
+"""Runs that are killed, or that lose their disk, folder or memory: some dozens of them here,
+thousands in benchmarks/robustness.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ COLLECT = "collect -c 64 -b 64 -t 1 --mtp -ofreq 1 --no-ppl"
 
 
 class Ground:
-    """A model, a text, and a folder with a run that was interrupted after two chunks of five."""
+    """A model, a text, and a folder with a run that was interrupted after two of its five
+    chunks."""
 
     def __init__(self, folder: Path) -> None:
         self.model, self.text = folder / "model.gguf", folder / "text.txt"
@@ -68,7 +69,7 @@ class Ground:
         self.before = self.out.read_bytes(), self.checkpoint.read_bytes()
 
     def run(self, prepare: str = "", *more: str) -> subprocess.CompletedProcess[str]:
-        """The command, after some Python."""
+        """Runs the command after some lines of Python."""
         command = f"import sys; from imatrix import cli\n{textwrap.dedent(prepare)}\n"
         command += "sys.exit(cli.main(sys.argv[1:]))"
         argv = [*COLLECT.split(), "--chunks", "5", "-m", self.model, "-f", self.text]
@@ -82,7 +83,7 @@ class Ground:
         )
 
     def faulty(self, arm: str, **where: Any) -> subprocess.CompletedProcess[str]:
-        """The command, with file calls that fail."""
+        """Runs the command with file calls that fail."""
         return self.run(
             f"""
             sys.path.insert(0, "")
@@ -144,7 +145,7 @@ def test_a_folder_that_is_read_only(ground: Ground) -> None:
     )
     assert done.returncode == 2
     assert f"error: cannot write {ground.out}: {ground.work}: Read-only file" in done.stderr
-    assert "chunk 3/5" not in done.stderr  # before the work
+    assert "chunk 3/5" not in done.stderr  # it is refused before the work
     assert ground.is_as_before()
     assert ground.goes_on()
 
@@ -172,7 +173,7 @@ def test_a_folder_that_is_removed(ground: Ground) -> None:
 @limited
 @pytest.mark.parametrize("isolate", ["--isolate", "--no-isolate"])
 def test_no_memory(isolate: str, ground: Ground) -> None:
-    # room for what is there by now, not for the context
+    # there is memory for what is loaded by now, not for the context
     done = ground.run(
         """
         import resource

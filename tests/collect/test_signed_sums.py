@@ -1,4 +1,5 @@
-"""Sums of the activations themselves, from a run to a file and through what changes files."""
+"""Sums of the activations themselves: from a run into a file, and through whatever changes
+files."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def test_left_out_they_leave_the_rest_as_it_is(
         # |mean| is at most the root mean square; float32 partial sums, see ext/add_rows.cpp
         assert (np.abs(entry.means) <= np.sqrt(entry.importance) * (1 + 1e-4)).all()
     assert suffixes(saved[0]) == {"in_sum2", "counts", "in_sum", "stats"}
-    assert suffixes(saved[1]) == {"in_sum2", "counts"}  # as before there were any
+    assert suffixes(saved[1]) == {"in_sum2", "counts"}  # as it was before signed sums existed
     assert "imatrix.stats_schema" not in gguf.GGUFReader(saved[1]).fields
     assert ImportanceMatrix.load(saved[0]).without_signed_sums == ()
 
@@ -99,13 +100,13 @@ def test_the_commands(spec: ModelSpec, prose_file: Path, run: Run, tmp_path: Pat
     assert run(*collect, "-o", plain, "--no-signed-sums").status == 0
     a, b = (ImportanceMatrix.load(path) for path in (out, plain))
     assert (a.without_signed_sums, b.without_signed_sums) == ((), tuple(b))
-    # show tells
+    # show says so
     assert "sums of the activations themselves, of all weights" in run("show", out).out
     assert "sums of the activations" not in run("show", plain).out
     assert {
         row["signed_sums"] for row in json.loads(run("show", out, "--json").out)["weights"]
     } == {True}
-    # so does diff; to a quantizer there is no difference
+    # diff says so too; for a quantizer there is no difference
     done = run("diff", out, plain, "--exit-code")
     assert done.status == 0
     assert "signed sums only in A: all weights in both" in done.out
@@ -113,7 +114,7 @@ def test_the_commands(spec: ModelSpec, prose_file: Path, run: Run, tmp_path: Pat
     assert {(row["mean_distance"], row["signed_sums"]) for row in data["weights"]} == {
         (0.0, "both")
     }
-    # merge warns of what is lost, and keeps what is not
+    # merge warns about what is lost, and keeps the rest
     merged = tmp_path / "merged.gguf"
     done = run("merge", out, plain, "-o", merged)
     assert done.status == 0
@@ -123,7 +124,7 @@ def test_the_commands(spec: ModelSpec, prose_file: Path, run: Run, tmp_path: Pat
     assert "signed sums" not in done.err
     for name, entry in ImportanceMatrix.load(merged).items():
         np.testing.assert_array_equal(entry.signed_sums, 2 * a[name].signed_sums)
-    # and --in-file does as merge
+    # and --in-file does what merge does
     done = run(*collect, "--chunk", 2, "--in-file", plain, "-o", merged)
     assert done.status == 0
     assert f"no signed sums any more of {len(a)} weights" in done.err
@@ -144,7 +145,7 @@ def test_adapt_keeps_them(both: tuple[ImportanceMatrix, ImportanceMatrix], spec:
     adapted = imatrix.adapt(with_them, spec.path).matrix
     assert adapted.without_signed_sums == ()
     assert adapted.head_blocks == with_them.head_blocks
-    # experts apart, as a model of another converter has them, into one weight
+    # separate experts, as in a model of another converter, become one weight
     stacked = "blk.1.ffn_down_exps.weight"
     entry = with_them[stacked]
     apart = {name: each for name, each in with_them.items() if name != stacked}
@@ -245,13 +246,14 @@ def test_files_that_make_no_sense(tmp_path: Path) -> None:
         path = write(tmp_path / "m.gguf", {**good, **extra})
         with pytest.raises(FormatError, match=told):
             ImportanceMatrix.load(path)
-    # flattened, as llama.cpp takes it, whatever the shape
+    # in one row, as llama.cpp accepts it, whatever the shape
     path = write(tmp_path / "m.gguf", {**good, "w.in_sum": np.arange(4.0) - 2})
     assert ImportanceMatrix.load(path)["w"].signed_sums.tolist() == [[-2, -1], [0, 1]]
 
 
 def test_heads_that_only_the_key_tells(tmp_path: Path) -> None:
-    """llama-imatrix may have no data for any of a head's nextn weights (its rule of 16 rows)."""
+    """llama-imatrix may have no data for any nextn weight of a head (it counts a matmul of 16 rows
+    or more)."""
     tensors = {}
     for block in range(3):
         tensors[f"blk.{block}.attn_q.weight.in_sum2"] = np.ones((1, 2))
@@ -266,7 +268,7 @@ def test_heads_that_only_the_key_tells(tmp_path: Path) -> None:
         assert ImportanceMatrix.load(again).head_blocks == {2}
         key = gguf.GGUFReader(again).fields["imatrix.n_layer_nextn"]
         assert key.contents() == 1
-    # the trunk alone has none, though its blocks are the last ones then
+    # the trunk alone has no head, although its blocks are then the last ones
     matrix.trunk.save(again)
     assert ImportanceMatrix.load(again).head_blocks == frozenset()
     assert "imatrix.n_layer_nextn" not in gguf.GGUFReader(again).fields
@@ -314,7 +316,7 @@ def test_a_checkpoint_of_version_1(
     interrupted: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As an imatrix wrote it that did not know of signed sums."""
+    """An imatrix that did not know signed sums wrote it."""
     found = checkpoint.read(interrupted)
     settings = {name: value for name, value in found.settings.items() if name != "signed_sums"}
     groups = [(names, sums, counts, None) for names, sums, counts, _ in found.groups]

@@ -1,7 +1,7 @@
-"""qwen4exp, trunk and head, against an independent forward pass in NumPy (oracle_streams.py).
+"""Compares qwen4exp, trunk and head, with an independent forward pass in NumPy (oracle_streams.py).
 
-Nothing else can check this head: llama-imatrix leaves its eh_proj out, and its sums of the rest are
-the engine's own again.
+Nothing else can check this head: llama-imatrix leaves out its eh_proj, and its sums of the other
+weights come from the same engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 
-# Of the largest sum of a tensor, as in test_head_oracle.py, which says why.
+# Relative to the largest sum of a tensor; test_head_oracle.py gives the reasons.
 GATE = 1e-3
 WRONG = 1e-1
 CLEAR = 1e-4
@@ -30,7 +30,7 @@ SEED = 1  # found by trying: its margins between experts and between blocks are 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> AnyModel:
-    # with so many heads no block's score is 0, which two of them would share
+    # with so many heads no block has the score 0, which two blocks would share
     heads = {"attention.indexer.head_count": 16}
     return make_any(
         tmp_path_factory.mktemp("streams") / "m.gguf", "qwen4exp", seed=SEED, metadata=heads
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> AnyModel:
 @pytest.fixture(scope="module")
 def chunks() -> list[list[int]]:
     tokens = np.random.default_rng(0).integers(3, 250, (2, N_CTX))
-    tokens[:, [20, 21, 40]] = 2  # ends of text, behind which n-grams begin anew
+    tokens[:, [20, 21, 40]] = 2  # ends of text, after which n-grams start anew
     return [[int(token) for token in chunk] for chunk in tokens]
 
 
@@ -65,7 +65,7 @@ def test_every_sum_and_count(
         np.testing.assert_array_equal(collected[name].counts, entry.counts, err_msg=name)
     worst = differences(collected, want)
     assert {name: d for name, d in worst.items() if not d <= GATE} == {}
-    # four streams a token, and no draft begins at slot 0
+    # four streams per token, and no draft begins at slot 0
     eh_proj = collected["blk.2.nextn.eh_proj.weight"]
     assert eh_proj.counts.tolist() == [4 * len(chunks) * (N_CTX - 1)]
 
@@ -83,10 +83,10 @@ def test_a_wrong_pairing_shows(
 
 
 def test_the_indexer_leaves_blocks_out(model: AnyModel, chunks: list[list[int]]) -> None:
-    """Otherwise the choice would not have been checked above."""
+    """Otherwise the comparison above would not have checked the choice."""
     forward = oracle_streams._Streams(model, None)
     x = np.random.default_rng(1).standard_normal((N_CTX, 256))
     seen = forward.chosen("blk.2.", x)
-    assert seen.sum(axis=1).max() == 24 + 3  # top_k, and a block that is not whole
+    assert seen.sum(axis=1).max() == 24 + 3  # top_k blocks, and the block that is not complete
     assert not seen[:, :].all()
     assert not np.triu(seen, k=1).any()

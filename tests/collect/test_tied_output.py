@@ -1,5 +1,5 @@
-"""The LM head of a model that has none of its own: data for the token embedding, and what low-bit
-types make of them. The sums are compared in test_trunk_parity.py."""
+"""A model without an LM head of its own: data for its token embedding, and what low-bit types do
+with them. The sums are compared in test_trunk_parity.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imatrix import Collector, coverage, quantize
 
 @pytest.fixture(scope="module")
 def tied(forged: Forged) -> ModelSpec:
-    # rows of 256: what the low-bit types take
+    # rows of 256, which low-bit types can store
     return forged("llama", seed=2, tied=True, n_embd=256, n_ff=256)
 
 
@@ -24,7 +24,7 @@ def tied(forged: Forged) -> ModelSpec:
 def matrices(
     tied: ModelSpec, prose_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Without and with data for the embedding."""
+    """Matrices without and with data for the embedding."""
     folder = tmp_path_factory.mktemp("tied")
     with Collector(tied.path, n_ctx=64, n_threads=1) as collector:
         for name, output in (("without", False), ("with", True)):
@@ -64,17 +64,17 @@ def test_the_check_says_how_to_get_them(
     want = f"imatrix collect -m {tied.path} -f TEXT --process-output"
     assert f"Collect token_embd.weight too: {want}" in found.fixes
     assert coverage(tied.path, data, "IQ2_XXS", pure=True).ready
-    # no data at all: one run gives them all
+    # without any data, one run gives them all
     found = coverage(tied.path, None, "IQ2_XXS", pure=True)
     assert f"Collect the data: {want}" in found.fixes
-    # the command that it names does
+    # the command that the message names gives them
     out = tmp_path / "again.gguf"
     words = want.split()[1:]
     words[words.index("TEXT")] = str(prose_file)
     assert run(*words, "-o", out, "-c", 64, "--chunks", 4, "--no-ppl").status == 0
     assert coverage(tied.path, out, "IQ2_XXS", pure=True).ready
 
-    # where there is an output.weight no run reaches the embedding
+    # if there is an output.weight, no run reaches the embedding
     untied = forged("llama", seed=2, n_embd=256, n_ff=256)
     with Collector(untied.path, n_ctx=64, n_threads=1) as collector:
         matrix = collector.run(prose_file, max_chunks=2, process_output=True)

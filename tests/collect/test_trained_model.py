@@ -1,8 +1,8 @@
-"""The model that ships: the engine does with it what the code that trained it says it does.
+"""The model that ships: the engine computes what the code that trained it says it computes.
 
-The figures beside the model were computed by PyTorch in float64 from the file's own, rounded
-weights (benchmarks/train_model.py verify), with no part of the engine. That they come out again
-here checks tokenizer, graph, pairing of the head, and scoring from end to end.
+PyTorch computed the figures beside the model in float64 from the file's own, rounded weights
+(benchmarks/train_model.py verify), with no part of the engine. If they come out again here,
+tokenizer, graph, pairing of the head, and scoring are right from end to end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def measured(request: pytest.FixtureRequest) -> tuple[imatrix.Evaluation, dict[s
 
 @pytest.fixture
 def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/corpus.py, which is no package's."""
+    """benchmarks/corpus.py, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("corpus", ROOT / "benchmarks" / "corpus.py")
     assert spec is not None
     assert spec.loader is not None
@@ -65,8 +65,8 @@ def test_trunk_and_head_are_pytorchs(
     for name, rows in (("trunk_nll", found.trunk), ("head_nll", found.head)):
         # The engine rounds each matmul's input to F16 and keeps keys and values in F16 (relative
         # steps of 2^-11), which moves a position's NLL by some 1e-3 and a chunk's mean over 255 of
-        # them by far less. A row that another expert gets by a near tie moves more, alone. With
-        # the head fed h[p] in place of h[p-1], its NLL is off by whole nats.
+        # them by far less. A row that a near tie sends to another expert moves more, but alone. If
+        # the head were fed h[p] instead of h[p-1], its NLL would be off by whole nats.
         np.testing.assert_allclose(
             by_chunk(rows.nll, found.chunk), torch["by_chunk"][name], atol=5e-3
         )
@@ -80,8 +80,8 @@ def test_the_drafts_are_pytorchs(
 ) -> None:
     found, torch = measured
     same = by_chunk((found.accepted >= 1).astype(float), found.chunk)
-    # The same rounding may turn a near tie of the two likeliest tokens, in trunk or head: of a
-    # chunk's 255 positions a few, of all some per mille.
+    # The same rounding may change which of the two likeliest tokens is first if they are nearly
+    # tied, in trunk or head: at a few of a chunk's 255 positions, and at some per mille of all.
     np.testing.assert_allclose(same, torch["by_chunk"]["agreement"], atol=4 / 255)
     assert found.draft[0].value == pytest.approx(torch["agreement"], abs=2e-3)
 
@@ -93,7 +93,7 @@ def test_the_trunk_is_better_than_its_head_and_the_head_than_chance(
     assert found.head is not None
     assert found.head_nll is not None
     assert found.chance is not None
-    # position by position, so that no hard chunk hides it
+    # position by position, so that no hard chunk hides a bad one
     assert (found.head.nll - found.trunk.nll).mean() > 0.1
     assert found.nll.value < 0.6 * np.log(found.n_vocab)
     assert found.draft[0].low > found.chance + 0.3
@@ -112,7 +112,7 @@ def test_the_file_is_small_and_fits_every_low_bit_type() -> None:
         kind = tensor.tensor_type
         matrix = len(tensor.shape) >= 2 and "ffn_gate_inp" not in tensor.name
         assert kind == (gguf.GGMLQuantizationType.F16 if matrix else gguf.GGMLQuantizationType.F32)
-        # QK_K of ggml-common.h; shape is the file's, rows first
+        # QK_K of ggml-common.h; the shape is the file's, rows first
         assert not matrix or tensor.shape[0] % 256 == 0
         assert np.isfinite(np.asarray(tensor.data, dtype=np.float64)).all()
 
@@ -129,8 +129,9 @@ def windows(text: str, size: int = 200) -> set[str]:
 
 
 def test_held_out_text_is_in_no_other_text(corpus: ModuleType) -> None:
-    """Of the texts that this machine's library gives; the tables and the training text need its
-    tests, which some distributions leave out, so the split is also tried on a made-up library."""
+    """The texts are those of this machine's standard library. The tables and the training text need
+    the library's tests, which some distributions leave out, so the split is also tried on a made-up
+    library."""
     held = {name: (DATA / file).read_text(encoding="utf-8") for name, file in TEXTS.items()}
     held_out = windows(held["held-out"]) | windows(held["held-out-prose"])
     assert not windows(held["held-out"]) & windows(held["held-out-prose"])
@@ -153,7 +154,7 @@ def test_the_split_keeps_copies_of_held_out_text_apart(
     (library / "test").mkdir(parents=True)
     data.mkdir()
     for i in range(40):
-        # every fourth module carries the same licence, so it may not be held out
+        # every fourth module carries the same licence, which therefore may not be held out
         (library / f"m{i}.py").write_text((licence if i % 4 == 0 else "") + prose(300))
         (library / "test" / f"test_m{i}.py").write_text(prose(100))
     monkeypatch.setattr(corpus, "_library", lambda: library)
@@ -165,7 +166,8 @@ def test_the_split_keeps_copies_of_held_out_text_apart(
     assert licence not in held
     (data / "held-out.txt").write_text(held)
     (data / "held-out-prose.txt").write_text("\n\n".join(corpus.documents("held-out-prose")))
-    # A copy that a later library has under another name goes from training, by its text alone.
+    # A copy that a later library has under another name is removed from training because of its
+    # text.
     copied = held[1_000:1_300]
     (library / "test" / "test_copy.py").write_text(prose(100) + copied + prose(100))
     corpus._sources.cache_clear()

@@ -1,4 +1,4 @@
-"""The trunk against llama-imatrix: same text, same names, same counts, same sums."""
+"""Compares the trunk with llama-imatrix: same text, same names, same counts, same sums."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ N_CTX = 64
 
 
 # The CPU's attention has two kernels: tiles, for 64 query rows of a sequence or more in a ubatch,
-# with float32 accumulators, and a plain one, for fewer, with float16 ones where the cache is F16
-# (ggml_compute_forward_flash_attn_ext_f16 in ggml/src/ggml-cpu/ops.cpp). Where two runs differ in
-# which one computes, what leaves attention differs by some float16 roundings (5e-4 each).
+# with float32 accumulators, and a plain one, for fewer rows, with float16 accumulators if the cache
+# is F16 (ggml_compute_forward_flash_attn_ext_f16 in ggml/src/ggml-cpu/ops.cpp). If two runs use
+# different kernels, the outputs of attention differ by some float16 roundings (5e-4 each).
 OTHER_ATTENTION = 2e-3
 
 TRUNKS: list[tuple[Arch, dict[str, Any]]] = [
@@ -39,8 +39,8 @@ TRUNKS: list[tuple[Arch, dict[str, Any]]] = [
 ]
 ARCHS = [arch for arch, _ in TRUNKS]
 OPTIONS = dict(TRUNKS)
-# One that has no two experts so close that another attention kernel would swap them. Where both
-# sides run the same kernels any seed will do.
+# A model in which no two experts are so close that another attention kernel would swap them. If
+# both sides run the same kernels, any seed will do.
 SEED = 2
 
 
@@ -74,8 +74,9 @@ def ours(
         return made.run(text, mtp=mtp, **options)
 
 
-# llama-imatrix's -b and -ub; then our n_batch, n_ubatch and n_seq. Both sides have the same number
-# of rows of a sequence in a ubatch, or at least 64 of them: the same attention kernel.
+# llama-imatrix's -b and -ub; then this package's n_batch, n_ubatch and n_seq. Both sides have the
+# same number of rows of a sequence in a ubatch, or at least 64 of them, and thus the same attention
+# kernel.
 BATCHES = {
     "below n_ctx": (32, 32, {"n_batch": 32, "n_ubatch": 32}),
     "equal to n_ctx": (64, 64, {"n_batch": 64, "n_ubatch": 64}),
@@ -104,7 +105,7 @@ def test_names_counts_and_sums_are_theirs(
 def test_default_batches_agree_with_default_batches(
     arch: Arch, forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
-    """Both programs as a person runs them, but for the size of a chunk."""
+    """Both programs run with their default batches; only the size of a chunk is given."""
     spec = forged(arch, seed=SEED, **OPTIONS[arch])
     want = theirs(spec, "--no-ppl", "-c", 128, "--chunks", 4)
     assert_same_trunk(ours(spec, prose_file, collector={"n_ctx": 128}, max_chunks=4), want)
@@ -119,7 +120,7 @@ def test_bos_goes_over_the_first_token_of_every_chunk(
     args = ("--no-ppl", "-c", N_CTX, "-b", N_CTX, "--chunks", 4)
     got = ours(with_bos, prose_file, max_chunks=4)
     assert_same_trunk(got, theirs(with_bos, *args))
-    # the two models differ in that key alone, and it matters
+    # the two models differ in that key alone, and the key matters
     worst = differences(got, theirs(without, *args))
     assert worst["blk.0.attn_q.weight"] > 100 * PARITY
 
@@ -140,7 +141,7 @@ def test_process_output_adds_output_weight(
 def test_process_output_adds_the_token_embedding_where_it_gives_the_logits(
     arch: Arch, forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
-    """A model without an output.weight: the engine multiplies token_embd.weight for it."""
+    """The model has no output.weight: the engine multiplies token_embd.weight instead."""
     spec = forged(arch, seed=SEED, tied=True, **OPTIONS[arch])
     assert "output.weight" not in spec.tensors
     want = theirs(spec, "--no-ppl", "--process-output", "-c", N_CTX, "-b", N_CTX, "--chunks", 3)
@@ -150,7 +151,7 @@ def test_process_output_adds_the_token_embedding_where_it_gives_the_logits(
     assert_same_trunk(
         ours(spec, prose_file, process_output=True, max_chunks=3, perplexity=True), want
     )
-    # a run in the native thread of several chunks side by side
+    # the native thread runs several chunks side by side
     side = ours(spec, prose_file, collector={"n_seq": 3}, process_output=True, max_chunks=3)
     assert_same_trunk(side, want, OTHER_ATTENTION)
     assert "token_embd.weight" not in ours(spec, prose_file, max_chunks=1)
@@ -169,7 +170,7 @@ def test_chunks_are_skipped_and_limited_alike(
     prose_file: Path,
 ) -> None:
     spec = forged("llama", seed=SEED, add_bos=True)
-    n_ctx = 256  # few chunks, so that "all of them" stays quick
+    n_ctx = 256  # few chunks, so that "all of them" is quick
     want = theirs(spec, "--no-ppl", "-c", n_ctx, "-b", n_ctx, *theirs_says)
     collector = {"n_ctx": n_ctx, "n_ubatch": n_ctx}
     got = ours(spec, prose_file, collector=collector, skip_chunks=skip, max_chunks=most)
@@ -181,8 +182,8 @@ def test_chunks_are_skipped_and_limited_alike(
 def test_rows_of_a_small_last_ubatch_are_counted(
     forged: Forged, theirs: Theirs, prose_file: Path
 ) -> None:
-    """100 tokens in ubatches of 96 leave 4: llama-imatrix looks at no plain matmul of fewer than
-    16 rows (collect_imatrix in tools/imatrix/imatrix.cpp), but at all of the experts'."""
+    """100 tokens in ubatches of 96 leave 4: llama-imatrix ignores a plain matmul of fewer than 16
+    rows (collect_imatrix in tools/imatrix/imatrix.cpp), but not that of experts."""
     spec = forged("glm4moe", seed=SEED, n_nextn=1)
     want = theirs(spec, "--no-ppl", "-c", 100, "-b", 100, "-ub", 96, "--chunks", 3)
     got = ours(spec, prose_file, collector={"n_ctx": 100, "n_ubatch": 96}, max_chunks=3)
@@ -214,10 +215,10 @@ def test_the_head_changes_no_bit_of_the_trunk(
 def test_batches_of_whole_tiles_change_nothing(
     arch: Arch, forged: Forged, prose_file: Path
 ) -> None:
-    """Batches and ubatches of 64 rows and more, so that one attention kernel computes all.
+    """Batches and ubatches have 64 rows or more, so that one attention kernel computes everything.
 
-    Not to the bit: each decode adds its own float32 sums, and the attention sees a padded cache of
-    another length. 1e-6 is ten roundings of float32.
+    The result is not the same to the bit: each decode adds its own float32 sums, and the attention
+    sees a padded cache of another length. 1e-6 is ten roundings of float32.
     """
     spec = forged(arch, seed=SEED, **OPTIONS[arch])
     whole = ours(spec, prose_file, collector={"n_ctx": 192}, max_chunks=2)
@@ -230,7 +231,8 @@ def test_batches_of_whole_tiles_change_nothing(
 def test_small_batches_change_what_the_engine_rounds(
     arch: Arch, forged: Forged, prose_file: Path
 ) -> None:
-    """The same names and counts; the sums as far apart as the two attention kernels are."""
+    """The names and counts are the same; the sums differ as much as the two attention kernels
+    do."""
     spec = forged(arch, seed=SEED, **OPTIONS[arch])
     whole = ours(spec, prose_file, max_chunks=4)
     parts = ours(spec, prose_file, collector={"n_batch": 24}, max_chunks=4)
@@ -261,10 +263,10 @@ def test_perplexity_is_what_llama_imatrix_prints(
         collector.run(prose_file, max_chunks=6, perplexity=True)
         found = collector.perplexity
     assert found is not None
-    # the second half of each chunk, less its last token, which has no next one
+    # the second half of each chunk, without its last token, which has no next one
     assert found.n_scored == 6 * (N_CTX // 2 - 1)
-    # One unit of the last digit that is printed: 4 decimals and 5. The logits are float32 and come
-    # from a matmul of fewer rows here (only those that are scored), so that the last bits differ.
+    # One unit of the last printed digit: 4 decimals and 5. The logits are float32 and come from a
+    # matmul of fewer rows here (only the scored ones), so that the last bits differ.
     assert found.value == pytest.approx(float(printed[1]), rel=0, abs=1.01e-4)
     assert found.error == pytest.approx(float(printed[2]), rel=0, abs=1.01e-5)
 
