@@ -1,4 +1,4 @@
-"""What several test modules share: the engine's own programs, and models made once."""
+"""Fixtures that several test modules share: the engine's own programs, and models made once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hypothesis import settings
 
 import imatrix
 
-# A shell starts a job in the background with SIGINT ignored, and children would inherit that: those
-# that a test interrupts have to hear it.
+# A shell starts a job in the background with SIGINT ignored, and children would inherit that,
+# although some tests interrupt their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,7 +32,7 @@ settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
 
 
-# What a test may need that a machine or a build has or has not, for the mark `needs`.
+# What a test may need and a machine or build may lack, for the mark `needs`.
 HAS = {
     "gpu": lambda: any(device.gpu for device in imatrix.backends().devices),
     "no rpc": lambda: "RPC" not in imatrix.backends().built,
@@ -40,8 +40,8 @@ HAS = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what this machine cannot run. A skipped test looks like one that was forgotten;
-    where IMATRIX_NO_SKIPS is set it fails, see pytest_runtest_makereport."""
+    """Leave out the tests that this machine cannot run, because a skipped test looks like one that
+    was forgotten. If IMATRIX_NO_SKIPS is set, a skip fails, see pytest_runtest_makereport."""
     here = {what: has() for what, has in HAS.items()}
     left_out = [
         item for item in items if not all(here[mark.args[0]] for mark in item.iter_markers("needs"))
@@ -64,8 +64,8 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def engine_tool() -> EngineTool:
-    """Where one of the engine's programs is, by name: llama-imatrix, llama-quantize,
-    llama-perplexity, llama-speculative-simple. A missing one fails the test."""
+    """The path of one of the engine's programs, by name: llama-imatrix, llama-quantize,
+    llama-perplexity, llama-speculative-simple. If it is missing, the test fails."""
 
     def find(name: str) -> Path:
         try:
@@ -112,8 +112,8 @@ def rpc_server(engine_tool: EngineTool) -> Iterator[RpcServer]:
 
 @pytest.fixture(scope="session")
 def forged(tmp_path_factory: pytest.TempPathFactory) -> Forged:
-    """make_model without the path: forged(arch, **options). Equal arguments give one file, so
-    that nobody may write to it."""
+    """make_model without the path: forged(arch, **options). Equal arguments give the same file, so
+    that no test may write to it."""
     folder = tmp_path_factory.mktemp("forged")
     made: dict[str, ModelSpec] = {}
 
@@ -128,7 +128,7 @@ def forged(tmp_path_factory: pytest.TempPathFactory) -> Forged:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random model with a tokenizer, which nobody may write to."""
+    """The random model with a tokenizer. No test may write to it."""
     path = tmp_path_factory.mktemp("model") / "random.gguf"
     make_random_model(path)
     return path
@@ -144,7 +144,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def head_matrix(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A matrix of its trunk and head, of 4 chunks of 64 tokens."""
+    """A matrix of that model's trunk and head, from 4 chunks of 64 tokens."""
     path = tmp_path_factory.mktemp("matrix") / "with-head.gguf"
     with imatrix.Collector(model, n_ctx=64) as collector:
         collector.run(text, mtp=True, max_chunks=4).save(path)
@@ -153,10 +153,10 @@ def head_matrix(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def prose() -> str:
-    """Ten thousand characters of English-looking ASCII: more tokens than any test wants.
+    """Ten thousand characters of ASCII that looks like English: more tokens than any test needs.
 
-    Made here and not read from a file, because how close two experts come, which decides whether
-    counts can be compared at all, hangs on every word.
+    It is made here and not read from a file, because the distance between two experts, which
+    decides whether counts can be compared at all, depends on every word.
     """
     rng = np.random.default_rng(7)
     words = rng.choice(WORDS, size=1800)
@@ -167,7 +167,7 @@ def prose() -> str:
 @pytest.fixture(scope="session")
 def prose_file(prose: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(prose + "\n", encoding="ascii")  # its readers leave out one last newline
+    path.write_text(prose + "\n", encoding="ascii")  # readers drop one last newline
     return path
 
 

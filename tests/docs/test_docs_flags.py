@@ -1,4 +1,4 @@
-"""The pages that tell of flags, beside the programs that take them."""
+"""The pages that describe flags, compared with the programs that take them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def collect_parser() -> argparse.ArgumentParser:
 
 
 def rows(page: Path) -> Iterator[tuple[list[str], str]]:
-    """Of every table row: the code spans of its first cell, and the second cell's text."""
+    """For every table row: the code spans of its first cell, and the text of its second cell."""
     tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
     cells: list[Any] = []
     for token in tokens:
@@ -45,7 +45,7 @@ def rows(page: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def told() -> dict[str, str]:
-    """Verdict by flag, of the page."""
+    """The verdict on each flag that the page gives."""
     verdicts: dict[str, str] = {}
     for flags, verdict in rows(DOCS / "llama-imatrix.md"):
         if verdict not in ("same", "more", "no"):
@@ -68,7 +68,7 @@ def theirs(engine_tool: EngineTool) -> set[str]:
             continue
         for word in line.split():
             if not word.startswith("-"):
-                break  # the value, or what it does
+                break  # the value, or the description
             found.add(word.rstrip(","))
             if not word.endswith(","):
                 break

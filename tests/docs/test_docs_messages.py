@@ -15,7 +15,7 @@ from imatrix import errors
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
 
-HOLE = "\0"  # what a message fills in
+HOLE = "\0"  # a value that the message fills in
 
 
 def quoted() -> list[str]:
@@ -30,7 +30,8 @@ def quoted() -> list[str]:
 
 
 def of_python(path: Path) -> Iterator[str]:
-    """String literals, what f-strings fill in as holes, and those that + joins as one."""
+    """String literals; values that f-strings fill in become holes, and literals joined by + become
+    one."""
 
     def text(node: ast.expr) -> str:
         if isinstance(node, ast.Constant):
@@ -39,7 +40,7 @@ def of_python(path: Path) -> Iterator[str]:
             return "".join(text(value) for value in node.values)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return text(node.left) + text(node.right)
-        if isinstance(node, ast.IfExp):  # the message with it and without
+        if isinstance(node, ast.IfExp):  # the message with the addition and without it
             return text(node.body) or HOLE
         return HOLE
 
@@ -49,7 +50,7 @@ def of_python(path: Path) -> Iterator[str]:
 
 
 def of_cpp(path: Path) -> Iterator[str]:
-    """The string literals of each statement; what stands between two of them is a hole."""
+    """The string literals of each statement; whatever stands between two of them becomes a hole."""
     source = path.read_text(encoding="utf-8")
     parts: list[str] = []
     end = 0

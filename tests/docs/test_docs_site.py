@@ -1,4 +1,5 @@
-"""The site that `make docs` builds: without a warning, whole, and without anything from elsewhere."""
+"""The site that `make docs` builds: without warnings, complete, and without anything from other
+sites."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Found(HTMLParser):
-    """What a page of HTML loads, and the ids in it."""
+    """What an HTML page loads, and the ids in it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class Found(HTMLParser):
         if given.get("id"):
             self.ids.add(str(given["id"]))
         if tag == "link" and given.get("rel") not in ("stylesheet", "preload", "icon"):
-            return  # index, search, next: to be followed, not loaded
+            return  # index, search, next: links to follow, which load nothing
         key = {"script": "src", "img": "src", "iframe": "src", "link": "href"}.get(tag)
         if key is not None and given.get(key):
             self.loads.append(str(given[key]))
@@ -67,7 +68,7 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
 
 
 def test_the_recipes_quote_the_study() -> None:
-    """Rows of the study's table stand in docs/recipes.md as they are in its report."""
+    """Rows of the study's table stand in docs/recipes.md exactly as in its report."""
     study = (ROOT / "benchmarks" / "results" / "quality.md").read_text(encoding="utf-8")
     section = study.split("## Trunk at Q8_0, in-domain")[1].split("\n## ")[0].splitlines()
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()

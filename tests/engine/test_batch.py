@@ -1,4 +1,4 @@
-"""n_batch="auto": what is chosen, from what memory, and that it changes nothing but the reading."""
+"""n_batch="auto": which batch is chosen, for which memory, and that it only saves reading."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ N_CTX = 128
     [
         # 0.9 * 1000 MB: 849 + 51.2 for a graph of 512 tokens + 1 for the chunk is too much
         (1000, 840, 0, (1, 512)),
-        (1000, 849, 0, (9, 9 * 512)),  # half of it: 500 // (51.2 + 1) = 9
+        (1000, 849, 0, (9, 9 * 512)),  # half of 1000 MB: 500 // (51.2 + 1) = 9
         (2000, 9000, 0, (19, 19 * 512)),  # 1000 // 52.2
-        (2000, 9000, 400, (19, 19 * 512)),  # what is not mapped has taken its own already
-        (60, 9000, 0, (1, 512)),  # not even one: the least there is
+        (2000, 9000, 400, (19, 19 * 512)),  # unmapped weights have taken their memory already
+        (60, 9000, 0, (1, 512)),  # there is not even room for one: the smallest batch
         (10**6, 10**7, 0, (256, 256 * 512)),  # LLAMA_MAX_SEQ
     ],
 )
@@ -57,10 +57,10 @@ def test_no_more_chunks_than_there_are() -> None:
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
-        (1700, (4096, 4096)),  # 850 - 8 for the chunk: 8420 tokens
-        (800, (2048, 2048)),  # 3920: two parts, each a decode of its own
-        (340, (1366, 1366)),  # 1620: three
-        (100, (4096, 512)),  # 420: fewer than the usual, which is what there is
+        (1700, (4096, 4096)),  # 850 - 8 for the chunk leaves room for 8420 tokens
+        (800, (2048, 2048)),  # room for 3920: two parts, each in a decode of its own
+        (340, (1366, 1366)),  # room for 1620: three parts
+        (100, (4096, 512)),  # room for 420, which is less than the usual graph: it stays
     ],
 )
 def test_a_long_chunk_with_a_head(room: int, expected: tuple[int, int]) -> None:
@@ -71,7 +71,7 @@ def test_a_long_chunk_with_a_head(room: int, expected: tuple[int, int]) -> None:
 
 def test_without_a_map_nothing_is_read_again() -> None:
     model = need(600 * MB, 1 * MB, MB // 10)
-    # 0.9 * 1000 holds the weights and one chunk; of 640 half is left to the weights
+    # 0.9 * 1000 holds the weights and one chunk; half of 640 is left to the weights
     for mapped in (True, False):
         assert choose(512, model, Room(1000 * MB, {}), mapped=mapped, most=99).n_seq == 1
     assert choose(512, model, Room(640 * MB, {}), mapped=True, most=99).n_seq == 6  # 320 // 52.2
@@ -81,7 +81,7 @@ def test_without_a_map_nothing_is_read_again() -> None:
 def test_a_device_has_its_own_limit() -> None:
     model = need(9000 * MB, 1 * MB, MB // 10, device=MB // 5, on_device=700 * MB)
     room = Room(2000 * MB, {"GPU0": 800 * MB})
-    # 0.9 * 800 // 102.4: what the weights take there has been taken off
+    # 0.9 * 800 // 102.4: the memory that the weights take there is subtracted already
     assert choose(512, model, room, mapped=True, most=99).n_seq == 7
 
 
@@ -94,7 +94,7 @@ def test_contexts_that_cannot_be_made() -> None:
     assert found.n_seq == 5
 
 
-# --- what a batch takes --------------------------------------------------------------------------
+# --- the memory that a batch takes ---------------------------------------------------------------
 
 
 def planned(spec: ModelSpec, batch: Batch, **options: Any) -> list[engine.MemoryUse]:
@@ -119,17 +119,18 @@ def test_weights_and_keys_and_values(forged: Forged) -> None:
     # tensors start at multiples of 32 bytes
     assert 0 <= use["model"] - sum(t.n_bytes for t in tensors) < 32 * len(tensors)
     h = spec.hparams
-    # F16 keys and values of each layer; a sequence's cells come in 256s (llama-context.cpp)
+    # F16 keys and values of each layer; a sequence's cells are allocated in 256s
+    # (llama-context.cpp)
     cells = 3 * 256
     assert use["context"] == h.n_layer * 2 * h.n_head_kv * h.head_dim * cells * 2
 
 
 def test_logits_are_counted(forged: Forged) -> None:
-    spec = forged("qwen35", seed=2)  # asks for none by itself
+    spec = forged("qwen35", seed=2)  # a context asks for none by itself
     batch = Batch(1, N_CTX, N_CTX)
     (without,), (with_,) = planned(spec, batch), planned(spec, batch, perplexity=True)
     logits = N_CTX * spec.hparams.n_vocab * 4
-    # those that are kept, in place of the one row that every context has room for
+    # the rows that are kept, in place of the one row that every context has room for
     assert with_["compute"] - without["compute"] >= logits - spec.hparams.n_vocab * 4
 
 
@@ -163,7 +164,7 @@ def kernel_files(folder: Path, cgroup: str, files: dict[str, str]) -> tuple[Path
             },
             2_500_000,
         ),
-        (  # the host's path, seen from inside a container
+        (  # the host's path, as a container sees it
             "4:memory:/docker/1\n3:cpuset:/\n",
             {
                 "memory/memory.limit_in_bytes": "4000000\n",
@@ -172,7 +173,7 @@ def kernel_files(folder: Path, cgroup: str, files: dict[str, str]) -> tuple[Path
             },
             1_100_000,
         ),
-        (  # a limit above what there is
+        (  # a limit above the available memory
             "4:memory:/\n",
             {
                 "memory/memory.limit_in_bytes": "9223372036854771712\n",
@@ -196,7 +197,7 @@ def test_available_memory_here() -> None:
 
 # --- whole runs ----------------------------------------------------------------------------------
 
-# enough layers for the weights to outweigh a chunk's activations
+# enough layers for the weights to outweigh the activations of a chunk
 DEEP: dict[str, Any] = {"seed": 2, "n_nextn": 1, "n_layer": 8}
 
 
@@ -216,21 +217,21 @@ def assert_close(got: ImportanceMatrix, want: ImportanceMatrix) -> None:
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
-        # float32 over other groups of rows, and the engine's own sums likewise
+        # float32 over other groups of rows, and the same for the engine's own sums
         scale = want[name].sums.max()
         assert np.abs(got[name].sums - want[name].sums).max() < 1e-5 * scale, name
 
 
 def test_a_model_that_does_not_fit(forged: Forged, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = forged("qwen35", **DEEP)
-    free(monkeypatch, spec.path.stat().st_size)  # no more than the weights
+    free(monkeypatch, spec.path.stat().st_size)  # room for no more than the weights
     with collector(spec, n_batch="auto") as made:
-        assert made.batch == Batch(1, N_CTX, N_CTX)  # nothing was chosen yet
+        assert made.batch == Batch(1, N_CTX, N_CTX)  # nothing was chosen before
         got = made.run(chunks(spec, 8), perplexity=True)
         chosen, perplexity = made.batch, made.perplexity
         assert chosen.n_seq > 1
         assert chosen.n_batch == chosen.n_ubatch == chosen.n_seq * N_CTX
-        # what the engine takes for it is what the half that may be taken has room for
+        # the engine takes no more than the half that it may take
         use = planned(spec, chosen, perplexity=True)
         assert sum(u["context"] + u["compute"] for u in use) <= spec.path.stat().st_size / 2
         with_head = made.run(chunks(spec, 2), mtp=True)

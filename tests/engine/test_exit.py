@@ -1,5 +1,5 @@
-"""Programs that end with something of ours still open, or at work in a daemon thread: with their own
-status, no fatal error, and no process left."""
+"""Programs that end while they hold an open object of the package, or use it in a daemon thread:
+they end with their own status, without a fatal error, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def model(forged: Forged) -> Path:
 
 
 def left_over(mark: str) -> list[str]:
-    """Processes with that in their environment, by their command lines."""
+    """Processes that have this in their environment, by their command lines."""
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
@@ -180,13 +180,13 @@ def left_over(mark: str) -> list[str]:
         try:
             if mark.encode() in (process / "environ").read_bytes():
                 found.append((process / "cmdline").read_bytes().decode())
-        except OSError:  # gone meanwhile, or somebody else's
+        except OSError:  # it has ended meanwhile, or belongs to another user
             continue
     return found
 
 
 def end(program: str, model: Path, folder: Path, *, status: int) -> str:
-    """Run it, and see how it ended; what it wrote to its standard error."""
+    """Run the program and check how it ended; returns its standard error."""
     script = folder / "program.py"
     script.write_text(program)
     mark = f"IMATRIX_TEST_MARK={folder}/{time.monotonic_ns()}"
@@ -201,7 +201,7 @@ def end(program: str, model: Path, folder: Path, *, status: int) -> str:
     assert done.returncode == status, done.stderr
     assert "Fatal Python error" not in done.stderr
     assert done.stdout == ""
-    # a process that has been killed, or sees the end of its input, may take a moment to go
+    # a process that was killed, or whose input ended, may take a moment to go
     patience = time.monotonic() + 20
     while left := left_over(mark):
         assert time.monotonic() < patience, left
@@ -209,7 +209,7 @@ def end(program: str, model: Path, folder: Path, *, status: int) -> str:
     return done.stderr
 
 
-# one of each kind: what a thread holds, a child of ours, a native step
+# one of each kind: something that a thread holds, a child process, a native step
 IN_EVERY_WAY = (
     "a template",
     "a Collector with an engine",
@@ -230,18 +230,18 @@ def test_it_ends_with_its_own_status(what: str, how: str, model: Path, tmp_path:
     told = end(f"{START}\n{PROGRAMS[what]}\n{last}\n", model, tmp_path, status=status)
     if how == "by an exception":
         assert "ValueError: its own" in told
-    # what a quantization has not finished is taken away
+    # an unfinished quantization is removed
     assert {each.name for each in tmp_path.iterdir()} <= {"program.py", "out.gguf"}
 
 
 def test_it_does_so_every_time(model: Path, tmp_path: Path) -> None:
-    """What goes wrong may depend on what a thread is at."""
+    """What goes wrong may depend on what a thread is doing at that moment."""
     for _ in range(5):
         end(START + PROGRAMS["a template"], model, tmp_path, status=0)
 
 
 def test_a_fork_has_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
-    """The one that it was forked from goes on with its own, and nobody waits for anybody."""
+    """The parent of the fork keeps its own process, and neither waits for the other."""
     program = """
 import gc
 from imatrix import ChatTemplate
@@ -267,7 +267,7 @@ made.close()
 
 
 def test_a_thread_that_the_interpreter_waits_for(model: Path, tmp_path: Path) -> None:
-    """The main thread is through; what runs in one that is no daemon comes to its end."""
+    """The main thread is done; what runs in a thread that is no daemon comes to its end."""
     program = """
 from imatrix import evaluate, quantize
 ready = threading.Event()

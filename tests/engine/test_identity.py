@@ -1,4 +1,4 @@
-"""What a run is compared by: the names and values that stand in checkpoint files."""
+"""What a run is compared by: the names and values in checkpoint files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_work(headed: ModelSpec, models: Models) -> None:
 
 
 def test_a_run_has_the_names_of_checkpoints_in_their_order(models: Models) -> None:
-    """Files of earlier versions have these, and `going on from` names what differs in this order."""
+    """Files of earlier versions have these names, and `going on from` names differences in this
+    order."""
     text = {
         "packing": "document",
         "on_bad_record": "skip",
@@ -88,7 +89,7 @@ def test_a_run_has_the_names_of_checkpoints_in_their_order(models: Models) -> No
 
 
 def test_what_is_the_default_is_left_out(models: Models) -> None:
-    """So that a checkpoint of a version that did not know it yet is accepted."""
+    """Otherwise a checkpoint of a version that did not know the setting would not be accepted."""
     found = identity_of_run(models, SETTINGS, {}, **ASKED)
     assert found["max_chunks"] == -1
     assert not {"block", "part", "min_expert_rows"} & set(found)
@@ -100,11 +101,11 @@ def test_what_is_the_default_is_left_out(models: Models) -> None:
     [
         ({"a": 1, "b": 2}, {"a": 1, "b": 3}, ["b"]),
         ({"a": 1}, {"b": 1}, ["a", "b"]),
-        # a text that is known as a whole to one of them only
+        # only one of the two knows its text as a whole
         ({"text_tokens": 9}, {}, []),
         ({}, {"text_digest": "ab"}, []),
         ({"text_tokens": 9}, {"text_tokens": 8}, ["text_tokens"]),
-        # a run that ended at a bad record may go on and skip it
+        # a run that ended at a bad record may continue and skip it
         ({}, {"on_bad_record": "skip"}, []),
         ({"on_bad_record": "skip"}, {}, ["on_bad_record"]),
     ],
@@ -119,7 +120,7 @@ def test_in_words() -> None:
         f"a is 1 there and absent here; long is {'x' * 16}... there and {'y' * 16}... here; "
         "b is absent there and True here"
     )
-    # of work only what is asked for here counts, and values are whole
+    # only the work that is asked for here counts, and values are compared as a whole
     assert describe_differences_of_work(there, here) == (
         f"b is absent there and True here; long is {'x' * 64} there and {'y' * 64} here"
     )

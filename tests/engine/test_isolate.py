@@ -1,4 +1,5 @@
-"""The engine in a process of its own: the same matrices, and somebody left to tell when it dies."""
+"""The engine in a process of its own: the same matrices, and an error message if that process
+dies."""
 
 from __future__ import annotations
 
@@ -77,20 +78,20 @@ def test_the_same_to_the_bit(headed: ModelSpec, prose: str, tmp_path: Path) -> N
         assert there.perplexity == here.perplexity
         told = [[(at.chunks, at.total, at.perplexity) for at in each] for each in reports]
         assert told[0] == told[1]
-        # a stream, and what it is interrupted for
+        # a stream, interrupted in one process and then in the other
         stream = token_chunks(headed, N_CHUNKS)
         whole = here.run(stream, mtp=True)
         path = tmp_path / "checkpoint"
         with pytest.raises(Enough):
             there.run(iter(stream), mtp=True, checkpoint=path, progress=stop_at(2))
         assert there.matrix.chunk_count == 2
-        # and either goes on from the other's
+        # and either continues from the other's checkpoint
         assert there.run(iter(stream), mtp=True, checkpoint=path) == whole
         path.unlink()
         with pytest.raises(Enough):
             there.run(iter(stream), mtp=True, checkpoint=path, progress=stop_at(3))
         assert here.run(iter(stream), mtp=True, checkpoint=path) == whole
-        # nothing of it was here
+        # nothing of it is in this process
         assert native.live_objects()["models"] == before["models"]
         process = engine_of(there)
     assert not Path(f"/proc/{process}").exists()
@@ -126,7 +127,7 @@ def test_errors_come_over(headed: ModelSpec, forged: Forged, tmp_path: Path) -> 
             with pytest.raises(ValueError, match="token id 99999999 is out of range"):
                 made.run([[1, 99999999]])
             if isolate:
-                engine_of(made)  # the errors have not ended it
+                engine_of(made)  # the errors have not ended the process
     assert found[:2] == found[2:]
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(headed.path.read_bytes()[:-4000])
@@ -197,11 +198,11 @@ def test_it_dies_and_the_run_goes_on(
         assert f"{path} holds 2 chunk(s) and is 0:00:0" in str(error)
         assert "run the same again to go on from it" in str(error)
         assert (error.chunk, error.checkpoint) == (4, path)
-        # what there is: the checkpoint's, with the digest of its text
+        # the checkpoint's data, with the digest of its text
         assert made.matrix == two
         assert made._models.engine is None
         assert file.read(path).done == 2
-        # the same Collector goes on, with another process
+        # the same Collector continues, with another process
         assert made.run(chunks, checkpoint=path, **options) == whole
 
 
@@ -213,7 +214,7 @@ def test_it_dies_without_a_checkpoint(headed: ModelSpec, tmp_path: Path) -> None
             made.run(chunks, progress=kill_at(made, 2, signal.SIGKILL))
         assert it.value.checkpoint is None
         assert len(made.matrix) == 0
-        # of another run, which was not to be gone on from: not this one's
+        # the checkpoint of another run, which was not to be resumed: it is not this run's
         path = tmp_path / "checkpoint"
         made.run(chunks, checkpoint=path, max_chunks=1)
         with pytest.raises(EngineDiedError, match=r"2 chunk\(s\) are lost\."):
@@ -227,7 +228,7 @@ def test_it_dies_without_a_checkpoint(headed: ModelSpec, tmp_path: Path) -> None
         assert len(made.matrix) == 0
         made.run(chunks)
         os.kill(engine_of(made), signal.SIGKILL)
-        # gone while nothing was asked of it
+        # the process is killed while nothing is asked of it
         deadline = time.monotonic() + 30
         while (
             made._models.engine is not None
@@ -270,7 +271,7 @@ made.run(itertools.repeat(list(range(32))), progress=first)
     ) as process:
         assert process.stdout is not None
         engine = int(process.stdout.readline())
-        os.kill(engine, signal.SIGTERM)  # not for it: a service that is stopped sends it to all
+        os.kill(engine, signal.SIGTERM)  # a stopped service sends it to all
         os.kill(engine, 0)
         process.kill()
     deadline = time.monotonic() + 30
@@ -307,7 +308,7 @@ def test_no_interpreter_to_start(headed: ModelSpec, monkeypatch: pytest.MonkeyPa
 
 
 def test_frames() -> None:
-    """Whatever an answer holds, it is data: arrays of three kinds, and JSON."""
+    """Whatever an answer holds is data: arrays of three kinds, and JSON."""
     import io
 
     from imatrix.engine import frames

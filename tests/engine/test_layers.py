@@ -1,4 +1,4 @@
-"""n_gpu_layers="auto": what is chosen, from what memory, and that the engine then takes no more."""
+"""n_gpu_layers="auto": what is chosen, for which memory, and that the engine then takes no more."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ MB = 10**6
 def need(
     n_blocks: int, dense: int, experts: int = 0, compute: int = 0, n_devices: int = 1
 ) -> Callable[[Layers], list[engine.MemoryUse]]:
-    """A model: bytes of a block without its experts, and of its experts. The output is a block
-    without experts. Blocks go to the devices in equal parts, in their order."""
+    """A model, by the bytes of a block without its experts, and the bytes of its experts. The
+    output counts as a block without experts. Blocks go to the devices in equal parts, in their
+    order."""
 
     def uses(layers: Layers) -> list[engine.MemoryUse]:
         n = n_blocks + 1 if layers.n_gpu_layers == -1 else layers.n_gpu_layers
@@ -73,14 +74,14 @@ def need(
         (22, Layers(21)),
         (2, Layers(1)),
         (1, Layers(0)),
-        (0, Layers(0)),  # not even the activations: nothing can be done about those
-        (-900, Layers(0)),  # less than what is to be left free
+        (0, Layers(0)),  # not even the activations fit, which cannot be helped
+        (-900, Layers(0)),  # less than the memory to be left free
     ],
 )
 def test_as_many_as_there_is_room_for(free: int, expected: Layers) -> None:
     model = need(40, dense=MB, compute=MB)
     assert choose(40, model, {"GPU0": MARGIN + free * MB}, experts=False) == expected
-    # what does not say how much it has takes all
+    # a device that does not say how much memory it has takes all
     assert choose(40, model, {}, experts=False) == ALL
 
 
@@ -91,7 +92,7 @@ def test_as_many_as_there_is_room_for(free: int, expected: Layers) -> None:
         (440, 1, -1),
         (241, 20, -1),
         (240, 21, -1),
-        (41, 40, -1),  # no experts at all
+        (41, 40, -1),  # the model has no experts
         (40, 40, 40),
         (3, 40, 3),
     ],
@@ -102,7 +103,7 @@ def test_experts_stay_first(free: int, n_kept: int, n_layers: int) -> None:
     assert found.n_gpu_layers == n_layers
     assert len(set(found.cpu_experts)) == n_kept
     assert set(found.cpu_experts) <= set(range(40))
-    # where the user has placed tensors the experts stay with their blocks
+    # if the user has placed tensors, the experts stay with their blocks
     layers = choose(40, model, {"GPU0": MARGIN + free * MB}, experts=False)
     assert layers.cpu_experts == ()
     assert layers.n_gpu_layers == (-1 if free == 441 else (free - 1) // 11 + 1)
@@ -110,12 +111,13 @@ def test_experts_stay_first(free: int, n_kept: int, n_layers: int) -> None:
 
 def test_several_devices_are_relieved_alike() -> None:
     model = need(40, dense=MB, experts=10 * MB, n_devices=2)
-    # 21 and 20 layers, 20 blocks with experts on each: 221 and 220 MB, 10 of the experts too many
+    # 21 and 20 layers, 20 blocks with experts on each device: 221 and 220 MB, so the experts of 10
+    # blocks are too many for either
     found = choose(40, model, dict.fromkeys(("GPU0", "GPU1"), MARGIN + 122 * MB), experts=True)
     assert found.n_gpu_layers == -1
     assert len(found.cpu_experts) == 20
     assert sum(block < 20 for block in found.cpu_experts) == 10
-    # one of them is full: a single layer is the first one's
+    # one device is full: a single layer goes to the first one
     found = choose(40, model, {"GPU0": MARGIN + 999 * MB, "GPU1": MARGIN}, experts=True)
     assert found == Layers(1, tuple(range(40)))
 
@@ -124,7 +126,7 @@ def test_sums_take_memory_too() -> None:
     model = need(40, dense=MB)
     for sums, expected in ((0, ALL), (41, Layers(30)), (41 * 3, Layers(15))):
         free = {"GPU0": MARGIN + (41 if sums == 0 else 60) * MB}
-        # a layer brings its part of them: 2 MB each, or 4
+        # each layer brings its part of the sums: 2 MB, or 4 MB
         assert choose(40, model, free, experts=False, sums=sums * MB) == expected
 
 
@@ -141,7 +143,7 @@ def test_the_size_of_sums(forged: Forged) -> None:
     most = sum(matrix[name].sums.size for name in matrix)
     size = sums_size(ModelFile.read(spec.path))
     assert 4 * sum(least.values()) <= size
-    # some weights see rows in no graph of this architecture
+    # some weights see rows in none of this architecture's graphs
     assert 4 * most <= size <= 4 * 1.2 * most
 
 
@@ -169,12 +171,12 @@ def test_where_there_is_no_device(forged: Forged) -> None:
         assert collector.layers is None
         collector.run([[1] * 64])
         has_gpu = any(device.gpu for device in imatrix.backends().devices)
-        assert collector.layers == (ALL if has_gpu else Layers(0))  # all that may go anywhere
+        assert collector.layers == (ALL if has_gpu else Layers(0))  # everything may go anywhere
 
 
-# --- what the engine takes -----------------------------------------------------------------------
+# --- the memory that the engine takes ------------------------------------------------------------
 
-# the log has sizes with two decimals, of up to ten buffers on a device
+# the log gives sizes with two decimals, of up to ten buffers on a device
 LOG_ROUNDS = 0.05 * 2**20
 
 N_CTX = 96
@@ -182,7 +184,7 @@ SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_ubatch": 64, "n_th
 # as in test_placement.py: float32 over at most a chunk
 TOLERANCE = 1e-5
 
-# A process of its own, whose devices are what the test says they are: one line of JSON for each
+# A process of its own, with the devices that the test chooses: it prints one line of JSON for each
 # run, with the layers that were chosen and the engine's log.
 RUN = """
 import json, logging, sys
@@ -218,7 +220,7 @@ def runs_on(
     endpoints: list[str], spec: ModelSpec, text: list[int], out: Path, runs: list[dict[str, Any]],
     head: Path | None = None,
 ) -> list[tuple[Layers, dict[str, float]]]:  # fmt: skip
-    """What was chosen, and the bytes that each device then took by the engine's log."""
+    """The layers that were chosen, and the bytes that each device then took by the engine's log."""
     for run in runs:
         run["options"] = {**SETTINGS, **run.get("options", {})}
     given = json.dumps(
@@ -231,7 +233,7 @@ def runs_on(
     found = []
     for line in done.stdout.splitlines():
         n_layers, kept, log = json.loads(line)
-        # the last load and what came after it: the plans before it are told alike
+        # the last load and what came after it: the plans before it log the same lines
         start = max(i for i, each in enumerate(log) if "loaded meta data" in each)
         if head is not None:
             start = sorted(i for i, each in enumerate(log) if "loaded meta data" in each)[-2]
@@ -243,7 +245,7 @@ def taken(log: str, endpoints: list[str]) -> dict[str, float]:
     """Bytes by device: weights, keys and values, states, activations."""
     found: dict[str, float] = {}
     for endpoint, size in re.findall(r"RPC0\[(\S+)\] +\w+ buffer size = +([\d.]+) MiB", log):
-        device = f"RPC{endpoints.index(endpoint)}"  # each server's own first
+        device = f"RPC{endpoints.index(endpoint)}"  # each server lists its own device first
         found[device] = found.get(device, 0) + float(size) * 2**20
     return found
 
@@ -272,7 +274,7 @@ def assert_close(path: Path, want: ImportanceMatrix) -> None:
 
 
 def run_with(free: dict[str, float], mtp: tuple[bool, ...] = (True,), **options: Any) -> Any:
-    """What runs_on() takes: room for so many bytes on each device."""
+    """What runs_on() takes: room for this many bytes on each device."""
     room = {name: MARGIN + int(size) for name, size in free.items()}
     return {"free": room, "mtp": mtp, "options": options}
 
@@ -291,7 +293,7 @@ def test_the_engine_takes_what_was_left_to_it(
     whole = all_taken["RPC0"]
     rooms = [whole + sums + LOG_ROUNDS, 0.7 * whole, 0.4 * whole, 1000]
     runs = [run_with({"RPC0": room}, **one) for room in rooms]
-    # the head comes later, and then there is room for less of the trunk
+    # the head comes later, and then there is room for fewer layers of the trunk
     runs += [run_with({"RPC0": 0.7 * whole}, (False, True), **one)]
     found = runs_on(endpoints[:1], spec, tokens(spec), tmp_path, runs)
     want = on_the_cpu(spec, True)
@@ -304,7 +306,7 @@ def test_the_engine_takes_what_was_left_to_it(
     assert 10 > layers[1].n_gpu_layers > layers[2].n_gpu_layers > 0
     assert layers[3] == Layers(0)
     assert layers[4] == layers[1]
-    # one layer more would have been too much
+    # one more layer would have been too much
     more = [run_with({}, n_gpu_layers=each.n_gpu_layers + 1, **one) for each in layers[1:3]]
     for room, (_, taken) in zip(
         rooms[1:3], runs_on(endpoints[:1], spec, tokens(spec), tmp_path, more), strict=True
@@ -326,7 +328,7 @@ def test_experts_on_two_devices(endpoints: list[str], forged: Forged, tmp_path: 
         [
             run_with({name: size + sums + 2**20 for name, size in whole.items()}, **split),
             run_with(least, **split),
-            # what the user keeps on the CPU is all that is kept there
+            # only the tensors that the user keeps on the CPU stay there
             run_with(least, override_tensor=[["blk.1.ffn_up_exps", "CPU"]], **split),
         ],
     )  # fmt: skip
@@ -353,7 +355,7 @@ def test_a_head_in_its_own_file(endpoints: list[str], forged: Forged, tmp_path: 
         endpoints[:1], spec, tokens(spec), tmp_path, [run_with({}, n_gpu_layers=-1, **one)], head
     )
     room = 0.6 * whole["RPC0"]
-    # with the head from the start, and with one that comes when the trunk is there
+    # the head is there from the start, or comes when the trunk is loaded already
     runs = [run_with({"RPC0": room}, mtp, **one) for mtp in ((True,), (False, True))]
     found = runs_on(endpoints[:1], spec, tokens(spec), tmp_path, runs, head)
     assert found[0] == found[1]
@@ -362,7 +364,8 @@ def test_a_head_in_its_own_file(endpoints: list[str], forged: Forged, tmp_path: 
         assert_close(tmp_path / f"{n}.gguf", on_the_cpu(spec, True))
 
 
-# A line of JSON for each room: the layers of the model and of its reference, and the figures.
+# Prints a line of JSON for each room: the layers of the model and of its reference, and the
+# figures.
 EVALUATE = """
 import json, sys
 import imatrix
@@ -395,7 +398,7 @@ def test_a_reference_beside_the_model(endpoints: list[str], forged: Forged, tmp_
     spec = forged("qwen35", seed=2, n_nextn=1, n_layer=8)
     model = tmp_path / "model.gguf"
     imatrix.quantize(spec.path, model, "Q8_0", n_threads=1)
-    # contexts of some MB each: 1 MB of activations at least
+    # contexts of some MB each: at least 1 MB of activations
     small, large = model.stat().st_size, spec.path.stat().st_size
     rooms = [2 * (small + large), small + large // 3, small // 2]
     given = [str(model), str(spec.path), endpoints[0], tokens(spec), [MARGIN + r for r in rooms]]

@@ -1,5 +1,5 @@
-"""Models whose tokens see those after them too: a chunk is one decode and one graph, whatever the
-batch; what asks for a next token is refused."""
+"""Models whose tokens also see later tokens: a chunk is one decode and one graph, whatever the
+batch, and requests that need a next token are refused."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from imatrix.engine.batch import Room, choose
 from imatrix.engine.settings import Batch
 
 N_CTX = 64
-# Without a causal mask by the architecture (src/models/dream.cpp and so on) or by the metadata. The
-# last three have a memory: one of keys and values, one with windows beside it, and one of states.
-# The others have none, so that every decode is an encode.
+# These have no causal mask, by their architecture (src/models/dream.cpp and so on) or by the
+# metadata. The last three have a memory: one of keys and values, one with windows beside it, and
+# one of states. The others have none, so that every decode is an encode.
 OPTIONS: dict[str, dict[str, Any]] = {
     "dream": {},
     "llada": {},
     "llada-moe": {},
     "rnd1": {},
     "modern-bert": {},  # no logits, and windows
-    "gemma-embedding": {"n_layer": 6},  # the sixth is the first that has no window
+    "gemma-embedding": {"n_layer": 6},  # the sixth block is the first without a window
     "llama": {"metadata": {"attention.causal": False}},
     "gemma3": {},
     "lfm2": {},
@@ -83,7 +83,7 @@ def test_sums_are_llama_imatrixs_whatever_the_batch(
     model = forge(arch)
     want = theirs(engine_tool("llama-imatrix"), model, prose_file, tmp_path / "theirs.gguf")
     assert len(want) > 0
-    # chosen; one chunk by hand; more than needed; side by side, chosen and by hand
+    # chosen; one chunk by hand; more than needed; several chunks at once, chosen and by hand
     for options in (
         {},
         {"n_batch": 64, "n_ubatch": 64},
@@ -111,7 +111,7 @@ def test_defaults_of_the_command(
 def test_a_chunk_longer_than_the_usual_batch(
     forge: Forge, prose_file: Path, tmp_path: Path, run: Run
 ) -> None:
-    """-b is 2048 if it is not given; that is no wish, and gives way."""
+    """-b is 2048 if it is not given; the user did not ask for it, so it gives way."""
     model, out = forge("dream"), tmp_path / "ours.gguf"
     common = ("collect", "-m", model.path, "-f", prose_file, "-o", out, "--chunks", 1)
     done = run(*common, "-c", 2304)
@@ -126,7 +126,7 @@ def test_a_chunk_longer_than_the_usual_batch(
 
 @pytest.mark.parametrize("arch", ["dream", "llama", "gemma3", "lfm2"])
 def test_chunks_of_many_lengths_side_by_side(arch: str, forge: Forge) -> None:
-    """A memory would divide them at the end of the shortest."""
+    """A model with a memory would divide them at the end of the shortest."""
     model = forge(arch)
     rng = np.random.default_rng(3)
     documents = [list(map(int, rng.integers(10, 200, n))) for n in (64, 23, 41, 64)]
@@ -158,8 +158,8 @@ def test_causality_is_the_engines(forge: Forge, tmp_path: Path) -> None:
     for arch in OPTIONS:
         with Collector(forge(arch).path, n_ctx=N_CTX) as collector:
             assert collector.causal is False, arch
-    # dream.cpp says no after the metadata said yes; what has no memory is encoded, and that
-    # without a causal mask, whatever the metadata say (llama-context.cpp, encode)
+    # dream.cpp says no after the metadata said yes; a model without a memory is encoded without a
+    # causal mask, whatever the metadata say (llama-context.cpp, encode)
     for arch, causal, expected in (
         ("dream", True, False),
         ("modern-bert", True, False),
@@ -174,7 +174,7 @@ def test_causality_is_the_engines(forge: Forge, tmp_path: Path) -> None:
 
 def test_no_part_of_a_chunk_is_planned() -> None:
     model = need(9000 * MB, 8 * MB, MB // 10)
-    # where a chunk could be divided these are 1366 and 512 tokens, see test_batch.py
+    # if a chunk could be divided, these would be 1366 and 512 tokens, see test_batch.py
     for room in (340, 100):
         found = choose(4096, model, Room(room * MB, {}), mapped=True, most=9, causal=False)
         assert found == Batch(1, 4096, 4096)
@@ -296,7 +296,7 @@ def test_scores_are_llama_perplexitys(
         found = evaluate(
             model.path, prose_file, n_ctx=N_CTX, max_chunks=3, reference=model.path, **options
         )
-        # four decimals are printed
+        # llama-perplexity prints four decimals
         assert abs(found.perplexity.value - printed) < 1e-4 * printed
         assert found.causal is False
         assert found.kl is not None
@@ -321,8 +321,8 @@ def test_nothing_to_score(forge: Forge, prose_file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def fatal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A gemma-embedding without a block that has no window: the engine makes a mask for such
-    blocks all the same, which no graph allocates, and asserts when it fills it."""
+    """A gemma-embedding without a block that has no window: the engine still makes a mask for such
+    blocks, which no graph allocates, and asserts when it fills it."""
     path = tmp_path_factory.mktemp("fatal") / "fatal.gguf"
     return make_any(path, "gemma-embedding", n_layer=2).path
 
@@ -354,7 +354,7 @@ def test_without_a_rehearsal_that_decode_would_end_the_process(fatal: Path) -> N
 
 
 def test_the_native_session_refuses_by_itself(forge: Forge) -> None:
-    """Whoever opens one: nothing that is smaller gets as far as the engine's assertion."""
+    """Whoever opens a session: no smaller batch gets as far as the engine's assertion."""
     model = imatrix.native.engine.Model(
         str(forge("llama").path), mtp=False, n_gpu_layers=0, use_mmap=False, check_tensors=False
     )

@@ -1,7 +1,8 @@
-"""A model on several devices: flags with llama.cpp's syntax and meaning, and the same sums.
+"""A model on several devices: the flags have llama.cpp's syntax and meaning, and the sums are the
+same.
 
 ggml-rpc-servers on the loopback stand in for GPUs. They compute with the same CPU kernels, so that
-the same model gives the same activations wherever its tensors lie.
+the same model gives the same activations wherever its tensors are.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ needs_rpc = pytest.mark.skipif(
 
 N_CTX = 96
 SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_ubatch": 64, "n_threads": 1}
-# On both sides the same activations. Sums are float32 over at most a chunk, 96 rows: each is off
-# by some 2^-24 for each addition that rounds, 6e-6 if all 96 did so the same way.
+# Both sides have the same activations. Sums are float32 over at most a chunk, 96 rows: each
+# addition that rounds is off by some 2^-24, 6e-6 in total if all 96 are off in the same direction.
 TOLERANCE = 1e-5
 
 MODELS: list[tuple[Arch, dict[str, Any]]] = [
@@ -57,7 +58,7 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
 
 
 def parsed(flags: str) -> dict[str, Any]:
-    """What Collector takes, of flags as llama.cpp has them."""
+    """What Collector takes, from flags in llama.cpp's syntax."""
     return _placement_cli.arguments(
         build_parser().parse_args(["collect", "-m", "x", *shlex.split(flags)])
     )
@@ -77,8 +78,8 @@ REFUSED = [
     "-dev CPU", "-dev CUDA99", "-dev none,none", "-dev ''", "-ot exps", "-ot exps=CUDA99",
     "-ot a=CPU,", "-ot a==CPU", "-ot ''", "-ncmoe -1", "-ncmoe x", "-ncffn x",
 ]  # fmt: skip
-# llama.cpp takes numbers up to their first other character, shares that are none, and finds a bad
-# expression when it loads the model
+# llama.cpp reads numbers up to their first other character, accepts shares that are no numbers, and
+# finds a bad expression when it loads the model
 STRICTER = ["-ts 3x,1", "-ts nan,1", "-ts -1,2", "-mg 1x", "-ncmoe 2x", "-ot (=CPU"]
 
 
@@ -110,7 +111,7 @@ def test_overrides_in_the_order_of_the_command_line() -> None:
     found = parsed(flags)["override_tensor"]
     assert [found[n][0] for n in (0, 2, 4, 5)] == ["a", "b", "c", "d"]
     assert [buffer for _, buffer in found] == ["CPU", "CPU", "CUDA0", "CPU", "CPU", "CPU", "CPU"]
-    # names, and which of them llama.cpp's own patterns for these flags find (common/common.h)
+    # names, and which of them match llama.cpp's own patterns for these flags (common/common.h)
     names = [
         f"blk.{block}.ffn_{kind}.weight"
         for block in (0, 1, 2, 10)
@@ -154,8 +155,8 @@ def test_what_finds_no_tensor(model: Path, forged: Forged) -> None:
 
 # --- several devices -------------------------------------------------------------
 
-# A process of its own: a server that was added once is a device for every later model too. One
-# line of JSON for each placement: what the engine logged of it, or the error.
+# A process of its own: a server that was added once is a device for every later model too. It
+# prints one line of JSON for each placement: what the engine logged, or the error.
 RUN = """
 import json, logging, sys
 import imatrix
@@ -189,7 +190,7 @@ def remote(
 
 
 def placed(log: str) -> set[str]:
-    """What the engine says of layers and of tensors that were put elsewhere by name."""
+    """Where the engine says that it put layers, and tensors placed by name."""
     return {
         " ".join(found[1].split())
         for found in re.finditer(r"(layer +\d+ assigned to device \w+)", log)
@@ -251,7 +252,7 @@ def test_the_same_sums_wherever_tensors_lie(
             apart = np.abs(got[name].sums - entry.sums).max() / entry.sums.max()
             assert apart <= TOLERANCE, (given, name)
 
-        # with the same flags llama-imatrix has the same layers and tensors in the same places
+        # with the same flags llama-imatrix puts the same layers and tensors in the same places
         command = [
             engine_tool("llama-imatrix"), "-m", spec.path, "-f", words, "-c", "96", "-b", "96",
             "--chunks", "1", "-t", "1", "-o", tmp_path / "theirs.gguf", "-v", "-fit", "off",
@@ -260,12 +261,12 @@ def test_the_same_sums_wherever_tensors_lie(
         theirs = placed(until_told("~llama_context", lambda command=command: run_tool(*command)))
         ours = placed("\n".join(run["log"]))
         assert any("assigned" in line for line in theirs)
-        # the head's tensors are loaded by us only
+        # only this package loads the head's tensors
         assert {line for line in ours if f"blk.{n_trunk}." not in line} == theirs, given
         used.append(ours)
     both = {"layer 0 assigned to device RPC0", f"layer {n_trunk - 1} assigned to device RPC1"}
     assert used[0] >= both
-    assert len(set(map(frozenset, used))) >= len(flags) - 2  # RPC1 alone is said in three ways
+    assert len(set(map(frozenset, used))) >= len(flags) - 2  # three spellings mean RPC1 alone
 
 
 @needs_rpc
@@ -317,7 +318,7 @@ def test_the_commands(
     collect = ["collect", "-m", model, "-f", text, "--mtp", *common]
     for n, placement in enumerate((["-ngl", "0"], [*servers, "-ts", "1,1", "-ncmoe", "2"])):
         out = tmp_path / f"{n}.gguf"
-        # the engine in a process of its own: the servers are known there
+        # the engine has a process of its own: the servers are known there
         command(*collect, "-o", out, *placement)
         matrices.append(ImportanceMatrix.load(out))
     for name, entry in matrices[0].items():
@@ -335,8 +336,8 @@ def test_the_commands(
     for n, endpoint in enumerate(endpoints):
         assert re.search(rf"  RPC{n}: {endpoint}.*, buffer type RPC0\[{endpoint}\]\n", listed)
 
-    # -sm tensor, which collect refuses, too: the perplexity is llama-perplexity's on the same
-    # devices. It prints four decimals.
+    # -sm tensor, which collect refuses, is accepted here: the perplexity is llama-perplexity's on
+    # the same devices. That program prints four decimals.
     heads = []
     for placement in (["-ts", "1,1"], ["-sm", "tensor"]):
         out, _ = command("evaluate", model, "-f", text, "--json", *common, *servers, *placement)
@@ -353,7 +354,7 @@ def test_the_commands(
         found = re.search(r"Final estimate: PPL = ([\d.]+)", log)
         assert found is not None
         assert abs(value - float(found[1])) <= 1e-4 * float(found[1])
-    # tensor mode wants flash attention, which adds in F16
+    # tensor mode needs flash attention, which adds in F16
     assert abs(heads[0] - heads[1]) <= 1e-4 * heads[0]
 
 
@@ -361,7 +362,8 @@ def test_the_commands(
 def test_why_tensor_mode_is_refused(
     endpoints: list[str], model: Path, text: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
-    """The engine's own collector goes wrong in it: where this fails, NO_TENSOR_MODE may go."""
+    """The engine's own collector goes wrong in this mode: if this test fails, NO_TENSOR_MODE may
+    go."""
     found = []
     for mode in ("layer", "tensor"):
         tool = [
@@ -376,13 +378,13 @@ def test_why_tensor_mode_is_refused(
     assert abs(found[1] - found[0]) > 0.01 * found[0]
 
 
-# --- servers that are none ----------------------------------------------------------
+# --- programs that are no ggml-rpc-server --------------------------------------------
 
 
 @contextmanager
 def listener(answer: bytes | None) -> Iterator[str]:
-    """host:port of a program that is no ggml-rpc-server: it says something and hangs up, or
-    (None) says nothing."""
+    """host:port of a program that is no ggml-rpc-server: it says something and hangs up, or (None)
+    says nothing."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -449,7 +451,7 @@ def test_a_wrong_host_on_the_command_line(model: Path, text: Path, tmp_path: Pat
 def test_a_server_that_goes_away(
     model: Path, text: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
-    """The engine ends its process; the other one tells what is left."""
+    """The engine ends its process; the other process says what is left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

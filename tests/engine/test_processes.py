@@ -53,7 +53,7 @@ def collector(spec: ModelSpec, **options: Any) -> Collector:
 
 
 def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
-    """Runs in a thread; what it returned or raised goes into the list."""
+    """Runs in a thread; its result or its exception goes into the list."""
     found: list[Any] = []
 
     def work() -> None:
@@ -67,7 +67,7 @@ def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
     return thread, found
 
 
-# --- counted -------------------------------------------------------------------------------------
+# --- native objects are counted ------------------------------------------------------------------
 
 
 def test_native_objects_are_counted(headed: ModelSpec) -> None:
@@ -81,7 +81,7 @@ def test_native_objects_are_counted(headed: ModelSpec) -> None:
         made.run(token_chunks(headed, 1), mtp=True)
         # the trunk's context and the head's
         assert since(before) == none | {"models": 1, "contexts": 2, "sessions": 1, "sums": 1}
-        made.run(token_chunks(headed, 1))  # the earlier one's are gone
+        made.run(token_chunks(headed, 1))  # those of the earlier model are gone
         assert since(before) == none | {"models": 1, "contexts": 1, "sessions": 1, "sums": 1}
         made.plan(mtp=True)
     assert since(before) == none
@@ -90,11 +90,11 @@ def test_native_objects_are_counted(headed: ModelSpec) -> None:
     assert since(before) == none
 
 
-# --- several -------------------------------------------------------------------------------------
+# --- several Collectors --------------------------------------------------------------------------
 
 
 def test_two_taking_turns(headed: ModelSpec, plain: ModelSpec) -> None:
-    """One runs inside the other's steps: its text comes out of the other's progress."""
+    """One runs inside the other's steps: its text comes out of the other's progress function."""
     ours, theirs = token_chunks(headed, N_CHUNKS), token_chunks(plain, N_CHUNKS, seed=1)
     with collector(headed) as a, collector(plain) as b:
         whole, inner = a.run(ours, mtp=True), b.run(theirs)
@@ -113,7 +113,7 @@ def test_two_in_threads(isolate: bool, headed: ModelSpec, plain: ModelSpec) -> N
     ours, theirs = token_chunks(headed, 40), token_chunks(plain, 40, seed=1)
     with collector(headed) as a, collector(plain) as b:
         expected = [a.run(ours, mtp=True), b.run(theirs)]
-    # made here, used there, n_threads of the engine's own each
+    # made in this thread, used in another, with engine threads of its own
     with collector(headed, isolate=isolate) as a, collector(plain, isolate=isolate) as b:
         started = [in_thread(lambda: a.run(ours, mtp=True)), in_thread(lambda: b.run(theirs))]
         for thread, _ in started:
@@ -122,7 +122,8 @@ def test_two_in_threads(isolate: bool, headed: ModelSpec, plain: ModelSpec) -> N
 
 
 def test_one_of_another_thread(headed: ModelSpec) -> None:
-    """The matrix can be looked at while a run is on: whole chunks. Another run cannot."""
+    """The matrix can be looked at while another thread runs: it holds whole chunks. A second run is
+    refused."""
     chunks = token_chunks(headed, 30)
     with collector(headed) as made:
         parts = [made.run(chunks, max_chunks=n + 1, mtp=True) for n in range(len(chunks))]
@@ -131,7 +132,7 @@ def test_one_of_another_thread(headed: ModelSpec) -> None:
 
         def told(at: Progress) -> None:
             ready.set()
-            if at.chunks == len(chunks) - 1:  # not over before it has been looked at
+            if at.chunks == len(chunks) - 1:  # the run waits until it has been looked at
                 done.wait(60)
 
         thread, found = in_thread(lambda: made.run(chunks, mtp=True, progress=told))
@@ -176,7 +177,7 @@ def test_closed_while_it_runs(isolate: bool, headed: ModelSpec, tmp_path: Path) 
     assert isinstance(found[0], RuntimeError)
     assert "the run was ended: this Collector was closed" in str(found[0])
     assert path.exists()
-    # by itself, in the middle
+    # it ends by itself, in the middle
     made = collector(headed, isolate=isolate)
     with pytest.raises(RuntimeError, match="this Collector was closed"):
         made.run(stream(), progress=lambda _: made.close())
@@ -288,7 +289,7 @@ def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
         context = multiprocessing.get_context("fork")
         waiting = context.Event()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks while threads run
             child = context.Process(target=waiting.wait)
             child.start()
     try:
@@ -329,9 +330,9 @@ def test_the_interpreter_exits(how: str, isolate: str, plain: ModelSpec, tmp_pat
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    if how == "waits":  # for the thread, as for any: the run goes on to its end
+    if how == "waits":  # the interpreter waits for the thread: the run goes on to its end
         assert (done.stdout, done.stderr) == ("done 8\n", "")
-    else:  # the run is ended, in good order; how much of that Python still tells is its affair
+    else:  # the run is ended in good order; how much of that Python still prints is up to Python
         assert done.stdout == ""
         assert "Fatal" not in done.stderr
     assert imatrix.formats.checkpoint.read(path).done >= 1

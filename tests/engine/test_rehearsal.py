@@ -1,4 +1,5 @@
-"""The graphs are built in a child process first: what ends it is an exception here."""
+"""The graphs are built in a child process first: whatever ends that process is an exception
+here."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from imatrix.engine.settings import SessionSettings
 
 @pytest.fixture(scope="module")
 def fatal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A glm4moe whose head is dense by its metadata: GGML_ASSERT(layer.ffn_gate_inp)."""
+    """A glm4moe whose head is dense by its metadata, so that the engine ends at
+    GGML_ASSERT(layer.ffn_gate_inp)."""
     path = tmp_path_factory.mktemp("fatal") / "fatal.gguf"
     return make_any(path, "glm4moe", metadata={"leading_dense_block_count": 3}).path
 
@@ -30,7 +32,7 @@ def test_the_engines_last_words_are_in_the_error(fatal: Path) -> None:
         assert message.startswith(f"{fatal}: the engine ends the process on this model")
         assert "models/glm4-moe.cpp:" in message
         assert "GGML_ASSERT(layer.ffn_gate_inp" in message
-        # the trunk alone is fine, in the same process
+        # the trunk alone works, in the same process
         assert len(collector.run([range(32)])) > 0
 
 

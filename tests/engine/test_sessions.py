@@ -1,4 +1,4 @@
-"""Sessions go when their models do, whoever still holds them."""
+"""Sessions end with their models, whoever still holds them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_model_that_is_loaded_anew_is_not_held_twice(headed: ModelSpec) -> Non
     models = Models(ModelOptions(model=headed.path, rehearse=False), n_ctx=N_CTX)
     models.load(settings())
     session = models.open(settings())
-    models.load(settings(mtp=True))  # the head lies in the same file
+    models.load(settings(mtp=True))  # the head is in the same file
     assert engine.live_objects()["models"] == before["models"] + 1
     assert engine.live_objects()["sessions"] == before["sessions"]
     with pytest.raises(ValueError, match="this session is closed"):
@@ -78,5 +78,5 @@ def test_a_session_that_nobody_holds_is_gone(headed: ModelSpec) -> None:
     models.close_sessions()
     assert engine.live_objects()["sessions"] == before["sessions"]
     assert first.counts() == second.counts() == {}
-    assert models.open(settings()).counts() == {}  # the model is still there
+    assert models.open(settings()).counts() == {}  # the model is still loaded
     models.free()

@@ -1,4 +1,4 @@
-"""Settings are refused when they are made, and come whole over every border."""
+"""Settings are refused when they are made, and cross every border between processes unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from imatrix.engine.placement import Placement
 from imatrix.engine.settings import Batch, ModelOptions, SessionSettings
 
-# none of them what a default is, so that one that is left out shows
+# none of these values is a default, so that a value that is left out shows
 SETTINGS = SessionSettings(
     n_ctx=96,
     batch=Batch(3, 48, 24),
@@ -98,7 +98,7 @@ def test_settings_are_frozen_and_keyword_only() -> None:
 
 
 def test_settings_are_unpickled_without_the_native_engine() -> None:
-    """As the scheduler of a cluster unpacks what it passes on."""
+    """The scheduler of a cluster unpacks what it passes on."""
     options = ModelOptions(
         model="a.gguf",
         placement=Placement.of(tensor_split=[1, 2], override_tensor={"exps": "CPU"}),

@@ -1,4 +1,4 @@
-"""Rows added by several threads: the same bits whatever their number."""
+"""Rows added by several threads: the bits are the same for any number of threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def drawn(n_rows: list[int], n: int, seed: int = 0) -> list[F32]:
 
 
 def added(n_threads: int, blocks: list[F32], start: float = 0.5) -> list[F64]:
-    """[2, n] a block: sums of squares, and of the values."""
+    """[2, n] for each block: sums of squares, and of the values."""
     sums = [np.full((2, block.shape[1]), start) for block in blocks]
     assert ADDERS[n_threads].add(blocks, [a for a, _ in sums], [b for _, b in sums]) is None
     alone = [np.full(block.shape[1], start) for block in blocks]
@@ -48,7 +48,7 @@ def test_the_number_of_threads_changes_no_bit(n: int, n_rows: list[int], seed: i
     alone = added(1, blocks)
     for got, block in zip(alone, blocks, strict=True):
         exact = block.astype(np.float64)
-        # float32 over at most 512 rows, each square and each addition rounded once
+        # float32 over at most 512 rows; each square and each addition is rounded once
         np.testing.assert_allclose(got[0], 0.5 + (exact**2).sum(axis=0), rtol=513 * 2.0**-24)
         away = np.abs(got[1] - (0.5 + exact.sum(axis=0)))
         assert (away <= 512 * 2.0**-24 * (0.5 + np.abs(exact).sum(axis=0))).all()
