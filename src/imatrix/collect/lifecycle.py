@@ -27,6 +27,8 @@ class Lifecycle:
 
     Attributes:
         guard: held while the model is loaded outside of a run.
+        over: is set while no run is on; the interpreter waits for it when it exits
+            (imatrix.engine.background).
     """
 
     def __init__(self, owner: str) -> None:
@@ -36,10 +38,9 @@ class Lifecycle:
         self._closed = False
         self._runner: int | None = None  # the thread of a run
         self._ending: str | None = None  # why the run has to end
-        self._stepping: NativeSession | None = None  # _end() has to stop its step
-        # The interpreter waits for this one when it exits (imatrix.engine.background).
-        self._over = threading.Event()  # no run is on
-        self._over.set()
+        self._stepping: NativeSession | None = None  # end() has to stop its step
+        self.over = threading.Event()
+        self.over.set()
 
     @property
     def closed(self) -> bool:
@@ -83,6 +84,15 @@ class Lifecycle:
         if self._ending is not None:
             raise RuntimeError(f"the run was ended: {self._ending}")
 
+    def end(self, why: str) -> None:
+        """Have the run that is on end soon; called in any thread, also when the interpreter exits
+        (imatrix.engine.background)."""
+        with self.guard:
+            if self._runner is not None:
+                self._ending = why
+                if self._stepping is not None:
+                    self._stepping.cancel()
+
     def close(self, free: Callable[[], None]) -> None:
         """End the run that is on, wait until it is over, and free what it used.
 
@@ -92,10 +102,10 @@ class Lifecycle:
         self._closed = True
         if self.in_fork:
             return
-        self._end("this Collector was closed")
+        self.end("this Collector was closed")
         if self._runner == threading.get_ident():
             return
-        self._over.wait()
+        self.over.wait()
         free()
 
     @contextmanager
@@ -120,13 +130,13 @@ class Lifecycle:
                 )
             end_at_exit.begin(self)
             self._runner = threading.get_ident()
-            self._over.clear()
+            self.over.clear()
             self._ending = None
         try:
             self.check_open()
             yield
         except InterruptedError:
-            # of the step that _end() has stopped
+            # of the step that end() has stopped
             if self._ending is None:
                 raise
             raise RuntimeError(f"the run was ended: {self._ending}") from None
@@ -135,7 +145,7 @@ class Lifecycle:
                 self._runner = None
                 if self._closed:
                     free()
-                self._over.set()
+                self.over.set()
             end_at_exit.over(self)
 
     @contextmanager
@@ -148,15 +158,6 @@ class Lifecycle:
         finally:
             with self.guard:
                 self._stepping = None
-
-    def _end(self, why: str) -> None:
-        """Have the run that is on end soon; called in any thread, also when the interpreter exits
-        (imatrix.engine.background)."""
-        with self.guard:
-            if self._runner is not None:
-                self._ending = why
-                if self._stepping is not None:
-                    self._stepping.cancel()
 
 
 class Closing:

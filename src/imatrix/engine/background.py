@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 __all__ = ["NativeThread", "Work", "end_at_exit", "ended_at_exit"]
 
@@ -80,7 +80,7 @@ class Work:
         self.cancel = cancel
         self._what = what
         self._why: str | None = None
-        self._over = threading.Event()
+        self.over = threading.Event()
 
     def check(self) -> None:
         """Called between two native steps, and after one that was cancelled.
@@ -91,10 +91,24 @@ class Work:
         if self._why is not None:
             raise RuntimeError(f"the {self._what} was ended: {self._why}")
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """Have it end soon; called in any thread."""
         self._why = why
         if self.cancel is not None:
             self.cancel()
+
+
+class Endable(Protocol):
+    """What the interpreter may have to end.
+
+    Attributes:
+        over: is set once it has ended.
+    """
+
+    over: threading.Event
+
+    def end(self, why: str) -> None:
+        """Make it end soon; called in any thread."""
 
 
 class _Ends:
@@ -102,15 +116,11 @@ class _Ends:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._running: list[weakref.ref[Any]] = []
+        self._running: list[weakref.ref[Endable]] = []
         self._exiting = False
 
-    def begin(self, each: Any) -> None:
+    def begin(self, each: Endable) -> None:
         """Remember a run or a work until over() is called for it.
-
-        Args:
-            each: has a method _end(why), which makes it end soon, and an event _over, which is set
-                once it has ended.
 
         Raises:
             RuntimeError: the interpreter exits, and waits for no more in this thread.
@@ -122,7 +132,7 @@ class _Ends:
             self._running = [ref for ref in self._running if ref() is not None]
             self._running.append(weakref.ref(each))
 
-    def over(self, each: Any) -> None:
+    def over(self, each: Endable) -> None:
         """Forget a run or a work, which has ended."""
         with self._guard:
             self._running = [ref for ref in self._running if ref() not in (None, each)]
@@ -132,9 +142,9 @@ class _Ends:
             self._exiting = True
             running = [each for ref in self._running if (each := ref()) is not None]
         for each in running:
-            each._end("the interpreter exits")
+            each.end("the interpreter exits")
         for each in running:
-            each._over.wait(_PATIENCE)
+            each.over.wait(_PATIENCE)
 
 
 end_at_exit = _Ends()
@@ -163,5 +173,5 @@ def ended_at_exit(what: str) -> Iterator[Work]:
         yield work
     finally:
         work.cancel = None
-        work._over.set()
+        work.over.set()
         end_at_exit.over(work)
