@@ -1,4 +1,4 @@
-"""evaluate(): against llama-perplexity, and against the oracle's float64 forward pass."""
+"""evaluate() compared with llama-perplexity, and with the oracle's float64 forward pass."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ F64 = NDArray[np.float64]
 Chunks = list[list[int]]
 
 N_CTX = 64
-# No expert of these is chosen by less than the engine's rounding on the text of conftest.py
+# In these models the engine's rounding decides no expert on the text of conftest.py
 # (tests/collect/test_head_oracle.py found them).
 SEEDS: dict[Arch, int] = {"glm4moe": 11, "qwen35": 2, "hy_v3": 285}
 HEADS: list[Arch] = ["glm4moe", "qwen35", "hy_v3"]
 
 
 def evaluate(*arguments: Any, **options: Any) -> Evaluation:
-    """imatrix.evaluate without the rehearsal in a child process, which would take most of the
-    time; the command's test has it."""
+    """imatrix.evaluate without the rehearsal in a child process, which would take most of the time;
+    the test of the command has it."""
     return imatrix.evaluate(*arguments, **{"rehearse": False, **options})
 
 
 def scored(n: int) -> slice:
-    """llama-perplexity's positions of a chunk: the second half, without the last token."""
+    """The positions that llama-perplexity scores: the second half of a chunk, without the last
+    token."""
     return slice(n // 2, n - 1)
 
 
@@ -50,13 +51,13 @@ def scored(n: int) -> slice:
 
 
 def perplexity(tool: Path, last_line: str, *options: str | Path | int) -> str:
-    # -b as large as -c: chunks one by one, as ours
+    # -b as large as -c: chunks one by one, as in this package
     size = ("-c", N_CTX, "-b", N_CTX, "-ub", N_CTX, "-t", 1)
     return until_told(last_line, lambda: run_tool(tool, *map(str, (*options, *size))))
 
 
 def printed(log: str, label: str) -> tuple[float, float]:
-    """The two numbers around the ± (or +/-) of a line of the tool."""
+    """The two numbers around the ± (or +/-) in a line of the tool."""
     found = re.search(re.escape(label) + r"\s*[:=]\s*([-\d.]+)\s*(?:±|\+/-)\s*([-\d.]+)", log)
     assert found, f"no {label!r} in:\n{log}"
     return float(found[1]), float(found[2])
@@ -112,12 +113,13 @@ def test_kl_divergence_is_the_tools(
     assert found.trunk.reference_nll is not None
     kl, kl_error = printed(log, "Mean    KLD")
     # The tool keeps the reference in 16 bits: one value in 65535 of the range of its logits, at
-    # most 16 nats, so each is off by 1.2e-4 at most and by much less in the mean.
+    # most 16 nats, so that each is off by at most 1.2e-4, and the mean by much less.
     assert found.kl.value > 0.01
     assert found.kl.value == pytest.approx(kl, abs=2e-5)
     assert found.kl.error == pytest.approx(kl_error, abs=2e-5)
     top, top_error = printed(log, "Same top p")
-    # in 16 bits two tokens can be equal that are not: a position or two goes the other way
+    # in 16 bits two tokens can be equal that are not: a position or two differ in the other
+    # direction
     assert found.top1.value == pytest.approx(top / 100, abs=2.5 / found.top1.n)
     assert found.top1.error == pytest.approx(top_error / 100, rel=1e-2)
     ppl, ppl_error = printed(log, "Mean PPL(Q)")
@@ -149,11 +151,11 @@ def test_a_model_is_no_distance_from_itself(forged: Forged, prose_file: Path) ->
 
 # --- the head against the oracle ---------------------------------------------------------------------
 
-# nats at any one position: what the float16 of the engine's cache and of its attention over fewer
-# than 64 rows leaves (tests/collect/test_head_chain.py), as the logits of these models feel it
+# nats at any one position: the effect of the float16 of the engine's cache, and of its attention
+# over fewer than 64 rows (tests/collect/test_head_chain.py), on the logits of these models
 CLOSE = 2e-2
 MEAN_CLOSE = 2e-3
-# the closest call between two tokens that this may tip
+# two tokens this close may change places
 CLEAR = 2e-2
 
 
@@ -163,7 +165,7 @@ def log_softmax(logits: F64) -> F64:
 
 
 def assert_same_tops(got: NDArray[np.int32], logits: F64) -> None:
-    """Equal where the oracle's choice is clear, which it nearly always is."""
+    """Equal wherever the oracle's choice is clear, which it nearly always is."""
     two = np.sort(logits, axis=-1)[:, -2:]
     clear = two[:, 1] - two[:, 0] > CLEAR
     assert clear.mean() > 0.9
@@ -185,7 +187,7 @@ def test_trunk_and_head_predict_as_the_oracle(arch: Arch, forged: Forged, prose:
         np.testing.assert_allclose(got.nll, nll, rtol=0, atol=CLOSE)
         assert got.nll.mean() == pytest.approx(nll.mean(), abs=MEAN_CLOSE)
         assert_same_tops(got.top, np.concatenate([row[rows] for row in logits]))
-    # agreement at depth 1 is what these say
+    # agreement at depth 1 follows from these
     np.testing.assert_array_equal(found.accepted, found.head.top == found.trunk.top)
     assert (found.known == 1).all()
     assert found.draft[0].value == (found.head.top == found.trunk.top).mean()
@@ -210,7 +212,7 @@ def test_a_wrong_pairing_is_far_off(
 @pytest.mark.parametrize("arch", HEADS)
 def test_kl_to_the_reference_and_its_head(arch: Arch, forged: Forged, prose: str) -> None:
     spec = forged(arch, seed=SEEDS[arch], n_nextn=1)
-    # the same weights, and another model, by the constant in its norms
+    # the same weights as reference, and another model, by the constant in its norms
     other = forged(arch, seed=SEEDS[arch], n_nextn=1, eps=0.5)
     chunks = spec.chunks(prose, 96, 1)
     found = evaluate(other.path, chunks, reference=spec.path, n_ctx=96, n_threads=1)
@@ -250,7 +252,8 @@ def test_any_batch_gives_the_same(forged: Forged, prose: str) -> None:
 
 
 def greedy_text(spec: ModelSpec, n: int, *, noise: float, seed: int = 3) -> list[int]:
-    """What the trunk writes, by the oracle; a share of `noise` of its tokens is replaced."""
+    """The text that the trunk writes, by the oracle; a share of `noise` of its tokens is
+    replaced."""
     rng = np.random.default_rng(seed)
     forward = oracle._Forward(spec, np.float16, False)
     tokens = [int(rng.integers(0, 256))]
@@ -264,10 +267,10 @@ def greedy_text(spec: ModelSpec, n: int, *, noise: float, seed: int = 3) -> list
 def drafts(
     spec: ModelSpec, tokens: Sequence[int], depth: int, *, own_rows: bool = True
 ) -> tuple[list[int], list[int], list[float]]:
-    """known and accepted of every scored slot, told from draft() of draft-mtp
-    (common/speculative.cpp); and the margins of all choices that they hang on.
+    """known and accepted of every scored slot, by draft() of draft-mtp (common/speculative.cpp),
+    and the margins of all choices that they depend on.
 
-    own_rows: whether drafts go on from the head's own rows, as is right, or from the trunk's.
+    own_rows: whether drafts continue from the head's own rows, which is right, or from the trunk's.
     """
     forward = oracle._Forward(spec, np.float16, False)
     text = np.asarray(tokens, dtype=np.int64)
@@ -303,7 +306,8 @@ def drafts(
     return known, accepted, margins
 
 
-# What the engine's rounding may tip: no choice of a token in these is closer. Seeds by trying.
+# What the engine's rounding may tip: no choice of a token in these is closer. The seeds were found
+# by trying.
 CLEAR_DRAFT = 5e-3
 DRAFTING: dict[str, tuple[Arch, dict[str, Any]]] = {
     "glm4moe": ("glm4moe", {"n_nextn": 1, "blur": 0.1, "seed": 3}),
@@ -324,10 +328,10 @@ def test_drafts_are_the_engines_drivers(
     found = evaluate(spec.path, [tokens], n_ctx=72, n_threads=1, depth=4)
     assert found.known.tolist() == known
     assert found.accepted.tolist() == accepted
-    # these tell what the head drafts on
+    # these show what the head drafts on
     wrong_known, wrong_accepted, _ = drafts(spec, tokens, 4, own_rows=False)
     assert (wrong_known, wrong_accepted) != (known, accepted)
-    # deep enough to mean something, and not all the same
+    # deep enough to mean something, and not all equal
     assert max(known) == found.depth == (3 if case == "chain of 3" else 4)
     assert len(set(accepted)) > 2
     rates = [
@@ -353,7 +357,7 @@ def test_a_head_that_is_its_trunk_is_accepted_whole(
     assert [rate.value for rate in found.draft] == [1, 1, 1]
     assert found.accepted_length is not None
     assert found.accepted_length.value == 3
-    # all of them could be judged, but for the end of the text
+    # all drafts could be judged, except at the end of the text
     assert found.known.tolist() == [3] * (len(found.known) - 2) + [2, 1]
     assert not found.head_is_dead
 
@@ -384,7 +388,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_every_architecture_is_evaluated(arch: str, tmp_path: Path) -> None:
-    """In a child process: the engine ends it where an assertion of its fails."""
+    """It runs in a child process, because the engine ends it if one of its assertions fails."""
     models = [make_any(tmp_path / "one.gguf", arch).path]
     if arch in ("hy_v3", "mimo2", "step35"):
         models.append(make_any(tmp_path / "three.gguf", arch, n_nextn=3).path)
@@ -412,7 +416,7 @@ def test_every_architecture_drafts(
 ) -> None:
     """Blocks that add nothing, and heads that hand on their token: each head says what the trunk
     says, so that on the trunk's own text every draft is accepted. A draft step that got a wrong
-    token would not be. (deepseek4 mixes four streams, which this cannot silence.)"""
+    token would not be accepted. (deepseek4 mixes four streams, which this cannot silence.)"""
     drawn = forge_any._draw
     # qwen4exp: n-grams that add nothing, and the same mixer at the end of trunk and head
     hyper_connections = ("ple_value", "ple_conv1d", "nextn.hc_head_down", "output_hc_down")
@@ -513,7 +517,7 @@ def made(
 def test_errors_are_those_of_the_textbook() -> None:
     rng = np.random.default_rng(1)
     chunk = np.repeat(np.arange(200, dtype=np.int32), 20)
-    # chunks differ, so that positions of one hang together
+    # chunks differ, so that the positions of one chunk are correlated
     nll = 2 + 0.5 * rng.standard_normal(200)[chunk] + rng.standard_normal(len(chunk))
     found = made(nll, chunk).nll
     assert found.value == pytest.approx(nll.mean())
@@ -523,9 +527,9 @@ def test_errors_are_those_of_the_textbook() -> None:
     half = 1.96 * by_chunk.std(ddof=1) / math.sqrt(200)
     assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
     assert (found.high + found.low) / 2 == pytest.approx(nll.mean(), abs=0.1 * half)
-    # the positions taken alone would promise too much
+    # single positions would promise too much
     assert half > 1.5 * 1.96 * found.error
-    assert made(nll, chunk).nll == found  # a fixed seed
+    assert made(nll, chunk).nll == found  # the seed is fixed
 
 
 def test_one_chunk_has_no_interval() -> None:
@@ -543,7 +547,7 @@ def test_comparison_is_paired() -> None:
     chunk = np.repeat(np.arange(30, dtype=np.int32), 10)
     nll = rng.exponential(2, len(chunk))
     first, second = made(nll + 0.01, chunk), made(nll, chunk)
-    # each of them is uncertain by far more than what they differ by
+    # each of them is uncertain by far more than their difference
     assert first.nll.high - first.nll.low > 0.2
     difference = first.compare(second)
     assert difference.nll.value == pytest.approx(0.01)
@@ -556,7 +560,8 @@ def test_comparison_is_paired() -> None:
 
 
 def test_comparison_is_that_of_another_bootstrap() -> None:
-    """Chunks drawn one by one and put together, where the code under test weighs sums of chunks."""
+    """Chunks are drawn one by one and put together; the code under test weighs the sums of
+    chunks."""
     rng = np.random.default_rng(8)
     n_chunks, each, depth = 40, 25, 3
     chunk = np.repeat(np.arange(n_chunks, dtype=np.int32), each)
@@ -688,7 +693,7 @@ def test_command(forged: Forged, prose_file: Path, capsys: pytest.CaptureFixture
     assert told["n_chunks"] == 3
     assert told["head"]["dead"] is True
     assert "the MTP head is dead" in err
-    assert "overflow" not in err  # no chunk is longer than what the model was trained on
+    assert "overflow" not in err  # no chunk is longer than the context of the training
 
     assert main(args) == 0
     out, _ = capsys.readouterr()
@@ -721,7 +726,7 @@ def test_command_compares(
     assert told == json.loads(json.dumps(ours.as_data()))
     assert against == json.loads(json.dumps(theirs.as_data()))
     assert difference == json.loads(json.dumps(ours.compare(theirs).as_data()))
-    # the other is the reference itself: nothing of it strays
+    # the other file is the reference itself: nothing in it differs
     assert ours.kl is not None
     assert difference["trunk"]["kl"]["value"] == pytest.approx(ours.kl.value)
     assert difference["trunk"]["kl"]["verdict"] == "worse"

@@ -1,4 +1,4 @@
-"""evaluate() and its command take the text that collect takes: the same figures, to the bit, as of
+"""evaluate() and its command take the same texts as collect: the figures are, to the bit, those of
 the same tokens given by hand."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHATS = [
     [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}],
     [{"role": "user", "content": TEXTS[3]}],
 ]
-# the model's own; the end token is a control token of its vocabulary
+# the model's own template; the end token is a control token of its vocabulary
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}> {{ message.content }}<|endoftext|>"
     "{% endfor %}"
@@ -41,7 +41,7 @@ TEMPLATE = (
 
 
 def rendered(messages: Sequence[Any], system: str | None = None) -> str:
-    """TEMPLATE by hand."""
+    """What TEMPLATE gives, by hand."""
     first = "" if system is None else f"<system> {system}<|endoftext|>"
     return first + "".join(f"<{m['role']}> {m['content']}<|endoftext|>" for m in messages)
 
@@ -111,7 +111,7 @@ def test_every_form_of_the_same_texts(
 
 
 def test_the_numbers_of_plain_text_stay(model: Path, tmp_path: Path, run: Run) -> None:
-    """A file of one text, whatever is in it, and the text itself."""
+    """A file with one text, whatever is in it, and the text itself give the same."""
     text = " ".join(TEXTS)
     path = tmp_path / "a.txt"
     path.write_text(text + "\n")
@@ -120,7 +120,7 @@ def test_the_numbers_of_plain_text_stay(model: Path, tmp_path: Path, run: Run) -
     assert command(run, model, "-p", text) == want
     records = tmp_path / "a.jsonl"
     records.write_bytes(lines(TEXTS))
-    # what it was before: the file as it stands
+    # as before: the file exactly as it is
     raw = told(evaluate(model, records.read_text().removesuffix("\n")))
     assert command(run, model, "-f", f"text:{records}") == raw
     assert told(evaluate(model, records)) == raw  # a path is a text, as collector.run takes it
@@ -159,13 +159,13 @@ def test_document_packing(model: Path, tmp_path: Path, run: Run) -> None:
     found = evaluate(model, short, packing="document")
     assert command(run, model, "-f", path, "--packing", "document") == told(found)
     assert command(run, model, "-f", path) == told(evaluate(model, short)) != told(found)
-    # by hand: each document alone, in pieces of N_CTX; no BOS here
+    # by hand: each document alone, in pieces of N_CTX; there is no BOS here
     documents = [text for text in spelled_out(model, short) if text]
     pieces = [each[i : i + N_CTX] for each in documents for i in range(0, len(each), N_CTX)]
     pieces = [piece for piece in pieces if len(piece) > 1]
     parts = []
     for piece in pieces:
-        # positions n // 2 to n - 2 of a chunk of n tokens are scored: none of two
+        # in a chunk of n tokens the positions n // 2 to n - 2 are scored: none in a chunk of two
         if len(piece) > 2:
             parts.append(evaluate(model, [piece]).trunk.nll)
     np.testing.assert_array_equal(found.trunk.nll, np.concatenate(parts))

@@ -1,8 +1,9 @@
-"""Draft agreement against the engine's own speculative decoding.
+"""Compares draft agreement with the engine's own speculative decoding.
 
 llama-speculative-simple (examples/speculative-simple in llama.cpp) decodes greedily with the head
-as its drafter and logs each draft, how much of it the trunk accepted, and the token that came
-after: all of it by its own code. evaluate() then gets the prompt with what the engine wrote.
+as its drafter. It logs each draft, how much of it the trunk accepted, and the token that came
+after, all by its own code. evaluate() then gets the prompt together with the text that the engine
+wrote.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ pytestmark = [
 ]
 
 DEPTH = 4
-# Ratio of the head's two likeliest tokens below which the rounding of other batches may turn the
-# one into the other; so it is told from the engine's log, where probabilities have 3 decimals.
+# If the ratio of the head's two likeliest tokens is below this, the rounding of other batches may
+# exchange them. The ratio comes from the engine's log, whose probabilities have 3 decimals.
 CLOSE_CALL = 1.1
 UNTOLD = -1
 
 
 @dataclass
 class Draft:
-    slot: int  # position of the token that it goes on from
+    slot: int  # position of the token that the draft continues
     tokens: list[int] = field(default_factory=list)
     accepted: int = 0
-    restored: bool = False  # the trunk went back to before it, see speculate()
-    close: bool = False  # a token of it was as good as chosen by lot
+    restored: bool = False  # the trunk went back to the position before it, see speculate()
+    close: bool = False  # one of its tokens was practically chosen by lot
 
 
 @dataclass
 class Decoding:
-    tokens: list[int]  # the prompt, and what was written
+    tokens: list[int]  # the prompt, and the text that was written
     drafts: list[Draft]
-    # share of drafts whose token of that place was accepted; empty if it ended before its time
+    # share of drafts whose token at that place was accepted; empty if the program ended early
     per_position: list[float]
 
 
@@ -58,7 +59,7 @@ _RATES = re.compile(r"#acc rate/pos = \(([\d., ]*)\)")
 
 
 def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) -> Decoding:
-    """What the engine's program does, told from its log."""
+    """What the engine's program does, by its log."""
     with Collector(model, rehearse=False) as collector:
         tokens = [int(t) for t in collector.tokenize(prompt, parse_special=True)]
     eos = int(gguf.GGUFReader(model).fields["tokenizer.ggml.eos_token_id"].contents())
@@ -88,17 +89,17 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
             assert draft is not None
             del draft.tokens[int(found[1]) :]
         elif found := _RESTORED.search(line):
-            # A trunk whose state cannot be cut short goes back to before the draft, and decodes
-            # the accepted tokens and its own once more, as if these were the draft.
+            # A trunk whose state cannot be cut short goes back to the position before the draft,
+            # and decodes the accepted tokens and its own token again, as if these were the draft.
             assert draft is not None
             draft.accepted, draft.restored = int(found[1]), True
             assert int(found[2]) == len(draft.tokens)
         elif found := _ACCEPTED.search(line):
             n, last = int(found[1]), int(found[3])
             assert draft is not None
-            if last == eos:  # maybe amid the draft: which tokens came before it is not told
+            if last == eos:  # maybe amid the draft: the log lacks the tokens before it
                 return Decoding(tokens, drafts, [])
-            if draft.restored:  # its own token, which it does not log, goes for an accepted one
+            if draft.restored:  # its own token, which it does not log, counts as an accepted one
                 assert n == draft.accepted + 1
                 tokens += [*draft.tokens[: n - 1], UNTOLD, last]
             else:
@@ -113,7 +114,8 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
 
 
 def say_untold(model: Path, tokens: list[int]) -> None:
-    """Fill in what the log leaves out: each time what the trunk says after the tokens before."""
+    """Fill in the tokens that the log leaves out: each is what the trunk predicts after those
+    before it."""
     while UNTOLD in tokens:
         i = tokens.index(UNTOLD)
         # fmt: off
@@ -124,10 +126,11 @@ def say_untold(model: Path, tokens: list[int]) -> None:
 
 
 def compare(model: Path, said: Decoding, depth: int) -> tuple[int, int]:
-    """Assert that evaluate() accepts of every draft what the engine did.
+    """Assert that evaluate() accepts of every draft what the engine accepted.
 
     Returns:
-        How many drafts were compared, and how many were not because rounding decided them.
+        The number of drafts that were compared, and of those that were not because rounding decided
+        them.
     """
     say_untold(model, said.tokens)
     n = len(said.tokens)
@@ -146,7 +149,7 @@ def compare(model: Path, said: Decoding, depth: int) -> tuple[int, int]:
         theirs.append((draft.slot, draft.accepted))
     assert ours == theirs
     if close == 0 and said.per_position:
-        # the engine's own summary; of a draft that was decoded again it counts one token too many
+        # the engine's own summary; it counts one token too many for a draft that was decoded again
         rates = [
             np.mean([d.accepted + d.restored >= k for d in said.drafts])
             for k in range(1, len(said.per_position) + 1)
@@ -155,7 +158,7 @@ def compare(model: Path, said: Decoding, depth: int) -> tuple[int, int]:
     return len(ours), close
 
 
-# Seeds by trying: what these write does not end at once, and drafts are cut at every depth.
+# The seeds were found by trying: these texts do not end at once, and drafts are cut at every depth.
 FORGED: dict[str, tuple[Arch, dict[str, Any]]] = {
     "glm4moe": ("glm4moe", {"n_nextn": 1, "seed": 7}),
     "qwen35": ("qwen35", {"n_nextn": 1, "seed": 2}),
@@ -184,10 +187,11 @@ def test_forged_models_draft_as_the_engine_does(
 def test_a_chain_of_three_differs_where_the_engine_reads_another_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine_tool: EngineTool, prose: str
 ) -> None:
-    """The driver asks for the row of the last token of a batch with masked rows. For an
-    architecture whose graph keeps all rows (src/models/hy-v3.cpp) the engine then gives the first
-    one (llama-context.cpp, extract nextn embeddings), so that from the third head on a draft goes
-    on from a row of another slot. evaluate() takes the row that is meant. Two tokens are as ever.
+    """The driver asks for the row of the last token of a batch with masked rows. If the graph of an
+    architecture keeps all rows (src/models/hy-v3.cpp), the engine then gives the first one
+    (llama-context.cpp, extract nextn embeddings), so that from the third head on a draft continues
+    from a row of another slot. evaluate() takes the row that is meant. The first two tokens are the
+    same as ever.
     """
     spec = agreeing(tmp_path / "m.gguf", "hy_v3", monkeypatch, blur=0.15, n_nextn=3, seed=8)
     tool = engine_tool("llama-speculative-simple")

@@ -1,4 +1,5 @@
-"""No command replaces what it reads: every output against every input, under every name of it."""
+"""No command replaces a file that it reads: every output is tried against every input, under every
+name of the input."""
 
 from __future__ import annotations
 
@@ -25,16 +26,16 @@ from imatrix.cli.program import COMMANDS, build_parser
 from imatrix.entries import Entry
 from imatrix.matrix.importance import ImportanceMatrix
 
-OUT = "OUT"  # in a command line: where the output's name goes
+OUT = "OUT"  # in a command line: the place for the output's name
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command, where each output's name stands in it, and what it reads."""
+    """A command line with a place for each output's name, and the files that it reads."""
 
     argv: tuple[str, ...]
     inputs: tuple[str, ...]
-    # what the name that is given makes, from the name; the given one itself is the first
+    # the names that it makes from the name that is given; the given name is the first
     derived: tuple[str, ...] = ("{}",)
 
 
@@ -87,13 +88,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that the commands read, made once; nobody writes to it if all is well."""
+    """All files that the commands read, made once; if all is well, nobody writes to them."""
     folder = tmp_path_factory.mktemp("scene")
     make_model(folder / "model.gguf", "glm4moe", n_nextn=1, n_layer=1, n_expert=2, n_vocab=300)
     names = [tensor.name for tensor in gguf.GGUFReader(folder / "model.gguf").tensors]
     for stem, n_parts in (("s", 3), ("r", 2)):
         rewritten(folder / "model.gguf", folder / f"{stem}.gguf", split=-(-len(names) // n_parts))
-    # of a kind whose matrix has a file of its own; its header is all that is read
+    # its architecture has a second matrix file; only its header is read
     for number, name in enumerate(_HEAD):
         writer = gguf.GGUFWriter(folder / name, "gemma4-assistant")
         writer.add_block_count(1)
@@ -123,7 +124,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(folder: Path) -> dict[str, str]:
-    """Every file below a folder, with what is in it."""
+    """Every file below a folder, with its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
@@ -132,7 +133,7 @@ def state(folder: Path) -> dict[str, str]:
 
 
 def names_of(target: Path, base: Path) -> Iterator[tuple[str, str]]:
-    """The ways to name a file, with the files that make them, in the folder `base`."""
+    """The ways to name a file, each with such a path; links are made in the folder `base`."""
     yield "same", str(target)
     yield "relative", os.path.relpath(target)
     yield "around", f"{target.parent}/../{target.parent.name}/{target.name}"
@@ -149,12 +150,12 @@ def names_of(target: Path, base: Path) -> Iterator[tuple[str, str]]:
     hard.hardlink_to(target)
     yield "hard link", str(hard)
     other = target.with_name(target.name.swapcase())
-    if other.exists():  # where the file system makes no difference
+    if other.exists():  # only if the file system ignores case
         yield "case", str(other)
 
 
 def refused(run: Run, case: Case, out: str, told: str, given: str) -> None:
-    """The command ends with 2 and names both."""
+    """The command ends with status 2 and names both files."""
     done = run(*(out if word == OUT else word for word in case.argv))
     assert done.status == 2, (out, done.err)
     assert re.search(r"the outputs? .* (would replace the input|are one file)", done.err), done.err
@@ -175,9 +176,9 @@ def test_no_output_is_an_input(
         base.mkdir()
         for way, out in names_of(scene / given, base):
             if name == "plot" and Path(out).suffix != ".png":
-                continue  # refused for its name before anything else is looked at, or after
+                continue  # refused for its name before anything else is looked at, or afterwards
             if name == "collect" and given in ("a.gguf", "b.dat") and way != "hard link":
-                continue  # --in-file X -o X is what the documentation offers
+                continue  # the documentation offers --in-file X -o X
             refused(run, case, out, out, given)
         assert state(scene) == before, given
 
@@ -211,7 +212,7 @@ def test_no_name_made_from_an_output_is_an_input(
 
 
 def test_the_name_that_extract_chooses(scene: Path, tmp_path: Path, run: Run) -> None:
-    """mtp-<name>.gguf beside the model, or in a folder, though it is a link to the model."""
+    """mtp-<name>.gguf beside the model, or in a folder, even if it is a link to the model."""
     for folder, argv in ((tmp_path / "a", ()), (tmp_path / "b", ("-o", tmp_path / "b"))):
         folder.mkdir()
         model = tmp_path / "a" / "model.gguf"
@@ -226,8 +227,8 @@ def test_the_name_that_extract_chooses(scene: Path, tmp_path: Path, run: Run) ->
 
 
 def test_a_copy_that_is_counted_already_is_no_output(scene: Path, tmp_path: Path, run: Run) -> None:
-    """--save-frequency goes on counting where the earlier files stopped: OUT.at_1 of one chunk is
-    never written again."""
+    """--save-frequency continues to count where the earlier files stopped: OUT.at_1, a copy after
+    one chunk, is never written again."""
     earlier = tmp_path / "out.at_1"
     earlier.write_bytes((scene / "a.gguf").read_bytes())
     argv = ("collect", "-m", scene / "model.gguf", "-f", scene / "text.txt", "-o", tmp_path / "out")
@@ -242,7 +243,7 @@ def test_an_output_in_a_folder_of_texts(scene: Path, tmp_path: Path, run: Run) -
     argv = ("collect", "-m", scene / "model.gguf", "-f")
     for source, out, bad in (
         (texts, texts / "out.txt", True),
-        (f"text:{texts}", texts / "out.gguf", True),  # its lock file would be read too
+        (f"text:{texts}", texts / "out.gguf", True),  # its lock file would be read as a text too
         (texts, tmp_path / "through" / "out.jsonl", True),
         (texts, tmp_path / "out.txt", False),
     ):
@@ -257,7 +258,7 @@ def test_an_output_in_a_folder_of_texts(scene: Path, tmp_path: Path, run: Run) -
 
 
 def test_a_leftover_that_a_run_would_remove(scene: Path, tmp_path: Path, run: Run) -> None:
-    """`collect` removes what a killed run left half written; not if it is to be read."""
+    """`collect` removes a half-written file that a killed run left, but not if it is an input."""
     left = tmp_path / ".out.gguf.0123456789abcdef.tmp"
     left.write_bytes((scene / "a.gguf").read_bytes())
     done = run("collect", "--in-file", left, "-o", tmp_path / "out.gguf")
@@ -270,7 +271,7 @@ def test_a_leftover_that_a_run_would_remove(scene: Path, tmp_path: Path, run: Ru
 def test_a_link_into_the_cache_of_the_hub(
     command: str, scene: Path, tmp_path: Path, run: Run
 ) -> None:
-    """The file behind it belongs to other revisions too, whoever reads it."""
+    """The file behind the link belongs to other revisions too, whoever reads it."""
     repository = tmp_path / "models--user--model"
     blob = repository / "blobs" / ("0" * 64)
     link = repository / "snapshots" / "1" / "model-Q4_K.gguf"
@@ -290,7 +291,7 @@ def test_a_link_into_the_cache_of_the_hub(
 
 
 def test_an_in_file_may_be_the_output(scene: Path, tmp_path: Path, run: Run) -> None:
-    """The one exception, under any spelling of the name."""
+    """This is the only exception, under any spelling of the name."""
     total = tmp_path / "total.gguf"
     total.write_bytes((scene / "a.gguf").read_bytes())
     (tmp_path / "link.gguf").symlink_to(total)
@@ -301,7 +302,7 @@ def test_an_in_file_may_be_the_output(scene: Path, tmp_path: Path, run: Run) -> 
 
 
 def test_two_outputs_of_one_command(scene: Path, tmp_path: Path, run: Run) -> None:
-    (tmp_path / "link.gguf").symlink_to("new.gguf")  # to a file that is not there yet
+    (tmp_path / "link.gguf").symlink_to("new.gguf")  # to a file that does not exist yet
     for head, trunk in (("new.gguf", "new.gguf"), ("new.gguf", "link.gguf")):
         done = run(
             "extract-mtp",
@@ -431,9 +432,9 @@ def _arguments() -> Iterator[tuple[str, argparse.Action]]:
 
 
 def test_every_argument_that_may_be_a_file_is_declared() -> None:
-    """Else it would be held against nothing."""
+    """An argument that is not declared would be compared with nothing."""
     written = {"output", "dst", "trunk_out", "dir"}
-    values = {"type", "tensor_type", "dask", "weight"}  # taken for files by the completion only
+    values = {"type", "tensor_type", "dask", "weight"}  # only the completion treats these as files
     commands = set()
     for command, action in _arguments():
         commands.add(command)

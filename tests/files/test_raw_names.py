@@ -1,4 +1,5 @@
-"""Names that are not UTF-8: a path is any bytes, and llama-imatrix writes it into its file."""
+"""Names that are not UTF-8: a path may hold any bytes, and llama-imatrix writes them into its
+file."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform in ("win32", "darwin"), reason="file systems there take Unicode only"
 )
 
-RAW = b"caf\xe9 \xff\xc3"  # Latin-1, a byte that UTF-8 never has, and a character cut short
+RAW = b"caf\xe9 \xff\xc3"  # Latin-1, a byte that UTF-8 never has, and a character that is cut short
 NAME = os.fsdecode(RAW)
 SHOWN = r"caf\xe9 \xff\xc3"
 
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def files(folder: Path, model: Path, text: Path) -> tuple[Path, Path]:
-    """A model and a text by such names."""
+    """A model and a text with such names."""
     ours = folder / f"model {NAME}.gguf", folder / f"{NAME}.txt"
     shutil.copy(model, ours[0])
     shutil.copy(text, ours[1])
@@ -48,7 +49,7 @@ def files(folder: Path, model: Path, text: Path) -> tuple[Path, Path]:
 
 
 def strings(path: Path, key: str) -> list[bytes]:
-    """The strings of a key as the bytes that they are in the file."""
+    """The strings of a key, as the bytes in the file."""
     field = gguf.GGUFReader(path).fields[key]
     return [field.parts[at].tobytes() for at in field.data]
 
@@ -91,7 +92,7 @@ def test_what_llama_imatrix_wrote(
 def test_what_collect_writes(
     files: tuple[Path, Path], folder: Path, run: Run, engine_tool: EngineTool
 ) -> None:
-    """The same bytes as llama-imatrix's in both formats, and it reads ours."""
+    """In both formats the bytes are those that llama-imatrix writes, and it can read them."""
     model, text = files
     for isolate in ("--isolate", "--no-isolate"):
         out = folder / f"ours {NAME}{isolate}.gguf"
@@ -221,7 +222,8 @@ def test_errors_have_the_name(files: tuple[Path, Path], folder: Path, run: Run) 
 
 
 def test_a_text_spelled_out_in_other_bytes() -> None:
-    """What stands for no byte cannot be written, and the sums are worth more than a name."""
+    """A surrogate that stands for no byte cannot be written, and the sums are worth more than a
+    name."""
     assert encoded("caf\udce9 \ud83d") == b"caf\xe9 \xef\xbf\xbd"
     assert decoded(b"caf\xe9") == "caf\udce9"
     assert cut("aé\udce9日", 3) == "aé"
@@ -231,7 +233,7 @@ def test_a_text_spelled_out_in_other_bytes() -> None:
 
 
 def test_names_in_both_formats(tmp_path: Path) -> None:
-    """Data sets come back as they were."""
+    """Names of data sets come back unchanged."""
     weight = "blk.0.x.weight"
     source = TextSource(NAME, 1, 64, 0, None)
     matrix = ImportanceMatrix(

@@ -1,5 +1,5 @@
-"""docs/formats.md is enough: readers and writers made from the page alone, with nothing of the
-package and of gguf-py, against the package's and the engine's."""
+"""docs/formats.md is enough to read and write the formats: readers and writers made from the page
+alone, without the package or gguf-py, are compared with those of the package and of the engine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from imatrix import Collector, Entry, ImportanceMatrix, LeftOut, Provenance, Tex
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "formats.md").read_text("utf-8")
 N_CTX = 64
 
-# --- by the page ---------------------------------------------------------------------------------
+# --- readers and writers by the page -------------------------------------------------------------
 
 KEYS = {"u32": 4, "bool": 7, "string": 8, "array": 9, "u64": 10, "i64": 11, "f64": 12}
 PACKED = {4: "<I", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 TENSORS = {0: np.dtype("<f4"), 27: np.dtype("<i8"), 28: np.dtype("<f8")}
 
-Value = tuple[str, Any]  # "u32", "array of string", ... and the value
-Tensors = dict[str, NDArray[Any]]  # NumPy's order: the row length last
+Value = tuple[str, Any]  # the type as text ("u32", "array of string", ...) and the value
+Tensors = dict[str, NDArray[Any]]  # in NumPy's order: the row length is last
 
 
 class Bytes:
@@ -108,14 +108,14 @@ def write_gguf(keys: Mapping[str, Value], tensors: Tensors) -> bytes:
 
 
 def importance(sums: NDArray[Any], counts: NDArray[Any]) -> NDArray[np.float64]:
-    """n_mat rows of n_in, as the page defines it."""
+    """n_mat rows of n_in values, as the page defines them."""
     counts = counts.reshape(-1, 1).astype(np.float64)
     sums = sums.reshape(-1, sums.shape[-1]).astype(np.float64)
     return np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
 
 
 def read_dat(data: bytes) -> tuple[dict[str, NDArray[np.float32]], int | None, str | None]:
-    """Importance by weight, calls of the run, name of the text."""
+    """Importance by weight, the calls of the run, and the name of the text."""
     file = Bytes(data)
     found = {}
     for _ in range(file.take("<i")):
@@ -134,7 +134,7 @@ def read_dat(data: bytes) -> tuple[dict[str, NDArray[np.float32]], int | None, s
 def write_dat(
     weights: Mapping[str, tuple[NDArray[Any], int]], end: tuple[int, str] | None
 ) -> bytes:
-    """weights: importance and calls."""
+    """weights: the importance and the calls of each."""
     data = struct.pack("<i", len(weights))
     for name, (means, calls) in weights.items():
         values = np.ravel(means).astype("<f4") * np.float32(calls or 1)
@@ -153,7 +153,7 @@ def section(title: str) -> str:
 
 
 def example(title: str) -> bytes:
-    """The bytes of the table with offsets."""
+    """The bytes in the table with offsets."""
     data = b""
     for at, cell in re.findall(r"^\| (\d+) \| (.*?) \| .*\|$", section(title), re.M):
         assert int(at) == len(data)
@@ -214,7 +214,7 @@ FULL = ImportanceMatrix(
     {
         "blk.0.attn_k_b.weight": Entry([[1.0, 2.0, 4.0], [3.0, 0.0, 5.0]], [7]),
         "blk.0.ffn_up_exps.weight": Entry([[8.0, 2.0], [0.0, 0.0], [1.0, 9.0]], [4, 0, 3]),
-        # beyond float32's whole numbers and range
+        # beyond the whole numbers and the range of float32
         "blk.1.attn_q.weight": Entry([[6e12, 3e12]], [3 * 10**9]),
         "blk.1.attn_v.weight": Entry([[3e38 * 1000, 3e38]], [5000]),
     },
@@ -245,7 +245,7 @@ def test_a_matrix_of_ours_by_the_page(tmp_path: Path) -> None:
     types = key_types()
     assert {key: kind for key, (kind, _) in keys.items()} == {key: types[key] for key in keys}
     ours = {key for key in types if key.startswith("imatrix.collector.") and "*" not in key}
-    assert ours <= keys.keys()  # the page names no key that there is not
+    assert ours <= keys.keys()  # the page names no key that does not exist
     told = {key.removeprefix("imatrix.collector."): value for key, (_, value) in keys.items()}
     assert told["sources.weights"] == [0.75, 0.25]
     assert (told["sources.empty"], told["sources.skipped"]) == ([2, 0], [0, 4])
@@ -336,7 +336,7 @@ def means(collected: ImportanceMatrix) -> dict[str, NDArray[np.float32]]:
 
 
 def quantized(model: Path, matrix: Path, tool: Path) -> str:
-    """Digest of the tensors that llama-quantize makes."""
+    """A digest of the tensors that llama-quantize makes."""
     out = matrix.with_suffix(".out")
     run_tool(tool, "--imatrix", matrix, model, out, "IQ2_XXS", "2")
     return hashlib.sha256(out.read_bytes()[imatrix.ModelFile.read(out).parts[0][1] :]).hexdigest()
@@ -357,13 +357,15 @@ def expected(
 @pytest.mark.parametrize(
     ("calls", "end"),
     [
-        # llama-imatrix, and before it named its text, and before it told its calls
+        # llama-imatrix's format, and earlier ones without the name of the text, and without the
+        # calls
         ((4, 4), (4, "wiki.txt")),
         ((4, 4), (4, "")),
         ((4, 4), None),
-        # files of before there were calls: the values are the means
+        # files from before calls existed: the values are the means
         ((0, 0), None),
-        # ik_llama.cpp: each weight's own evaluations, of several chunks together or less
+        # ik_llama.cpp: each weight has its own number of evaluations; one may hold several chunks,
+        # or less than one
         ((2, 8), (8, "wiki.txt")),
     ],
 )
@@ -376,7 +378,7 @@ def test_old_files_are_read_as_the_engine_reads_them(
     engine_tool: EngineTool,
     tmp_path: Path,
 ) -> None:
-    # calls are powers of two: multiplied and divided by them, no mean is rounded
+    # the calls are powers of two: multiplying and dividing by them rounds no mean
     weights = {name: (m, calls[len(m) > 1]) for name, m in means.items()}
     path = tmp_path / "old.dat"
     path.write_bytes(write_dat(weights, end))

@@ -1,4 +1,5 @@
-"""The old format: our bytes against llama-imatrix's, files built by hand, and both quantized."""
+"""The old format: this package's bytes compared with llama-imatrix's, files built by hand, and both
+quantized."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("end", "chunks", "datasets"),
         [
-            (b"", 0, ()),  # before there was a text's name
+            (b"", 0, ()),  # a file from before the text's name existed
             (packed(3), 3, ()),
             (packed(3, 0), 3, ()),
             (packed(3) + b"\x00\x00", 3, ()),
@@ -71,7 +72,7 @@ class TestReading:
     def test_old_ends(
         self, end: bytes, chunks: int, datasets: tuple[str, ...], tmp_path: Path
     ) -> None:
-        path = tmp_path / "old"  # the name does not matter
+        path = tmp_path / "old"  # the name makes no difference
         path.write_bytes(packed(1, b"blk.0.attn_q.weight", 3, [1.5, 6.0]) + end)
         matrix = ImportanceMatrix.load(path)
         assert (matrix.chunk_count, matrix.datasets) == (chunks, datasets)
@@ -103,7 +104,7 @@ class TestReading:
             (packed(1, b"blk.0.w", 3, []), "'blk.0.w' has 0 values, expected 1 or more"),
             (packed(1, b"blk.0.w", 3, 2**30), "cut short: the values of 'blk.0.w' would end at"),
             (packed(1, b"\0\0\0", 3, [1.0]), "a weight's name must be a non-empty str"),
-            # neither format: told by the reader of the usual one
+            # neither format: the reader of the usual format says so
             (b"some text, as it happens", "not a GGUF file: it starts with b'some'"),
             (packed(0, 0, 0), "not a GGUF file"),
         ],
@@ -163,23 +164,23 @@ class TestWriting:
 
 @pytest.fixture(scope="module")
 def model(forged: Forged) -> Path:
-    # experts, dense 3-D weights and a head; rows that low-bit types take
+    # experts, dense 3-D weights and a head; rows that low-bit types can store
     return forged("deepseek2", seed=2, n_nextn=1, n_embd=256, n_ff=256, n_ff_exp=256).path
 
 
 @pytest.fixture(scope="module")
 def collected(model: Path, prose_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GGUF file with float32 sums, as every program sees them."""
+    """A GGUF file with float32 sums, which all programs read alike."""
     path = tmp_path_factory.mktemp("dat") / "ours.gguf"
     with Collector(model, n_ctx=N_CTX, n_threads=1) as collector:
-        # 3 chunks: a power of two would hide in which order is divided and multiplied
+        # 3 chunks: a power of two would hide the order of division and multiplication
         collector.run(prose_file, mtp=True, max_chunks=3).save(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def thin(collected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, but one expert of every weight saw nothing."""
+    """The same matrix, but one expert of every weight saw nothing."""
     path = tmp_path_factory.mktemp("dat") / "thin.gguf"
     matrix = ImportanceMatrix.load(collected)
     entries = dict(matrix)
@@ -206,7 +207,7 @@ def test_the_bytes_are_llama_imatrixs(
         *("--output-format", "dat", "-c", str(N_CTX)),
     )
     assert ours.read_bytes() == theirs.read_bytes()
-    # and back: sums are n_call * mean there, times -c
+    # and back: the sums are n_call * mean of the old format, times -c
     for name, source in (("ours.gguf", ours), ("theirs.gguf", theirs)):
         out = tmp_path / name
         if name == "ours.gguf":
@@ -220,7 +221,7 @@ def test_the_bytes_are_llama_imatrixs(
         {
             t.name: t.data.tobytes()
             for t in gguf.GGUFReader(tmp_path / name).tensors
-            if not t.name.endswith(".stats")  # figures made of the sums, which ours do not hold
+            if not t.name.endswith(".stats")  # figures, which ours do not hold
         }
         for name in ("ours.gguf", "theirs.gguf")
     )
@@ -258,7 +259,7 @@ def test_merging_with_a_gguf_file_of_experts(
     assert set(ours) == set(expected)
     for name, entry in expected.items():
         assert np.array_equal(ours[name].counts, entry.counts), name
-        # they add in float32: one rounding
+        # llama-imatrix adds in float32: one rounding
         assert np.allclose(ours[name].sums.ravel(), entry.sums.ravel(), rtol=2**-23, atol=0), name
 
 
@@ -270,7 +271,7 @@ def test_both_formats_quantize_alike(
     engine_tool: EngineTool,
     tmp_path: Path,
 ) -> None:
-    # 4 calls: the division by them is exact, so that both files give the quantizer the same means
+    # 4 calls: dividing by 4 is exact, so that both files give the quantizer the same means
     matrix = ImportanceMatrix.load(request.getfixturevalue(which))
     four = ImportanceMatrix(
         {

@@ -1,4 +1,4 @@
-"""GGUF files: ours read with gguf-py's own reader, and ones made with its own writer read by us."""
+"""GGUF files: gguf-py's own reader reads ours, and we read files made with its own writer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make(
     arch: str = "llama",
     **keys: int | str | bool | list[str] | list[int],
 ) -> Path:
-    """A file by gguf-py's writer alone; keys are given with __ for a dot."""
+    """A file written by gguf-py's writer alone; in keys, __ stands for a dot."""
     writer = gguf.GGUFWriter(path, arch)
     if kind is not None:
         writer.add_string("general.type", kind)
@@ -95,7 +95,7 @@ class TestWriting:
         }
         for key in ("chunk_count", "chunk_size", "collector.n_ctx"):
             assert reader.fields[f"imatrix.{key}"].types == [gguf.GGUFValueType.UINT32]
-        # ggml's order: the row length first. Sorted by name, as llama-imatrix does.
+        # ggml's order: the row length is first. Sorted by name, as llama-imatrix does.
         assert [(t.name, t.shape.tolist(), t.data.tolist()) for t in reader.tensors] == [
             ("blk.10.ffn_up_exps.weight.in_sum2", [2, 3], [[1, 2], [3, 4], [0, 0]]),
             ("blk.10.ffn_up_exps.weight.counts", [1, 3], [[7], [8], [0]]),
@@ -107,7 +107,7 @@ class TestWriting:
         assert {t.tensor_type for t in reader.tensors} == {gguf.GGMLQuantizationType.F32}
 
     def test_without_metadata_the_three_keys_are_there(self, tmp_path: Path) -> None:
-        # llama-quantize refuses a file that lacks one of them, even if it is empty.
+        # llama-quantize refuses a file that lacks one of them; an empty one is enough.
         path = tmp_path / "m.gguf"
         ImportanceMatrix({"a": Entry([[1.0]], [1])}).save(path)
         fields = gguf.GGUFReader(path).fields
@@ -164,7 +164,7 @@ class TestScaling:
         assert sums[:, 0].tolist() == [2.0**25, 3.0, 5.0, 7.0, 22.0, 0.0]
 
     def test_sums_beyond_float32(self, tmp_path: Path) -> None:
-        # The mean, 2.5e38, fits; 2 of it do not, so one count is left.
+        # The mean, 2.5e38, fits; twice that does not, so one count is left.
         sums, counts = self.written(tmp_path, Entry([[1e39, 4.0]], [4]))
         assert counts.tolist() == [1]
         assert sums.tolist() == [[float(np.float32(2.5e38)), 1.0]]
@@ -274,7 +274,7 @@ class TestReading:
         tensors = {"w.in_sum2": np.array([2], dtype), "w.counts": np.array([3], dtype)}
         path = make(tmp_path / "m.gguf", tensors)
         matrix = ImportanceMatrix.load(path)
-        with path.open("r+b") as file:  # in place: a map of the file would show it
+        with path.open("r+b") as file:  # the file is changed in place, which a map of it would show
             file.write(bytes(path.stat().st_size))
         assert dict(matrix) == {"w": Entry([[2]], [3])}
 
@@ -376,7 +376,7 @@ class TestRefusals:
         whole = path.read_bytes()
         last = gguf.GGUFReader(path).tensors[-1]
         end = int(last.data_offset + last.n_bytes)
-        assert len(whole) - 32 < end <= len(whole)  # after it only padding
+        assert len(whole) - 32 < end <= len(whole)  # after that there is only padding
         short = tmp_path / "short.gguf"
         for length in range(end):
             short.write_bytes(whole[:length])
@@ -385,7 +385,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("item_type", [0, 4, 8, 9, 10])
     def test_an_array_longer_than_the_file(self, tmp_path: Path, item_type: int) -> None:
-        # gguf-py's reader alone appends empty values for as long as the length says.
+        # gguf-py's reader alone appends empty values up to the claimed length.
         key = b"k"
         path = tmp_path / "m.gguf"
         path.write_bytes(

@@ -1,4 +1,4 @@
-"""Files that go to the engine's program and come back."""
+"""Files that one of the engine's programs reads and writes again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(forged: Forged) -> Path:
 
 @pytest.fixture(scope="module")
 def halves(model: Path, prose_file: Path) -> tuple[ImportanceMatrix, ImportanceMatrix]:
-    """Two matrices of one model, from different stretches of a text."""
+    """Two matrices of one model, from different parts of a text."""
     with Collector(model, n_ctx=N_CTX, n_threads=1) as collector:
         first = collector.run(prose_file, mtp=True, max_chunks=3)
         second = collector.run(prose_file, mtp=True, skip_chunks=3, max_chunks=4)
@@ -37,12 +37,12 @@ def halves(model: Path, prose_file: Path) -> tuple[ImportanceMatrix, ImportanceM
 
 @pytest.fixture
 def through(engine_tool: EngineTool, model: Path, tmp_path: Path):
-    """Files in, llama-imatrix combines them, its file out."""
+    """llama-imatrix combines the files that go in; returns the file that comes out."""
     tool = engine_tool("llama-imatrix")
 
     def combine(*files: Path) -> Path:
         out = tmp_path / "theirs.gguf"
-        # it works out the number of chunks from the counts and -c; it keeps no size of its own
+        # it computes the number of chunks from the counts and -c; it stores no size of its own
         inputs = [part for file in files for part in ("--in-file", file)]
         run_tool(tool, "-m", model, *inputs, "-o", out, "-c", str(N_CTX), "-b", str(N_CTX))
         return out
@@ -51,7 +51,7 @@ def through(engine_tool: EngineTool, model: Path, tmp_path: Path):
 
 
 def stored(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by gguf-py's reader."""
+    """The tensors of a file, by gguf-py's reader."""
     return {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
 
 
@@ -63,13 +63,13 @@ def test_theirs_reads_ours_and_gives_it_back(halves, through, tmp_path: Path) ->
     assert set(mine) == set(back)
     for name in mine:
         if name.endswith(".stats"):
-            # Computed by each from the same float32 sums, in float64, and rounded to float32 (6e-8)
-            # here and there; skewness and kurtosis are differences of larger numbers, 1e-9 of them.
+            # Both compute them from the same float32 sums, in float64, and round to float32 (6e-8);
+            # skewness and kurtosis are differences of larger numbers, 1e-9 of them.
             np.testing.assert_allclose(
                 mine[name], back[name], rtol=1e-7, atol=1e-9, equal_nan=True, err_msg=name
             )
             continue
-        # float32 read, added to zero, written: not a bit may change
+        # float32 is read, added to zero and written: no bit may change
         np.testing.assert_array_equal(mine[name].ravel(), back[name].ravel(), err_msg=name)
     weights = set(halves[0])
     assert {f"{name}.{part}" for name in weights for part in PARTS} == set(mine)
@@ -103,7 +103,7 @@ def test_ours_reads_what_theirs_gave_back(halves, through, tmp_path: Path) -> No
 def test_their_own_file_is_read(
     engine_tool: EngineTool, model: Path, prose_file: Path, tmp_path: Path
 ) -> None:
-    """Entries as gguf-py sees them in the file."""
+    """The entries, as gguf-py sees them in the file."""
     out = tmp_path / "theirs.gguf"
     run_tool(
         engine_tool("llama-imatrix"),
@@ -131,8 +131,8 @@ def test_merging_is_what_theirs_does(halves, through, tmp_path: Path) -> None:
     assert merged.chunk_count == theirs.chunk_count == 7
     for name, entry in merged.items():
         np.testing.assert_array_equal(entry.counts, theirs[name].counts)
-        # they add two float32 numbers, ours two float64 ones: each of the two and their sum is
-        # rounded to float32 there, 6e-8 each
+        # llama-imatrix adds two float32 numbers, this package two float64 ones: there each of the
+        # two and their sum are rounded to float32, 6e-8 each
         np.testing.assert_allclose(
             theirs[name].sums.ravel(), entry.sums.ravel(), rtol=2e-7, err_msg=name
         )
@@ -142,8 +142,8 @@ def test_merging_is_what_theirs_does(halves, through, tmp_path: Path) -> None:
 
 
 def test_signed_sums_that_one_of_two_lacks(halves, through, tmp_path: Path) -> None:
-    """Theirs drops them, weight by weight, and so does ours; a weight that only one has keeps its
-    own."""
+    """llama-imatrix drops them weight by weight, and so does this package; a weight that only one
+    file has keeps its own."""
     lacking = ImportanceMatrix(
         {
             name: Entry(entry.sums, entry.counts, signed_sums=entry.signed_sums if keep else None)
@@ -176,6 +176,7 @@ def test_merging_is_what_one_run_gives(halves, model: Path, prose_file: Path) ->
         np.testing.assert_array_equal(merged[name].counts, entry.counts)
         # float64 sums of the same seven float32 chunks, added in another order
         np.testing.assert_allclose(merged[name].sums, entry.sums, rtol=1e-14, err_msg=name)
-        # of both signs: so much of the root of rows times squares, which no sum is above
+        # the values have both signs: relative to the root of rows times squares, which no sum
+        # exceeds
         most = np.sqrt(entry.sums * entry.counts[:, np.newaxis])
         assert (np.abs(merged[name].signed_sums - entry.signed_sums) <= 1e-14 * most).all(), name
