@@ -151,6 +151,22 @@ def work(ready):
         ready.set()
 in_daemon(work)
 """,
+    "an evaluation of an engine in a daemon thread": """
+from imatrix import evaluate
+def work(ready):
+    evaluate(
+        MODEL, forever(), n_ctx=32, n_threads=1, isolate=True, progress=lambda at: ready.set()
+    )
+in_daemon(work)
+""",
+    "quantizations of an engine in a daemon thread": """
+from imatrix import quantize
+def work(ready):
+    while True:
+        quantize(MODEL, OUT, "Q4_0", n_threads=2, isolate=True)
+        ready.set()
+in_daemon(work)
+""",
     "a cluster": """
 from imatrix import Cluster, Collector
 if __name__ == "__main__":

@@ -319,7 +319,9 @@ def test_special_tokens_are_parsed_and_the_template_is_chosen(chatty: ModelSpec)
             render = made._models.renderer(options or ChatOptions())
             found = [
                 chunk.tokens.tolist()
-                for chunk in Chunks(chats, made._loaded(), 512, packing="document", render=render)
+                for chunk in Chunks(
+                    chats, made._models.tokenizer(), 512, packing="document", render=render
+                )
             ]
             render.close()
         assert len(found) == 1
