@@ -1,8 +1,8 @@
-"""Malformed models, given to the public functions that open models: none may end the process.
+"""Gives malformed models to the public functions that open models: none may end the process.
 
-A process that never ran the engine forks one for each input, and that one forks its rehearsal in
-the place of starting an interpreter for it: 20 times faster, and the same code runs. What ends
-the rehearsal is its business (a ModelError); what ends the process around it is a finding.
+A process that never ran the engine forks one process for each input, and that one forks its
+rehearsal instead of starting an interpreter for it: this is 20 times faster and runs the same code.
+The rehearsal's process may end (a ModelError); if the process around it ends, that is a finding.
 
     python tests/fuzz/engine.py FOLDER [--runs N] [--first N] [--seconds N] [--model NAME]
 """
@@ -45,25 +45,25 @@ TEXT = (
     "The of\n a\tin it 'll 123 <s></s> <|endoftext|> \u00e9\u4e2d\U0001f600 the the \x00 on an er"
     * 3
 )
-SECONDS = 20  # of a processor; a case that takes longer hangs
+SECONDS = 20  # seconds of processor time; a case that takes longer hangs
 MEMORY = 6 << 30
-# what a caller is promised: ImatrixError, or a built-in exception for a bad argument or no memory
+# a caller is promised an ImatrixError, or a built-in exception for a bad argument or for no memory
 ALLOWED = (ImatrixError, ValueError, MemoryError)
 _ASSERTION = re.compile(r"([\w-]+\.(?:cpp|c|h)):(\d+): (.{0,120})")
 
 OK, REFUSED, WRONG = 0, 10, 11
 
-os.fsync = lambda fd: None  # nothing of this has to outlive a power cut
+os.fsync = lambda fd: None  # no file here has to outlive a power cut
 
 
 def _limit(seconds: int) -> None:
-    """End this process after so many seconds of its own, however busy the machine is."""
+    """End this process after so many seconds of processor time, however busy the machine is."""
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     signal.alarm(40 * seconds)
 
 
 def _forked_rehearsal(request: dict[str, Any]) -> tuple[int, str, str]:
-    """In the place of rehearsal.run_child()."""
+    """Takes the place of rehearsal.run_child()."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
@@ -124,7 +124,7 @@ def _quantize(path: Path, rng: random.Random) -> None:
 
 
 def _entry(shape: tuple[int, ...], rng: random.Random) -> Entry:
-    """Data for a weight, as extreme as a file may hold them."""
+    """Data for a weight, as extreme as a file may hold."""
     n_mat = shape[2] if len(shape) == 3 else 1
     scale = rng.choice((0.0, 1e-30, 1.0, 1.0, 1.0, 1e30, 3e38))
     sums = np.random.default_rng(rng.randrange(2**32)).random((n_mat, shape[0])) * scale
@@ -136,7 +136,7 @@ def _evaluate(path: Path, rng: random.Random) -> None:
 
 
 def case(path: Path, number: int, seeds: dict[str, bytes]) -> tuple[str, Callable[[], None]]:
-    """Write the input of this number, and what is to be done with it."""
+    """Write the input of this number, and give what is to be done with it."""
     rng = random.Random(number)
     name = rng.choice(list(seeds))
     data = seeds[name]
@@ -149,7 +149,7 @@ def case(path: Path, number: int, seeds: dict[str, bytes]) -> tuple[str, Callabl
 
 
 def _child(work: Callable[[], None], log: Path) -> int:
-    """One input in this process, which ends with it."""
+    """Try one input in this process, which ends with it."""
     with log.open("wb") as file:
         os.dup2(file.fileno(), 2)
         os.dup2(file.fileno(), 1)
@@ -170,7 +170,7 @@ def _child(work: Callable[[], None], log: Path) -> int:
 
 
 def finding(status: int, log: str) -> str | None:
-    """What a case came to, in a word that tells one finding from another; None for nothing."""
+    """The outcome of a case in one word that tells findings apart; None if there is no finding."""
     if status in (OK, REFUSED):
         return None
     if status == WRONG:
@@ -186,7 +186,8 @@ def finding(status: int, log: str) -> str | None:
 def run(
     folder: Path, first: int, runs: int, seconds: float, only: str | None = None
 ) -> tuple[Counter[str], dict[str, list[int]]]:
-    """Try inputs; gives how often each outcome came, and the numbers of each finding."""
+    """Try inputs; gives how often each outcome came, and the numbers of the inputs of each
+    finding."""
     rehearsal.run_child = _forked_rehearsal
     seeds = {name: path.read_bytes() for name, path in make_models(folder / "models").items()}
     if only is not None:

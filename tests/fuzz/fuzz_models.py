@@ -1,4 +1,4 @@
-"""Small whole models that the engine takes: what the mutations for the engine start from."""
+"""Small whole models that the engine accepts: the mutations for the engine start from them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _ANY = (
 
 
 def make_models(folder: Path) -> dict[str, Path]:
-    """Write every seed model that is not there yet; by name."""
+    """Write every seed model that does not exist yet; returns their paths by name."""
     folder.mkdir(parents=True, exist_ok=True)
     out = {}
 

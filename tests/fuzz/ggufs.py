@@ -1,6 +1,6 @@
-"""GGUF files in pieces, so that a mutation can reach one of them and keep the rest in order.
+"""GGUF files in pieces, so that a mutation can reach one piece and keep the rest in order.
 
-Independent of the readers under test: what is packed here may make no sense on purpose.
+It is independent of the readers under test: it may pack nonsense on purpose.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-# values a block, bytes a block, of the types that mutations give to tensors
+# values per block and bytes per block of the types that mutations give to tensors
 TYPES = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 6: (32, 22), 8: (32, 34), 10: (256, 84), 12: (256, 144),
     14: (256, 210), 16: (256, 66), 24: (1, 1), 26: (1, 4), 27: (1, 8), 28: (1, 8), 30: (1, 2),
@@ -32,7 +32,7 @@ TYPES = {
 
 @dataclass
 class Key:
-    """A metadata value; `kind` is the type of the elements where `value` is a list."""
+    """A metadata value; if `value` is a list, `kind` is the type of its elements."""
 
     name: bytes
     kind: int
@@ -47,7 +47,7 @@ class Key:
 
 @dataclass
 class Tensor:
-    """`data` is what lies at the offset; `offset` None: right after the tensor before."""
+    """`data` lies at the offset; if `offset` is None, right after the tensor before."""
 
     name: bytes
     dims: list[int]
@@ -62,7 +62,7 @@ class File:
     keys: list[Key] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     alignment: int = 32
-    n_keys: int | None = None  # what the header claims, None for the truth
+    n_keys: int | None = None  # the header's claim, None for the truth
     n_tensors: int | None = None
 
     def key(self, name: bytes) -> Key | None:
@@ -94,7 +94,7 @@ class File:
 
 
 def parsed(data: bytes) -> File:
-    """The pieces of a file that is in order."""
+    """The pieces of a well-formed file."""
     at = 4
     version, n_tensors, n_keys = struct.unpack_from("<IQQ", data, at)
     at += 20
@@ -123,7 +123,7 @@ def parsed(data: bytes) -> File:
         else:
             out.keys.append(Key(name, kind, value(kind)))
     if found := out.key(b"general.alignment"):
-        if not 0 < found.value <= 4096:  # a file is padded to it
+        if not 0 < found.value <= 4096:  # a file is padded up to it
             raise ValueError(f"an alignment of {found.value}")
         out.alignment = found.value
     infos = []
@@ -139,7 +139,7 @@ def parsed(data: bytes) -> File:
 
 
 def size_of(dims: list[int], kind: int) -> int:
-    """Bytes of a tensor; 0 where the type is not in the table above."""
+    """Bytes of a tensor; 0 if the table above lacks its type."""
     values, size = TYPES.get(kind, (1, 0))
     count = 1
     for dim in dims:

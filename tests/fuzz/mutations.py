@@ -1,7 +1,7 @@
-"""Deterministic mutations: a generator of random numbers and an input give the same output.
+"""Deterministic mutations: the same generator of random numbers and input give the same output.
 
-Two layers: bytes, as any fuzzer does it, and the pieces of a GGUF file, which reach what lies
-behind the checks of its structure.
+There are two layers: bytes, as in any fuzzer, and the pieces of a GGUF file, which reach the code
+    behind the checks of its structure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEXTS = (
 
 
 def mutated_bytes(data: bytes, rng: random.Random, dictionary: list[bytes], limit: int) -> bytes:
-    """One to eight changes to bytes, in the first `limit` of them for the most part."""
+    """One to eight changes to bytes, most of them in the first `limit` bytes."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 4, 8))):
         at = (
@@ -234,7 +234,7 @@ def _reshape(tensor: Tensor, rng: random.Random) -> None:
 
 
 def _refill(tensor: Tensor) -> None:
-    """As many bytes as the new shape and type take, where that is a reasonable number."""
+    """As many bytes as the new shape and type need, if that is a reasonable number."""
     if (
         all(0 <= dim < 2**32 for dim in tensor.dims)
         and (size := size_of(tensor.dims, tensor.kind)) < 2**23

@@ -1,4 +1,4 @@
-"""Fuzz one reader, guided by coverage (atheris) or with the mutations of this folder alone.
+"""Fuzzes one reader, guided by coverage (atheris) or with the mutations of this folder alone.
 
 python tests/fuzz/run.py TARGET [--runs N] [--seconds N] [--plain]
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-os.fsync = lambda fd: None  # nothing of this has to outlive a power cut
+os.fsync = lambda fd: None  # no file here has to outlive a power cut
 
 
 def plain(name: str, runs: int, seconds: float, folder: Path) -> int:
-    """Deterministic mutations of the corpus; every failure is told, none ends the run."""
+    """Deterministic mutations of the corpus; every failure is printed, and none ends the run."""
     import targets
 
     words, inputs = targets.dictionary(), targets.corpus_of(name)
@@ -47,8 +47,8 @@ def plain(name: str, runs: int, seconds: float, folder: Path) -> int:
 
 
 def _instrument(members: Iterable[object], module: str, instrument: Callable[[Any], Any]) -> None:
-    """Count the branches of a module's functions. atheris does so while a module is imported,
-    but not through the loader of an editable install."""
+    """Count the branches of a module's functions. atheris does so while a module is imported, but
+    not through the loader of an editable install."""
     for member in list(members):
         if getattr(member, "__module__", None) != module:
             continue
@@ -63,7 +63,7 @@ def _instrument(members: Iterable[object], module: str, instrument: Callable[[An
 
 
 def guided(name: str, runs: int, seconds: float, folder: Path) -> None:
-    """libFuzzer over the instrumented package; it ends the process, at the first failure too."""
+    """libFuzzer over the instrumented package; it ends the process, also at the first failure."""
     import atheris
     import targets
 
@@ -80,7 +80,7 @@ def guided(name: str, runs: int, seconds: float, folder: Path) -> None:
             try:
                 return targets.mutated_gguf(data, rng)[:size]
             except Exception:
-                pass  # not in order any more
+                pass  # no longer well-formed
         return atheris.Mutate(data, size)
 
     found = folder / "found"

@@ -1,7 +1,8 @@
-"""What is fuzzed: each reader of the package, the seeds it starts from, and what it may raise.
+"""What is fuzzed: each reader of the package, the seeds that it starts from, and the errors that it
+may raise.
 
-A target takes the path of a file that may hold anything. It has to come to an end and raise
-nothing but what its docstring promises.
+A target takes the path of a file that may hold anything. It has to end, and to raise nothing but
+what its docstring promises.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _floats(count: int, code: str = "<f4") -> bytes:
 
 
 def _matrix_file(left_out: bool = False) -> bytes:
-    """As llama-imatrix writes it: a dense weight, and one of two experts."""
+    """A matrix as llama-imatrix writes it: a dense weight, and a weight of two experts."""
     file = File(
         keys=[
             Key(b"general.type", STRING, b"imatrix"),
@@ -104,7 +105,7 @@ def _checkpoint_file() -> bytes:
 def _model_file(
     architecture: bytes = b"glm4moe", *, head: bool = True, trunk: bool = True
 ) -> bytes:
-    """A model's header and tensors of a few values; its shapes fit what check_fit asks."""
+    """A model's header and tensors with a few values; its shapes fit what check_fit asks for."""
     tensors = [Tensor(b"token_embd.weight", [2, 3], _F32, _floats(6))]
     if trunk:
         tensors += [
@@ -177,7 +178,7 @@ _TEXTS = (
 
 
 class _Bytes:
-    """A tokenizer that is one: bytes to numbers, with a BOS in front."""
+    """A tokenizer of bytes: it turns bytes into numbers, with a BOS in front."""
 
     add_bos = True
     bos = 256
@@ -213,7 +214,7 @@ def _read_model(path: Path) -> None:
 
 
 def _read_parts(path: Path) -> None:
-    """The input is the second of three parts, in a folder with the others."""
+    """The input is the second of three parts, in a folder with the other two."""
     folder = path.with_suffix(".parts")
     folder.mkdir(exist_ok=True)
     for number, data in enumerate(_parts(), start=1):
@@ -230,7 +231,8 @@ def _read_parts(path: Path) -> None:
 
 
 def _move_heads(path: Path) -> None:
-    """Take a head out of the input; put the input's into a trunk, and another into the input."""
+    """Take a head out of the input; put the input's head into a trunk, and another head into the
+    input."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = path.with_suffix(".out")
@@ -269,8 +271,8 @@ class Target:
     """A reader under test.
 
     run: raises `allowed` for a bad file, and nothing else.
-    seeds: files that are in order, by name.
-    is_gguf: whether a mutation may go by the pieces of a GGUF file.
+    seeds: well-formed files, by name.
+    is_gguf: whether a mutation may work on the pieces of a GGUF file.
     """
 
     run: Callable[[Path], None]
@@ -321,7 +323,7 @@ if dat is not None:
 
 
 def dictionary() -> list[bytes]:
-    """The words of the dictionary file, which libFuzzer reads too."""
+    """The words in the dictionary file, which libFuzzer reads too."""
     words = []
     for line in DICTIONARY.read_text(encoding="ascii").splitlines():
         if line and not line.startswith("#"):
@@ -335,20 +337,21 @@ def corpus_of(name: str) -> list[bytes]:
 
 
 def mutated(name: str, inputs: list[bytes], number: int, words: list[bytes]) -> bytes:
-    """Input number so and so of a target."""
+    """The input of a target with this number."""
     rng = random.Random(f"{name} {number}")
     data = rng.choice(inputs)
     if TARGETS[name].is_gguf and rng.random() < 0.7:
         try:
             return mutated_gguf(data, rng)
         except Exception:
-            pass  # a file of the corpus that is not in order: a crash of earlier days
+            pass  # a corpus file that is not well-formed: it caused a crash once
     return mutated_bytes(data, rng, words, 4096)
 
 
 def tried(name: str, data: bytes, path: Path) -> bool:
-    """Give an input to a target; whether it took it. Raises what the target may not raise."""
-    # A new file: ext4 writes one that was cut to nothing and filled again to the disk at once.
+    """Give an input to a target; returns whether it accepted it. Raises what the target may not
+    raise."""
+    # A new file: ext4 writes a file at once that was cut to nothing and filled again.
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     try:

@@ -1,5 +1,5 @@
-"""The two halves of a model with a head, against gguf-py's reader, against models forged as such
-halves from the start, and against what the engine's programs make of them."""
+"""The two halves of a model with a head, compared with gguf-py's reader, with models that were
+forged as such halves from the start, and with what the engine's programs make of them."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def split_and_joined(model: Path, folder: Path) -> tuple[Path, Path, Path]:
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])
 @pytest.mark.parametrize("arch", ARCHS)
 class TestHalves:
-    """A forged model is a pure function of its arguments, so that one forged as a half from the
-    start is what extracting has to give: to the byte."""
+    """A forged model is a pure function of its arguments, so that extracting must give, to the
+    byte, the half that is forged directly."""
 
     def test_head_is_the_model_without_the_blocks_of_the_trunk(
         self, arch: Any, dtype: str, forged: Forged, tmp_path: Path
@@ -111,7 +111,8 @@ def test_variants_come_back(options: dict[str, Any], forged: Forged, tmp_path: P
 
 
 def test_order_of_converted_files_comes_back(forged: Forged, tmp_path: Path) -> None:
-    # a checkpoint begins with the embeddings and ends with norm and output, blocks in between
+    # a converted checkpoint begins with the embeddings and ends with norm and output; the blocks
+    # are between
     def order(names: list[str]) -> list[str]:
         return ["token_embd.weight", *sorted(set(names) - set(SHARED)), *SHARED[1:]]
 
@@ -126,9 +127,9 @@ def test_per_layer_arrays_follow_the_blocks(tmp_path: Path) -> None:
         "glm4moe.attention.head_count_kv": [2, 2, 2, 4],
         "glm4moe.attention.sliding_window_pattern": [True, False, True, False],
         "glm4moe.swiglu_clamp_exp": [0.0, 7.0, 7.5, 0.0],
-        # as long as the model has blocks, and not per layer
+        # as long as the model has blocks, but not per layer
         "glm4moe.rope.dimension_sections": [6, 5, 5, 0],
-        # one for each trunk block, as glm-dsa's
+        # one value for each trunk block, as in glm-dsa
         "glm4moe.attention.indexer.types": [True, False, True],
     }
     model = tmp_path / "model.gguf"
@@ -147,9 +148,9 @@ def test_per_layer_arrays_follow_the_blocks(tmp_path: Path) -> None:
 
 
 def test_what_only_the_trunk_of_qwen4exp_uses_stays_there(tmp_path: Path) -> None:
-    """Its table of n-grams is larger than the rest of the model: the head's file goes without, as
-    the converter's does (conversion/qwen4exp.py, mtp_only), and the engine's loader, which asks for
-    the table if the keys tell of one, takes it (test_split_files.py)."""
+    """Its table of n-grams is larger than the rest of the model: the head's file goes without it,
+    as the converter's does (conversion/qwen4exp.py, mtp_only), and the engine's loader, which asks
+    for the table if the keys mention one, accepts the file (test_split_files.py)."""
     model = make_any(tmp_path / "m.gguf", "qwen4exp")
     outside = ["token_embd", "output_hc_norm", "output_hc_down", "output_hc_up", "output",
                "per_layer_token_embd"]  # fmt: skip
@@ -239,7 +240,7 @@ def test_files_of_different_alignment_are_joined(forged: Forged, tmp_path: Path)
 
 
 def test_unknown_tensor_type_comes_through(forged: Forged, tmp_path: Path) -> None:
-    # a fork's type: gguf-py gives it no size
+    # the type of a fork: gguf-py gives it no size
     source = forged("glm4moe", n_nextn=1, dtype="F16").path
     model = tmp_path / "model.gguf"
     data = bytearray(source.read_bytes())
@@ -253,7 +254,7 @@ def test_unknown_tensor_type_comes_through(forged: Forged, tmp_path: Path) -> No
 
 
 def test_unknown_type_of_another_alignment_is_refused(forged: Forged, tmp_path: Path) -> None:
-    # its size is known up to the padding only
+    # its size is known only up to the padding
     head, trunk, _ = split_and_joined(forged("glm4moe", n_nextn=1, dtype="F16").path, tmp_path)
     head = rewritten(head, tmp_path / "h.gguf", alignment=256)
     data = bytearray(head.read_bytes())
@@ -328,7 +329,7 @@ class TestOtherTensors:
         assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
 
     def test_output_only_in_the_head_stays_out(self, forged: Forged, tmp_path: Path) -> None:
-        # with it, a trunk that multiplies with its embeddings would be another model
+        # with it, a trunk that multiplies with its embeddings would become another model
         trunk = forged("glm4moe", n_nextn=0, tied=True).path
         donor = forged("glm4moe", n_nextn=1).path
         with pytest.warns(UserWarning, match=r"output.weight lie only in the head's file"):
@@ -344,7 +345,7 @@ class TestOtherTensors:
     def test_hyper_connections_of_two_outputs_are_refused(
         self, forged: Forged, tmp_path: Path
     ) -> None:
-        # deepseek4's head file has its own hc_head_* under the trunk's names
+        # the file of deepseek4's head has its own hc_head_* under the trunk's names
         paths = []
         for n_nextn in (0, 1):
             source = forged("glm4moe", n_nextn=n_nextn).path
@@ -367,7 +368,7 @@ class TestOtherTensors:
 
 
 class TestFit:
-    """A head that is not the trunk's is refused with the two values that differ."""
+    """A head of another trunk is refused with the two values that differ."""
 
     def refused(self, trunk: ModelSpec, head: ModelSpec, tmp_path: Path, *values: str) -> None:
         for attempt in (
@@ -584,7 +585,7 @@ class TestRefusals:
 
 
 def big_model(path: Path, n_vocab: int) -> None:
-    """A skeleton of a model with embeddings of 1 KB a word."""
+    """A skeleton of a model with embeddings of 1 KB for each word."""
     writer = gguf.GGUFWriter(path, "glm4moe")
     writer.add_block_count(2)
     writer.add_nextn_predict_layers(1)
@@ -623,7 +624,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 class TestEngine:
-    """The engine's own programs load the files and compute the same with them."""
+    """The engine's own programs load the files and compute the same with them as with the whole
+    model."""
 
     @pytest.mark.parametrize("arch", ARCHS)
     def test_trunk_collects_what_the_bundled_model_does(

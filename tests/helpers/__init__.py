@@ -1,1 +1,2 @@
-"""What the tests share: models made on the spot, independent references, programs of the engine."""
+"""What the tests share: models made on the spot, independent references, and programs of the
+engine."""

@@ -1,4 +1,4 @@
-"""A small byte-level BPE: enough to give a test model a tokenizer of its own.
+"""A small byte-level BPE, which gives the random model (random_model.py) a tokenizer of its own.
 
 It learns merges from a text and writes them the way the engine reads a ``gpt2``
 vocabulary with ``tokenizer.ggml.pre = "gpt-2"``. At run time the engine does the
@@ -65,7 +65,8 @@ def _class_of(char: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Cut `text` where the engine's ``gpt-2`` pre-tokenizer does; no merge crosses a cut."""
+    """Cut `text` at the places where the engine's ``gpt-2`` pre-tokenizer cuts; no merge crosses a
+    cut."""
     classes = "".join(map(_class_of, text))
     words = []
     start = 0
@@ -191,8 +192,8 @@ def train(text: str, n_vocab: int, *, specials: Sequence[str] = ()) -> BytePairE
             words[index] = (merged, count)
 
     tokens += specials
-    # The engine asserts it (llama-vocab.cpp, id_to_token against token_to_id). Learnt tokens
-    # are distinct by themselves: a text is joined in one way only.
+    # The engine asserts it (llama-vocab.cpp, id_to_token against token_to_id). Learnt tokens are
+    # distinct anyway: a text is joined in one way only.
     if len(set(tokens)) != n_vocab:
         raise ValueError(f"specials must differ from each other and from the tokens: {specials}")
     return BytePairEncoding(tuple(tokens), tuple(merges), tuple(specials))

@@ -1,4 +1,4 @@
-"""A tokenizer of characters, for what needs no model."""
+"""A tokenizer of characters, for tests of texts that need no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOS = 1
 
 @dataclass
 class Characters:
-    """One token a character, its code point; BOS in front where asked for."""
+    """One token for each character, its code point; BOS in front if it is asked for."""
 
     add_bos: bool = False
     bos: int = BOS

@@ -1,5 +1,5 @@
-"""What tests do to the workers of a cluster, run there by Client.run: this module is imported
-there, so that it imports little."""
+"""What tests/cluster does to the workers of a cluster. Client.run runs these functions on the
+workers, which import this module, so that it imports little itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _step = _blocks._step
 
 
 def _first(marker: str) -> bool:
-    """Whether nobody was here before."""
+    """Whether this is the first caller."""
     try:
         Path(marker).touch(exist_ok=False)
     except FileExistsError:
@@ -41,7 +41,7 @@ def as_it_was() -> None:
 
 
 def worker_dies_once(marker: str) -> None:
-    """The first worker to be at the second chunk of a block is killed there."""
+    """The first worker that reaches the second chunk of a block is killed there."""
 
     def act(_group: list[Any], at: int) -> None:
         if at == 1 and _first(marker):
@@ -51,7 +51,7 @@ def worker_dies_once(marker: str) -> None:
 
 
 def engine_dies(tokens: list[int], marker: str | None) -> None:
-    """The engine ends in the chunk of these tokens; with a marker, once."""
+    """The engine ends in the chunk with these tokens; with a marker, only once."""
 
     def act(group: list[Any], _at: int) -> None:
         if group[0].tolist() == tokens and (marker is None or _first(marker)):
@@ -64,7 +64,7 @@ def engine_dies(tokens: list[int], marker: str | None) -> None:
 
 
 class Deadly(WorkerPlugin):
-    """Every worker is killed at the chunk of these tokens."""
+    """Every worker is killed at the chunk with these tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
@@ -82,7 +82,7 @@ def set_variable(name: str, value: str) -> None:
 
 
 def slow(seconds: float) -> None:
-    """Every chunk takes that long, and is told."""
+    """Every chunk takes that many seconds, and is reported."""
     _blocks._TELL = 0.0
 
     def act(_group: list[Any], _at: int) -> None:
@@ -92,7 +92,7 @@ def slow(seconds: float) -> None:
 
 
 def engines() -> list[int]:
-    """Process ids of what is loaded there."""
+    """Process ids of the engines that are loaded there."""
     models = _blocks._loaded.models
     engine = None if models is None else models.engine
     return [] if engine is None else [engine.pid]

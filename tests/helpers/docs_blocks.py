@@ -1,4 +1,5 @@
-"""Runs the fenced blocks of a Markdown page; docs/writing-docs.md says how a page asks for what.
+"""Runs the fenced blocks of a Markdown page, for tests/docs; docs/writing-docs.md says how a page
+asks for what.
 
 page = parse(path)              # what is to be done, in the order of the page
 run(page, folder, stand_ins)    # does it there; BlockError where a block does not do as shown
@@ -23,21 +24,21 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "src" / "imatrix" / "data"
 
 RUN = ("bash", "console", "python")
-# shown, never run; a block of Sphinx's has a name in braces
+# shown, but never run; a block of Sphinx has a name in braces
 SHOWN = ("text", "json", "toml", "ini", "yaml", "jinja", "c", "html", "markdown", "powershell")
 
-TIMEOUT = 120  # seconds a block; most take less than one
+TIMEOUT = 120  # seconds per block; most take less than one
 
 StandIns = Mapping[str, Callable[[Path], None]]
 
 
 class BlockError(AssertionError):
-    """A block is not as docs/writing-docs.md wants it, or did not do what the page shows."""
+    """A block breaks a rule of docs/writing-docs.md, or did not do what the page shows."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a page wants done out of sight: names of stand-ins, or commands."""
+    """Things that a page wants done out of sight: names of stand-ins, or commands."""
 
     where: str
     names: tuple[str, ...] = ()
@@ -49,8 +50,8 @@ class Block:
     """A fenced block.
 
     where: page and line, from 1, of its first line of content.
-    output: what the page says that it prints; None where the page does not say.
-    not_run: why it is not run; empty where it is.
+    output: what the page says that it prints; None if the page does not say it.
+    not_run: why it is not run; empty if it is run.
     """
 
     where: str
@@ -84,10 +85,10 @@ class Page:
 
 
 def parse(path: Path) -> Page:
-    """The blocks of a page and what its comments ask for.
+    """The blocks of a page and the requests in its comments.
 
     Raises:
-        BlockError: a fence without a language, or a comment above one that means nothing.
+        BlockError: a fence has no language, or the comment above it means nothing.
     """
     name = path.relative_to(ROOT).as_posix() if ROOT in path.parents else path.name
     steps: list[Setup | Block] = []
@@ -119,7 +120,7 @@ def parse(path: Path) -> Page:
 def _block(
     where: str, line: int, info: str, text: str, asked: list[tuple[str, str]]
 ) -> Block | None:
-    """The block; None for what the one before it printed."""
+    """The block; None if it is the output of the block before."""
     if any(comment == "output" for _, comment in asked):
         return None
     language = info.split()[0] if info.split() else ""
@@ -149,7 +150,7 @@ def _block(
 def _attach(
     steps: list[Setup | Block], where: str, text: str, asked: list[tuple[str, str]]
 ) -> None:
-    """`text` is what the last block prints."""
+    """`text` is the output of the last block."""
     before = next((s for s in reversed(steps) if isinstance(s, Block)), None)
     if before is None or before.language not in ("bash", "python") or before.output is not None:
         raise BlockError(f"{where}: output of what? There is no bash or python block before it")
@@ -164,7 +165,7 @@ def _attach(
     )
 
 
-# --- doing it ------------------------------------------------------------------------------------
+# --- running the blocks --------------------------------------------------------------------------
 
 
 def run(page: Page, folder: Path, stand_ins: StandIns) -> None:
@@ -257,7 +258,7 @@ def _console(block: Block, folder: Path, environment: Mapping[str, str]) -> None
 
 
 def console_commands(block: Block) -> list[tuple[str, str]]:
-    """Commands of a console block, each with what the block shows below it."""
+    """The commands of a console block, each with the output that the block shows below it."""
     found: list[tuple[list[str], list[str]]] = []
     goes_on = False
     for line in block.text.splitlines():
@@ -310,7 +311,7 @@ class _Python:
             self._process.communicate()
 
 
-# What blocks print is kept apart from the replies: those have the descriptor that was stdout.
+# The blocks' output is kept apart from the replies: these go to the descriptor that was stdout.
 _DRIVER = """
 import contextlib, io, json, os, signal, sys, traceback
 replies = os.fdopen(os.dup(1), "w")
@@ -331,14 +332,14 @@ for request in sys.stdin:
 """
 
 
-# --- what is shown and what there is -------------------------------------------------------------
+# --- what a page shows, and what was printed -----------------------------------------------------
 
 _NUMBER = r"[-+]?\d+(?:[.,:]\d+)*(?:e[-+]?\d+)?"
 _ANY = re.compile(r"…|\.\.\.")
 
 
 def compare(block: Block, shown: str, found: str) -> None:
-    """Whether what a page shows is what there is.
+    """Check that what was printed is what a page shows.
 
     … (or ...) alone on a line stands for any lines, inside a line for any characters. Spaces at
     the ends of lines, and empty lines at the ends of the text, do not count.
@@ -360,7 +361,7 @@ def _tidied(text: str, block: Block) -> str:
     lines = [line.rstrip() for line in text.splitlines()]
     if block.wrapped:
         lines = [" ".join(text.split())]
-    elif block.numbers_vary:  # the columns of a table are as wide as their figures
+    elif block.numbers_vary:  # the width of a table's columns follows its figures
         lines = [re.sub("─+", "─", " ".join(line.split())) for line in lines]
     return "\n".join(lines).strip("\n")
 
@@ -375,12 +376,12 @@ def _line(line: str, numbers_vary: bool) -> str:
     return ".*".join(pieces)
 
 
-# --- what stands in for the files that pages name ------------------------------------------------
+# --- files that stand in for those that pages name -----------------------------------------------
 
 
 def stand_ins(cache: Path) -> dict[str, Callable[[Path], None]]:
-    """By name, what puts such a file at a path. Each is made once, in `cache`, when it is first
-    asked for; pages get copies, which they may write to."""
+    """Functions by name that put such a file at a path. Each file is made once, in `cache`, when a
+    page first asks for it; pages get copies, which they may change."""
     from imatrix import Collector, extract_mtp, quantize
 
     model = DATA / "tiny-glm4moe-mtp.gguf"

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Runs the tests that hold assumptions about the engine, and says what each rests on.
+"""Runs the tests that hold assumptions about the engine, and says which file each rests on.
 
-    make engine-check                          after a move of the pin (CONTRIBUTING.md)
-    python tests/helpers/engine_check.py --record      the same, and if they pass, notes the engine's files
+    make engine-check        after the pin has moved (CONTRIBUTING.md)
+    python tests/helpers/engine_check.py --record
+                             does the same, and if they pass, notes the engine's files
 
-A test that would fail if the engine did something otherwise carries the mark
+A test that would fail if the engine behaved otherwise carries the mark
 
     @pytest.mark.engine("src/llama-graph.cpp", "what is assumed, in words")
 
-with the engine's file, or folder, that the assumption rests on. tests/helpers/engine_files.json holds what
-these files were when all assumptions were last known to hold: the ones that differ now are named
-too, because an assumption may have become needless or incomplete without a failing test.
+with the engine's file, or folder, that the assumption rests on. tests/helpers/engine_files.json
+holds the digests of these files when all assumptions were last known to hold: files that differ now
+are named too, because an assumption may have become needless or incomplete without a failing test.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ def assumptions(item: pytest.Item) -> Iterator[tuple[str, str]]:
 
 
 def digest(file: str) -> str:
-    """Of a file of the engine, or of all in a folder of it; "" if there is none.
+    """The digest of a file of the engine, or of all files in a folder of it; "" if there is none.
 
-    Names and contents, in order: the same wherever the source was unpacked.
+    It covers names and contents, in order, so that it is the same wherever the source was unpacked.
     """
     path = ENGINE / file
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -57,7 +58,7 @@ def digest(file: str) -> str:
 
 
 class Assumptions:
-    """A pytest plugin: what the collected tests assume, and which of them failed."""
+    """A pytest plugin: the assumptions of the collected tests, and which of them failed."""
 
     def __init__(self) -> None:
         self.tests: dict[str, list[tuple[str, str]]] = {}
@@ -83,7 +84,7 @@ class Assumptions:
 
 
 def changed(files: Iterable[str]) -> list[str]:
-    """Those that are not what they were when the assumptions were last known to hold."""
+    """The files that differ from what they were when the assumptions were last known to hold."""
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))["files"] if RECORD.is_file() else {}
     return [file for file in files if digest(file) != recorded.get(file)]
 
@@ -94,7 +95,7 @@ def record(files: Iterable[str]) -> None:
 
 
 def report(found: Assumptions) -> str:
-    """What no longer holds, and what should be read again."""
+    """The assumptions that no longer hold, and those that should be read again."""
     pin = engine_tools.pin()
     lines = [f"llama.cpp {pin['engine']} ({pin['build']})"]
     if found.failed:

@@ -1,4 +1,4 @@
-"""Where the engine's own programs are, for tests and benchmarks."""
+"""Finds the engine's own programs, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pin() -> dict[str, Any]:
-    """vendor/llama.cpp.toml, the one place that says which engine it is."""
+    """vendor/llama.cpp.toml, the one file that says which engine is used."""
     return tomllib.loads((ROOT / "vendor" / "llama.cpp.toml").read_text(encoding="utf-8"))
 
 
 def find(name: str) -> Path:
     """The path of llama-imatrix, llama-quantize, llama-perplexity or llama-speculative-simple: in
-    $IMATRIX_TOOLS, else where the build puts them.
+    $IMATRIX_TOOLS if it is set, else in the build folder.
 
     Raises:
-        LookupError: it is not there; the message says what to run.
+        LookupError: it is not there; the message says which command builds it.
     """
     folder = os.environ.get("IMATRIX_TOOLS")
     found = [Path(folder) / name] if folder else list(ROOT.glob(f"build/*/bin/{name}"))
@@ -35,16 +35,16 @@ def find(name: str) -> Path:
             f"{name} is not built: run `make tools` (`make test` does), or set IMATRIX_TOOLS "
             "to the folder with the engine's programs"
         )
-    # of several builds, the one made last
+    # of several builds, the last one
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def environment() -> dict[str, str]:
-    """For these programs: one in which they write their log to its end before they exit, as far as
-    there is a way to have that (tests/native/wait_for_log.cpp).
+    """An environment in which these programs write their whole log before they exit, as far as that
+    is possible (tests/native/wait_for_log.cpp).
 
     Raises:
-        LookupError: what does it is not built.
+        LookupError: the library that does this is not built.
     """
     if sys.platform != "linux":
         return dict(os.environ)

@@ -1,7 +1,9 @@
-"""File calls of this process that fail or kill it, at the system call: see native/faults.cpp.
+"""Makes file calls of this process fail, or kill it there, at the system call: see
+native/faults.cpp.
 
-Linux on x86-64 and aarch64 only. What is watched cannot be left any more, and programs that are
-started from here die: for a process made for the purpose, which runs nothing else.
+tests/collect/test_robustness.py and benchmarks/robustness.py use it, on Linux on x86-64 and aarch64
+only. A process cannot stop being watched, and programs that it starts die: use a process that is
+made for the purpose and runs nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _watched: list[Tally] = []
 
 
 class Tally:
-    """What a process did to its files; made before it is forked."""
+    """What a process did to its files; to be made before the fork."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 + _KINDS)
@@ -61,14 +63,15 @@ class Tally:
 def watch(folder: Path, tally: Tally) -> None:
     """Count the calls on files in `folder` from here on."""
     library = _library()
-    _watched.append(tally)  # it is written to from here on
+    _watched.append(tally)  # from here on, calls write to it
     error = library.faults_watch(os.fsencode(os.path.realpath(folder)), tally.address)
     if error:
         raise OSError(error, os.strerror(error), "seccomp")
 
 
 def arm(number: int, action: int, *, kinds: int = ALL, error: int = 0) -> None:
-    """Do something at the `number`-th call (from 1), or from there on, if it is of these kinds."""
+    """Act at the `number`-th call (from 1), or from there on, counting only calls of these
+    kinds."""
     _library().faults_arm(kinds, number, action, error)
 
 

@@ -1,12 +1,13 @@
-"""Makes small random GGUF models that the engine loads and the oracle understands.
+"""Makes small random GGUF models that the engine loads and the NumPy oracle (oracle.py)
+understands.
 
 A model is a pure function of its arguments: every tensor has a generator of its own, seeded by
 ``(seed, tensor name)``, so that leaving one tensor out (``drop=``) changes no other, and the two
 halves of a split model hold the same numbers as the whole one.
 
 Names and shapes come from the engine's ``load_arch_tensors`` (src/models/<arch>.cpp), keys from
-src/llama-arch.cpp. NumPy shapes read the other way round: the engine's ``{n_in, n_out, n_expert}``
-is ``(n_expert, n_out, n_in)`` here.
+src/llama-arch.cpp. NumPy shapes read in the opposite order: the engine's ``{n_in, n_out,
+n_expert}`` is ``(n_expert, n_out, n_in)`` here.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ _GATING = {"softmax": 1, "sigmoid": 2}
 
 @dataclass(frozen=True)
 class Hparams:
-    """What shapes a model. Every field can be given to make_model by name."""
+    """The numbers that shape a model. Every field can be given to make_model by name."""
 
-    n_layer: int = 2  # the trunk's; the file's block_count is n_layer + n_nextn
+    n_layer: int = 2  # of the trunk; the file's block_count is n_layer + n_nextn
     n_nextn: int = 0
     n_embd: int = 256
     n_ff: int = 512
@@ -67,12 +68,12 @@ class Hparams:
     gating: Literal["softmax", "sigmoid"] = "softmax"
     expert_norm: bool = True
     expert_scale: float = 1.0
-    expert_bias: bool = False  # exp_probs_b: takes part in the choice of experts only
-    starved: tuple[int, ...] = ()  # experts that exp_probs_b keeps from ever being chosen
+    expert_bias: bool = False  # exp_probs_b: it affects only the choice of experts
+    starved: tuple[int, ...] = ()  # experts that exp_probs_b excludes from every choice
     # gated delta net
     full_attention_interval: int = 0
     ssm_conv: int = 0
-    ssm_state: int = 0  # the size of a head, of keys and of values alike
+    ssm_state: int = 0  # the size of a head, the same for keys and values
     ssm_k_heads: int = 0
     ssm_v_heads: int = 0
     # multi-head latent attention
@@ -82,7 +83,8 @@ class Hparams:
     v_head: int = 0
 
     def is_recurrent(self, il: int) -> bool:
-        """qwen35: every layer of the trunk but each n-th; never the head (src/models/qwen35.cpp)."""
+        """qwen35: every layer of the trunk except each n-th; never the head
+        (src/models/qwen35.cpp)."""
         interval = self.full_attention_interval
         return bool(interval) and il < self.n_layer and (il + 1) % interval != 0
 
@@ -108,8 +110,8 @@ _QWEN35: dict[str, Any] = {
     "ssm_k_heads": 2,
     "ssm_v_heads": 4,
 }
-# Every matmul row is a multiple of 256 long, which the smallest quantized types ask for. Sizes
-# that could be mistaken for one another differ where the architecture lets them.
+# Every matmul row is a multiple of 256 long, as the smallest quantized types require. Sizes that
+# could be mistaken for one another differ if the architecture allows it.
 _DEFAULTS: dict[Arch, dict[str, Any]] = {
     "llama": {},
     "glm4moe": {
@@ -155,7 +157,7 @@ _DEFAULTS: dict[Arch, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer.* keys of a file, and what a test wants to know about them."""
+    """The tokenizer.* keys of a file, and what a test needs to know about them."""
 
     keys: Mapping[str, Any]
     n_vocab: int
@@ -165,7 +167,7 @@ class Tokenizer:
     ids: Mapping[str, int] | None = None  # the tiny tokenizer only
 
     def encode(self, text: str) -> list[int]:
-        """The tiny tokenizer's ids for ASCII text, by the book: split, then merge by rank."""
+        """The tiny tokenizer's ids for ASCII text, by definition: split, then merge by rank."""
         if self.ids is None:
             raise ValueError("only the tiny tokenizer can be run here")
         if not text.isascii():
@@ -187,12 +189,12 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as it lies in its file."""
+    """A model and the file that holds it."""
 
     path: Path
     arch: Arch
     hparams: Hparams
-    tensors: dict[str, F32]  # by name, after rounding to the type they are stored in
+    tensors: dict[str, F32]  # by name, after rounding to the type in which they are stored
     types: dict[str, GgmlType]
     tokenizer: Tokenizer | None
 
@@ -239,8 +241,8 @@ def make_model(
         model that has only numbers. n_vocab pads a tokenizer or cuts it short.
     tied: no output.weight; the engine then takes token_embd.weight.
     embed_tokens, shared_head_head, shared_head_norm: the head's optional tensors.
-    drop: tensors left out of the file, as a predicate or as shell patterns of names; the keys
-        still claim them. A pattern "blk.2.*" makes a trunk-only file of a two-layer model.
+    drop: tensors left out of the file, as a predicate or as shell patterns of names; the keys still
+        claim them. A pattern "blk.2.*" makes a trunk-only file of a two-layer model.
     metadata: keys to add or replace; None takes a key out.
     hparams: fields of Hparams, over the architecture's defaults.
     """
@@ -351,7 +353,7 @@ def _block_shapes(arch: Arch, hp: Hparams, il: int) -> Iterator[tuple[str, Shape
     yield "ffn_gate_exps.weight", (hp.n_expert, hp.n_ff_exp, n)
     yield "ffn_up_exps.weight", (hp.n_expert, hp.n_ff_exp, n)
     yield "ffn_down_exps.weight", (hp.n_expert, n, hp.n_ff_exp)
-    if arch == "qwen35moe":  # the shared expert has a gate of its own there
+    if arch == "qwen35moe":  # the shared expert of these has a gate of its own
         yield "ffn_gate_inp_shexp.weight", (n,)
     if hp.n_ff_shexp:
         yield "ffn_gate_shexp.weight", (hp.n_ff_shexp, n)
@@ -406,7 +408,7 @@ def _follows_dtype(name: str, shape: Shape) -> bool:
 
 
 def _draw(name: str, shape: Shape, seed: int, hp: Hparams) -> F32:
-    """Values that keep activations near one in size, and make channels clearly unlike each other."""
+    """Values that keep activations near one in size, and make channels clearly different."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     values = rng.standard_normal(shape)
     kind = name.split(".", 2)[2] if name.startswith("blk.") else name
@@ -489,7 +491,8 @@ def _keys(arch: Arch, hp: Hparams) -> dict[str, Any]:
         keys["ssm.time_step_rank"] = hp.ssm_v_heads
         keys["ssm.group_count"] = hp.ssm_k_heads
     if arch == "deepseek2":
-        # the cache holds the latent rows (key_length); _mla gives the heads they stand for
+        # the cache holds the latent rows (key_length); _mla gives the size of the heads that they
+        # stand for
         keys["attention.key_length"] = hp.kv_lora + hp.n_rot
         keys["attention.value_length"] = hp.kv_lora
         keys["attention.key_length_mla"] = hp.qk_nope + hp.n_rot
@@ -500,7 +503,8 @@ def _keys(arch: Arch, hp: Hparams) -> dict[str, Any]:
 
 
 def _rope_sections(n_rot: int) -> list[int]:
-    """How many pairs turn with time, height and width; like Qwen3.5's own [11, 11, 10, 0] for 64.
+    """How many pairs turn with time, height and width, in the ratio of Qwen3.5's own [11, 11, 10,
+    0] for 64.
 
     Pair i belongs to section i % 3 (ggml_mrope_cache_init in ggml/src/ggml-cpu/ops.cpp). A pair that
     no section covers would turn with the fourth position, which is 0 for text.
@@ -582,7 +586,8 @@ def tiny_tokenizer(n_vocab: int | None = None, add_bos: bool = False) -> Tokeniz
     tokens += ["".join(pair) for pair in _TINY_MERGES]
     kinds = [_NORMAL] * len(tokens)
     bos = len(tokens)
-    # the engine knows the end of a text by this name (src/llama-vocab.cpp), and warns without it
+    # the engine recognizes the end of a text by this name (src/llama-vocab.cpp), and warns without
+    # it
     tokens += ["<|begin|>", "<|endoftext|>"]
     kinds += [_CONTROL] * 2
     if n_vocab is not None:
@@ -609,8 +614,8 @@ def tiny_tokenizer(n_vocab: int | None = None, add_bos: bool = False) -> Tokeniz
 def copied_tokenizer(name: str, n_vocab: int | None = None, add_bos: bool = False) -> Tokenizer:
     """One of the engine's own vocabularies; real ones have 100 to 250 thousand tokens.
 
-    With n_vocab, the first n_vocab - 1 tokens, the merges that stay among them, and the end token;
-    where there are fewer, unused ones behind them.
+    With n_vocab: the first n_vocab - 1 tokens, the merges among them, and the end token; if the
+    vocabulary has fewer tokens, unused ones follow.
     """
     reader = gguf.GGUFReader(VOCABS / f"ggml-vocab-{name}.gguf")
     prefix = "tokenizer."

@@ -1,9 +1,10 @@
 """Makes small random GGUF models of any architecture whose MTP graph the engine knows.
 
-Unlike forge.py this knows no shapes: only each architecture's key-values (load_arch_hparams in
-src/models/<arch>.cpp). The engine itself says which tensors it wants for them, by the test-only
-module's tensor_shapes(), optional ones included; what a real converter would not write is dropped
-again. There is no oracle for these models: they show what the engine does with an architecture.
+Unlike forge.py this module knows no shapes, only each architecture's key-values (load_arch_hparams
+in src/models/<arch>.cpp). The engine itself says which tensors it wants for them, including
+optional ones, through the test-only module's tensor_shapes(); tensors that a real converter would
+not write are dropped again. There is no oracle for these models: they show what the engine does
+with an architecture.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Shape = tuple[int, ...]  # NumPy's order
 
 
 class EngineRefused(RuntimeError):
-    """The engine made no model of the keys; the text ends with its log."""
+    """The engine made no model from the keys; the text ends with its log."""
 
 
 # --- what the architectures ask for --------------------------------------------------------------
@@ -42,13 +43,13 @@ class EngineRefused(RuntimeError):
 @dataclass(frozen=True)
 class _Arch:
     keys: Callable[[_Sizes], dict[str, Any]]
-    n_layer: int = 2  # the trunk's, at least
+    n_layer: int = 2  # the trunk's layers, at least
     max_nextn: int = 1
     drop: tuple[str, ...] = ()  # optional tensors that a converter would not write
     flat: tuple[str, ...] = ()  # tensors of one dimension in the file, which the loader reshapes
-    # left out by the engine when it knows no file (n_nextn is read off the tensors there)
+    # left out by the engine if it knows no file (n_nextn is read off the tensors there)
     extra: Callable[[_Sizes, int], Iterable[tuple[str, Shape]]] | None = None
-    norm_alias: str = "nextn.shared_head_norm"  # what the head's last norm is called
+    norm_alias: str = "nextn.shared_head_norm"  # the name of the head's last norm
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Sizes:
         return self.n_layer + self.n_nextn
 
     def each(self, *trunk: Any, head: Any) -> list[Any]:
-        """An array with one value a block: `trunk` over and over, then the head's."""
+        """An array with one value for each block: `trunk` over and over, then the head's."""
         return [trunk[i % len(trunk)] for i in range(self.n_layer)] + [head] * self.n_nextn
 
 
@@ -130,7 +131,7 @@ def _delta_net() -> dict[str, Any]:
 
 
 def _indexer() -> dict[str, Any]:
-    # fewer than a chunk has tokens, so that the choice leaves some out
+    # fewer than the tokens of a chunk, so that the choice leaves some out
     return {
         "attention.indexer.head_count": 4,
         "attention.indexer.key_length": 128,
@@ -214,7 +215,7 @@ def _step35(s: _Sizes) -> dict[str, Any]:
 
 
 def _nemotron_h_moe(s: _Sizes) -> dict[str, Any]:
-    # by turns a state-space, an attention and an expert layer (is_recr_impl in nemotron-h.cpp)
+    # in turn a state-space, an attention and an expert layer (is_recr_impl in nemotron-h.cpp)
     return {
         **_common(s),
         **_experts(),
@@ -354,7 +355,7 @@ def _gemma4_assistant(s: _Sizes) -> dict[str, Any]:
 
 
 def _two_ways(s: _Sizes) -> dict[str, Any]:
-    """dream, llada: tokens that see each other, by the architecture alone."""
+    """dream, llada: tokens see each other because of the architecture alone."""
     return {**_common(s), "nextn_predict_layers": None}
 
 
@@ -363,7 +364,7 @@ def _two_ways_moe(s: _Sizes) -> dict[str, Any]:
 
 
 def _modern_bert(s: _Sizes) -> dict[str, Any]:
-    # heads as wide as what the engine takes them for, n_embd / head_count
+    # the heads are as wide as the engine assumes, n_embd / head_count
     return {
         **_two_ways(s),
         "attention.head_count_kv": 4,
@@ -407,14 +408,14 @@ def _t5(s: _Sizes) -> dict[str, Any]:
 
 
 def _gemma4_assistant_shapes(s: _Sizes) -> Iterable[tuple[str, Shape]]:
-    """From gemma4-assistant.cpp: without a file the engine cannot be asked, it trips over an
-    optional tensor that has no shape (masked_embd_centroids)."""
+    """From gemma4-assistant.cpp: the engine cannot be asked without a file, because it trips over
+    an optional tensor that has no shape (masked_embd_centroids)."""
     n, ff, target = s.n_embd, 512, 2 * s.n_embd
     yield "token_embd.weight", (s.n_vocab, n)
     yield "output_norm.weight", (n,)
     yield "nextn.pre_projection.weight", (n, 2 * target)
     yield "nextn.post_projection.weight", (target, n)
-    if s.n_all > 1:  # only blocks without a window turn by it
+    if s.n_all > 1:  # only blocks without a window use it for their rope
         yield "rope_freqs.weight", (64,)
     for il in range(s.n_all):
         head = 64 if il % 2 == 0 else 128
@@ -478,10 +479,10 @@ MTP_ARCHS = tuple(arch for arch, about in ARCHS.items() if about.max_nextn and "
 
 
 def _unwritten(arch: str, s: _Sizes) -> list[str]:
-    """Patterns of the tensors that the engine offers room for and no converter writes."""
+    """Patterns of the tensors that the engine has room for and no converter writes."""
     # scales of NVFP4 weights, which everything has room for (load_tensors in llama-model.cpp)
     out = ["*.scale", "*.input_scale", *ARCHS[arch].drop]
-    # where the choice between a dense and an expert layer is made by what is in the file
+    # the tensors in the file decide between a dense and an expert layer
     if arch in ("hy_v3", "mimo2", "step35"):
         for il in range(s.n_all):
             is_dense = il == 0 or (il >= s.n_layer and arch != "hy_v3")
@@ -498,7 +499,7 @@ def _unwritten(arch: str, s: _Sizes) -> list[str]:
 
 @dataclass(frozen=True)
 class AnyModel:
-    """A model as it lies in its file."""
+    """A model and the file that holds it."""
 
     path: Path
     arch: str
@@ -529,19 +530,19 @@ def make_any(
 ) -> AnyModel:
     """Write a random model to path.
 
-    n_nextn: head blocks, up to ARCHS[arch].max_nextn. gemma4 has none, gemma4-assistant is
-        nothing else.
-    n_layer: blocks of the trunk; None for the fewest that show every kind of layer.
+    n_nextn: head blocks, up to ARCHS[arch].max_nextn. gemma4 has none; gemma4-assistant has nothing
+        else.
+    n_layer: blocks of the trunk; None means the fewest that show every kind of layer.
     tokenizer: as forge.make_model takes it.
-    embed_tokens, shared_head_head, shared_head_norm: the head's optional tensors, where the
+    embed_tokens, shared_head_head, shared_head_norm: the head's optional tensors, if the
         architecture has room for them.
-    tied: no output.weight, where the architecture can do without.
-    fuse_gate_up: ffn_gate_up_exps in the place of ffn_gate_exps and ffn_up_exps, where the
-        architecture has room for it.
+    tied: no output.weight, if the architecture can do without.
+    fuse_gate_up: ffn_gate_up_exps instead of ffn_gate_exps and ffn_up_exps, if the architecture has
+        room for it.
     drop: tensors left out of the file, as a predicate or as shell patterns of names.
     metadata: keys to add or replace, without "<arch>."; None takes a key out.
 
-    Raises EngineRefused where the engine makes no model of the keys.
+    Raises EngineRefused if the engine makes no model from the keys.
     """
     about = ARCHS[arch]
     n_nextn = min(n_nextn, about.max_nextn)
@@ -624,7 +625,7 @@ def _draw(arch: str, name: str, shape: Shape, seed: int, n_expert: int) -> NDArr
     """Values that keep activations near one in size (see forge.py)."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     kind = name.split(".", 2)[2] if name.startswith("blk.") else name
-    if kind == "ffn_gate_tid2eid.weight":  # a token's experts, each once
+    if kind == "ffn_gate_tid2eid.weight":  # the experts of a token, each once
         order = rng.permuted(np.tile(np.arange(n_expert, dtype=np.int32), (shape[0], 1)), axis=1)
         return np.ascontiguousarray(order[:, : shape[1]])
     values = rng.standard_normal(shape)
@@ -661,7 +662,8 @@ print(json.dumps(_imatrix_testing.tensor_shapes(sys.argv[2])))
 
 
 def native_folder() -> Path:
-    """Where the build put _imatrix_testing for this interpreter (target imatrix-tools)."""
+    """The folder into which the build put _imatrix_testing for this interpreter (target
+    imatrix-tools)."""
     name = "_imatrix_testing" + str(sysconfig.get_config_var("EXT_SUFFIX"))
     found = list(ROOT.glob(f"build/*/tests/native/{name}"))
     if not found:
@@ -670,8 +672,8 @@ def native_folder() -> Path:
 
 
 def _wanted(arch: str, keys: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the tensors the engine has room for. In a process of its own:
-    the engine may end it."""
+    """Names and shapes of the tensors that the engine has room for. It is asked in a process of its
+    own, which it may end."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "keys.gguf"
         writer = gguf.GGUFWriter(path, arch)

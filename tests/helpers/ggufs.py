@@ -1,4 +1,5 @@
-"""GGUF files read and changed with gguf-py."""
+"""Reads and rewrites GGUF files with gguf-py, for tests that change models or read them
+independently."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def rewritten(
     alignment: int | None = None,
     split: int = 0,
 ) -> Path:
-    """The same model as gguf-py's writer puts it: in another order, alignment, or in parts."""
+    """The same model as gguf-py's writer stores it: in another order, with another alignment, or in
+    parts."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(
         out, reader.fields["general.architecture"].contents(), split_max_tensors=split

@@ -1,4 +1,5 @@
-"""A head beside the NumPy oracle."""
+"""Compares a head with the NumPy oracle, with the tolerances; makes models whose heads draft
+well."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from imatrix import ImportanceMatrix
 def agreeing(
     path: Path, arch: Arch, monkeypatch: pytest.MonkeyPatch, *, blur: float, **options: Any
 ) -> ModelSpec:
-    """A model whose trunk predicts from the last token mostly, and whose heads do too.
+    """A model whose trunk predicts mostly from the last token, and whose heads do too.
 
-    blur: how much the blocks and the trunk's row have to say. With 0 every head is the trunk.
+    blur: the weight of the blocks and of the trunk's row. With 0 every head is the trunk.
     """
     drawn = forge._draw
 
@@ -43,13 +44,14 @@ def agreeing(
     return forge.make_model(path, arch, **options)
 
 
-# Of the largest sum of a tensor. The engine computes in float32 with its KV cache in float16, which
-# the oracle follows; 2e-4 is seen where attention runs in tiles. Batches of fewer than 64 rows go
-# to a kernel that adds up in float16 (ops.cpp), which costs 4e-4 to 7e-4.
+# Relative to the largest sum of a tensor. The engine computes in float32 with its KV cache in
+# float16, which the oracle follows; a difference of 2e-4 is seen if attention runs in tiles.
+# Batches of fewer than 64 rows use a kernel that adds up in float16 (ops.cpp), which costs 4e-4 to
+# 7e-4.
 GATE = 1e-3
 
 
-# The narrowest choice between two experts that the roundings above leave alone. With a narrower
+# The narrowest choice between two experts that the roundings above cannot change. With a narrower
 # one a count may rightly differ, and the test needs another seed, not another tolerance.
 CLEAR = 1e-4
 Chunks = Sequence[Sequence[int]]
@@ -59,8 +61,8 @@ def reference(spec: ModelSpec, chunks: Chunks, **options: Any) -> oracle.Result:
     result = oracle.run(
         spec, chunks, kv_dtype=np.float16, round_inputs=True, head_lm_head=True, **options
     )
-    # the trunk's LM head, which head_lm_head notes where the head has none of its own, is not asked
-    # for here
+    # head_lm_head notes the trunk's LM head if the head has none of its own; it is not compared
+    # here
     result.entries.pop("output.weight", None)
     return result
 
@@ -81,7 +83,7 @@ def assert_agrees(got: ImportanceMatrix, want: oracle.Result, tolerance: float =
         np.testing.assert_array_equal(got[name].counts, entry.counts, err_msg=name)
     worst = oracle.compare({name: entry.sums for name, entry in got.items()}, want.entries)
     assert {name: d for name, d in worst.items() if not d <= tolerance} == {}
-    # a square's relative error is twice that of the value
+    # a square has twice the relative error of its root
     signed = {name: entry.signed_sums for name, entry in got.items()}
     worst = oracle.compare_signed(signed, want.entries)
     assert {name: d for name, d in worst.items() if not d <= tolerance} == {}

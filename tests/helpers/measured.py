@@ -1,4 +1,5 @@
-"""What is collected of each architecture, and what its graphs say should be."""
+"""What is collected from each architecture, and what its graphs say should be: for tests/model and
+for docs/make_architectures.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ ROWS = N_CTX * N_CHUNKS
 
 SEVERAL = ("hy_v3", "mimo2", "step35")  # graph_mtp takes nextn_layer_offset, and no assert of 1
 
-# --- read in src/models/*.cpp --------------------------------------------------------------------
+# --- found by reading src/models/*.cpp -----------------------------------------------------------
 
 CONV = "a convolution kernel (ggml_ssm_conv)"
 SCAN = "a decay or skip factor of the state space, not a matrix"
@@ -92,11 +93,12 @@ NO_TABLES = ("bailingmoe3", "nemotron_h_moe", "qwen4exp")
 # qwen4exp.cpp)
 VECTORS = ("ffn_gate_inp_shexp.weight",)
 
-# Every trunk runs its last layer on all rows when its hidden rows are asked for unmasked: there is
-# `embeddings_nextn_masked` in the condition of each crop of src/models/, and deepseek4 crops after
-# the last block only. So no block of a trunk needs outputs; what lies behind them does (OUTSIDE).
+# Every trunk runs its last layer on all rows if its hidden rows are asked for unmasked:
+# `embeddings_nextn_masked` is in the condition of each crop of src/models/, and deepseek4 crops
+# only after the last block. So no block of a trunk needs outputs; only the weights behind the
+# blocks do (OUTSIDE).
 #
-# Heads whose block is run on output rows only, and why.
+# Heads whose block runs on output rows only, and why.
 HEAD_CROPS = {
     # before the experts, whatever is asked for (graph_mtp, after wo)
     "qwen3next": "the experts run on output rows only",
@@ -106,18 +108,18 @@ HEAD_CROPS = {
     # the mixer is the norm before the LM head (flat_out in graph_mtp)
     "qwen4exp": "the mixer of its streams (`nextn.hc_head_*`) runs on output rows only",
 }
-# Heads that crop after their block: the row that the next head takes is an output row, and a
-# single head takes none (h_nextn in graph_mtp of mimo2.cpp, step35.cpp).
+# Heads that crop after their block: the row that the next head takes is an output row, and a single
+# head hands none on (h_nextn in graph_mtp of mimo2.cpp, step35.cpp).
 NEXT_HEAD_CROPS = ("mimo2", "step35")
 
-# Rows a token of what is not run once a token: four hyper-connection streams.
+# Rows per token of weights that do not run once per token: four hyper-connection streams.
 ROWS_A_TOKEN = {
     ("deepseek4", "nextn.eh_proj.weight"): 4,
     ("qwen4exp", "nextn.eh_proj.weight"): 4,
 }
 
-# Weights outside the blocks, other than the embeddings and the output, that the trunk multiplies and
-# that a type like IQ2_XXS needs data for: they bring the streams of its hyper-connections together.
+# Weights outside the blocks, other than the embeddings and the output, that the trunk multiplies
+# and that a type like IQ2_XXS needs data for: they combine the streams of its hyper-connections.
 # llama-imatrix leaves them out.
 OUTSIDE: Mapping[str, tuple[str, ...]] = {
     "deepseek4": ("output_hc_fn.weight",),
@@ -129,7 +131,7 @@ NO_HEAD_GRAPH = ("bailingmoe2", "dots3note", "exaone-moe", "exaone4", "glm4")
 
 
 def never(arch: str, variant: str = "plain") -> dict[str, str]:
-    """NEVER of a variant of measured()."""
+    """NEVER for a variant of measured()."""
     head = ARCHS[arch].n_layer
     found = {name.format(h=head): reason for name, reason in NEVER[arch].items()}
     if variant == "tables" and arch not in NO_TABLES:
@@ -171,7 +173,7 @@ for path in paths:
 
 
 def child(code: str, *arguments: object, timeout: float = 120) -> str:
-    """Run Python code in a process of its own; give what it printed."""
+    """Run Python code in a process of its own; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -179,7 +181,7 @@ def child(code: str, *arguments: object, timeout: float = 120) -> str:
         errors="replace",
         check=False,
         timeout=timeout,
-        # where a debugger is installed, ggml_abort starts it (ggml_print_backtrace in ggml.c)
+        # if a debugger is installed, ggml_abort starts it (ggml_print_backtrace in ggml.c)
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-3000:]}"
@@ -188,7 +190,7 @@ def child(code: str, *arguments: object, timeout: float = 120) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """One forged model, planned and collected with the head and without."""
+    """One forged model, planned and collected from with the head and without it."""
 
     model: AnyModel
     trunk: list[str]
@@ -259,13 +261,15 @@ def iq2_xxs(measured: Measured, larger: Iterable[str], llama_quantize: Path) -> 
 def iq2_xxs_of_most(
     arch: str, found: Mapping[str, Measured], llama_quantize: Path
 ) -> tuple[list[str], str]:
-    """iq2_xxs of the variant with the most in its head, all that never runs at a larger type; and
-    which of these the quantizer looked for data for: the others it leaves as they are anyway."""
+    """iq2_xxs of the variant with the most tensors in its head, with all weights that never run at
+    a larger type; and those of them for which the quantizer looked for data: it leaves the others
+    as they are anyway."""
     variant = "tables" if "tables" in found else "plain"
     idle = never(arch, variant)
     log = iq2_xxs(found[variant], idle, llama_quantize)
-    # not the tables, which it never asks data for (quantizer.UNASKED, from
-    # tensor_requires_imatrix in src/llama-quant.cpp), and not what such a type has no blocks for
+    # not the tables, which it never asks data for (quantization.types.UNASKED, from
+    # tensor_requires_imatrix in src/llama-quant.cpp), and not rows that no block of such a type
+    # fits
     unasked = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
     shapes = found[variant].model.shapes
     without = re.findall(r"did not find weights for (\S+)", log)

@@ -1,12 +1,13 @@
-"""The sums and counts of every weight, from a forward pass one can check by reading.
+"""An independent reference: the sums and counts of every weight, from a forward pass that a reader
+can check.
 
 Written from the architectures, in float64, one chunk at a time and one obvious step after the
 other. It shares no code with the engine; comments name the engine file that fixes a choice the
 architecture leaves open. Rows are tokens: activations are [rows, channels], weights [n_out, n_in].
 
-Two of the engine's roundings can be followed, to compare closely. Its KV cache keeps F16 by
-default: kv_dtype=np.float16. Its CPU matmul rounds the input to the weight's type where that is not
-F32: round_inputs=True. The sums are of the rows before that rounding, there as here.
+It can follow two of the engine's roundings, for close comparisons. The engine's KV cache keeps F16
+by default: kv_dtype=np.float16. Its CPU matmul rounds the input to the weight's type unless that is
+F32: round_inputs=True. The sums are of the rows before that rounding, in the engine and here.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ class Entry(NamedTuple):
 class Result:
     entries: dict[str, Entry] = field(default_factory=dict)
     # one array a chunk
-    h: list[F64] = field(default_factory=list)  # the trunk's rows, as the head gets them
+    h: list[F64] = field(default_factory=list)  # the trunk's rows, as the head receives them
     logits: list[F64] = field(default_factory=list)
-    head_logits: list[F64] = field(default_factory=list)  # the first head's; empty without one
-    # each head's rows, as the next head gets them: a list of arrays a chunk
+    head_logits: list[F64] = field(default_factory=list)  # the first head's; empty without a head
+    # each head's rows, as the next head receives them: for each head a list of one array a chunk
     head_h: list[list[F64]] = field(default_factory=list)
-    # The narrowest call between the last expert chosen and the first one not, by router. Where it
-    # is near the engine's rounding (1e-5 with flash attention over 64 rows or more, some 1e-4 with
-    # fewer or without), an expert's count may rightly differ by one, and every later row with it.
+    # The narrowest margin between the last expert chosen and the first one not chosen, by router.
+    # If it is near the engine's rounding (1e-5 with flash attention over 64 rows or more, some 1e-4
+    # with fewer or without), an expert's count may rightly differ by one, and every later row with
+    # it.
     margins: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,13 +68,13 @@ def run(
     """Sums over chunks; each chunk is a sequence of its own that begins at position 0.
 
     pairing: which of the trunk's rows meets token x_p in the head. "shifted" is right; the others
-        are there to be told apart from it.
-    feeding: what the heads after the first get for a state. "draft": the rows of the head before,
-        as when the engine drafts (see _Forward.chain). "trunk": the trunk's rows, all of them, as
-        when it only reads a text; there to be told apart. One head is fed alike by both.
+        exist to be told apart from it.
+    feeding: the state of the heads after the first. "draft": the rows of the head before, as when
+        the engine drafts (see _Forward.chain). "trunk": the trunk's rows, all of them, as when the
+        engine only reads a text; it exists to be told apart. With one head both are the same.
     process_output: also the rows that the trunk's LM head reads, under output.weight.
     head_lm_head: also the rows that the head's LM head reads, under nextn.shared_head_head, or
-        under output.weight where the head has none of its own.
+        under output.weight if the head has none of its own.
     """
     forward = _Forward(spec, kv_dtype, round_inputs)
     for chunk in chunks:
@@ -88,7 +90,7 @@ def run(
 
 
 def pair(h: F64, pairing: Pairing) -> F64:
-    """The state each slot of the head gets beside its token.
+    """The state that each slot of the head gets beside its token.
 
     Slot p holds x_p and the row that predicted it, h[p-1]; slot 0 has none and gets zeros
     (process() of draft-mtp in common/speculative.cpp).
@@ -100,7 +102,7 @@ def pair(h: F64, pairing: Pairing) -> F64:
 
 
 def nll(logits: F64, tokens: Sequence[int], ahead: int = 1) -> F64:
-    """-log p of the token `ahead` places on, for every row that has one.
+    """-log p of the token `ahead` places later, for every row that has such a token.
 
     The trunk's row p predicts x_{p+1}. The head's slot p holds x_p and also predicts x_{p+1}.
     """
@@ -114,7 +116,7 @@ def nll(logits: F64, tokens: Sequence[int], ahead: int = 1) -> F64:
 def compare(
     engine: Mapping[str, NDArray[np.floating]], oracle: Mapping[str, Entry]
 ) -> dict[str, float]:
-    """For each weight of both: the largest difference of sums over the largest sum.
+    """For each weight that both have: the largest difference of sums over the largest sum.
 
     engine: name -> sums, of any shape that holds [n_mat, n_in] in order. oracle: Result.entries.
     """
@@ -129,8 +131,8 @@ def compare(
 def compare_signed(
     engine: Mapping[str, NDArray[np.floating]], oracle: Mapping[str, Entry]
 ) -> dict[str, float]:
-    """The same of the signed sums, over what the largest could have been: √(count · sum of squares).
-    Theirs may all be near 0."""
+    """The same for the signed sums, relative to the largest possible value: √(count · sum of
+    squares). The signed sums themselves may all be near 0."""
     worst = {}
     for name in sorted(engine.keys() & oracle.keys()):
         want = oracle[name]
@@ -167,9 +169,9 @@ def softmax(x: F64) -> F64:
 def rope(x: F64, n_rot: int, base: float, *, halves: bool) -> F64:
     """Turn the first n_rot channels of x [rows, heads, channels] by the row's position.
 
-    Pair i turns by position * base^(-2i / n_rot). A pair is channels (i, i + n_rot/2) where halves
+    Pair i turns by position * base^(-2i / n_rot). If `halves`, a pair is channels (i, i + n_rot/2)
     (the engine's NEOX), else channels (2i, 2i + 1) (its NORM); llama_model_rope_type in
-    src/llama-model.cpp tells which. The interleaved multi-dimensional kind of qwen35 (IMROPE) pairs
+    src/llama-model.cpp says which. The interleaved multi-dimensional kind of qwen35 (IMROPE) pairs
     like NEOX, and for text its time, height and width positions are all the row's.
     """
     pairs = n_rot // 2
@@ -198,10 +200,10 @@ def causal_attention(q: F64, k: F64, v: F64, scale: float) -> F64:
 
 
 def chain_attention(q: F64, keys: Sequence[F64], values: Sequence[F64], scale: float) -> F64:
-    """causal_attention where each row sees the rows before it at depths of its own.
+    """causal_attention in which each row sees the rows before it at depths of its own.
 
-    keys and values: of all rows, by depth. The row of slot p stands at the last depth, slot p-1 one
-    depth below it, and so on down to depth 0, where all slots before stand.
+    keys and values: those of all rows, by depth. The row of slot p is at the last depth, slot p-1
+        one depth below it, and so on down to depth 0, where all earlier slots are.
     """
     by_depth, last = (np.stack(keys), np.stack(values)), len(keys) - 1
     out = np.empty((*q.shape[:2], values[0].shape[2]))
@@ -224,7 +226,7 @@ def causal_conv(x: F64, kernel: F64) -> F64:
 def gated_delta_rule(q: F64, k: F64, v: F64, log_decay: F64, beta: F64) -> F64:
     """Linear attention with a state of one [value, key] matrix a head; all [rows, heads, size].
 
-    The state fades, then is corrected towards giving v for k, then is read with q.
+    The state fades, is then corrected towards giving v for k, and is then read with q.
     """
     rows, heads, size = v.shape
     state = np.zeros((heads, size, size))
@@ -257,25 +259,25 @@ class _Forward:
         self.kv_dtype = kv_dtype
         self.round_inputs = round_inputs
         self.observing = True
-        self.first_row = 0  # the first that the matrix sees of what runs now
+        self.first_row = 0  # the first row that the matrix sees of the current pass
         self.result = Result()
 
     # what the matrix sees
 
     def matmul(self, name: str, x: F64) -> F64:
-        """x @ weight.T for a plain weight, noting what went in."""
+        """x @ weight.T for a plain weight; the input x is noted."""
         seen = x[self.first_row :]
         self.note(name, np.sum(seen * seen, axis=0)[None], len(seen), np.sum(seen, axis=0)[None])
         return np.asarray(self.rounded(name, x) @ np.atleast_2d(self.weights[name]).T)
 
     def matmul_heads(self, name: str, x: F64) -> F64:
-        """The same where each head has a matrix of its own; x [rows, heads, n_in]."""
+        """The same if each head has a matrix of its own; x [rows, heads, n_in]."""
         seen = x[self.first_row :]
         self.note(name, np.sum(seen * seen, axis=0), len(seen), np.sum(seen, axis=0))
         return np.asarray(np.einsum("rhi,hoi->rho", self.rounded(name, x), self.weights[name]))
 
     def matmul_expert(self, name: str, expert: int, x: F64, rows: I64) -> F64:
-        """The same for the rows that were routed to one expert, and their numbers."""
+        """The same for the rows that were routed to one expert; notes their number too."""
         n_expert, _, n_in = self.weights[name].shape
         sums, signed = np.zeros((2, n_expert, n_in))
         counts = np.zeros(n_expert, dtype=np.int64)
@@ -287,7 +289,7 @@ class _Forward:
 
     @contextmanager
     def unobserved(self) -> Iterator[None]:
-        """Rows that run here are not the matrix's to see."""
+        """The matrix does not see the rows that run here."""
         self.observing = False
         yield
         self.observing = True
@@ -350,9 +352,9 @@ class _Forward:
     ) -> tuple[F64, F64]:
         """Head k's rows and logits; states by depth, of which the last one's rows are observed.
 
-        Those of the first slots are not: the engine fills its cache with slot 0, but no draft
-        begins there (process() and draft() of draft-mtp), so that head k's first turn is at slot
-        k+1.
+        The rows of the first slots are not observed: the engine fills its cache with slot 0, but no
+            draft begins there (process() and draft() of draft-mtp), so that head k's first turn is
+            at slot k+1.
         """
         il = self.hp.n_layer + k
         self.first_row = k + 1
@@ -379,7 +381,7 @@ class _Forward:
         return "output.weight" if "output.weight" in self.weights else "token_embd.weight"
 
     def lm_head(self, name: str, x: F64, note: bool) -> F64:
-        # With tied embeddings the matmul goes by token_embd.weight, which no matrix has.
+        # With tied embeddings the matmul is known as token_embd.weight, which no matrix has.
         if note and name != "token_embd.weight":
             return self.matmul(name, x)
         return np.asarray(self.rounded(name, x) @ self.weights[name].T)
@@ -390,7 +392,7 @@ class _Forward:
     # one block: a sublayer that mixes rows, a sublayer that does not, each around a residual
 
     def block(self, il: int, x: F64, earlier: Sequence[F64] = ()) -> F64:
-        """earlier: what stands for x at the depths before the last, see chain_attention."""
+        """earlier: the values of x at the depths before the last, see chain_attention."""
         blk = f"blk.{il}."
         normed = self.norm(blk + "attn_norm.weight", x)
         before = [self.norm(blk + "attn_norm.weight", e) for e in earlier]
@@ -403,7 +405,7 @@ class _Forward:
         else:
             x = x + self.attention(blk, normed, before)
 
-        # two names for one thing, the norm between the sublayers
+        # the norm between the sublayers has two names
         name = "ffn_norm" if self.arch in ("llama", "deepseek2", "hy_v3") else "post_attention_norm"
         normed = self.norm(f"{blk}{name}.weight", x)
         if not self.hp.has_experts(il):
@@ -441,7 +443,7 @@ class _Forward:
         return self.matmul(blk + "attn_output.weight", out.reshape(rows, hp.n_head * d))
 
     def keys_and_values(self, blk: str, x: F64) -> tuple[F64, F64]:
-        """As the cache keeps them."""
+        """As the cache stores them."""
         shape = (len(x), self.hp.n_head_kv, self.hp.head_dim)
         k = self.project(blk + "attn_k", x).reshape(shape)
         v = self.project(blk + "attn_v", x).reshape(shape)
@@ -479,7 +481,7 @@ class _Forward:
             np.concatenate([q_latent, q_turned], axis=-1),
             self.cached(np.concatenate([latent, k_turned], axis=-1)),
             self.cached(latent),
-            1.0 / np.sqrt(hp.qk_nope + hp.n_rot),  # of the heads the latent ones stand for
+            1.0 / np.sqrt(hp.qk_nope + hp.n_rot),  # of the heads behind the latent ones
         )
         out = self.matmul_heads(blk + "attn_v_b.weight", out)
         return self.matmul(blk + "attn_output.weight", out.reshape(rows, -1))
@@ -510,7 +512,8 @@ class _Forward:
         return self.matmul(blk + "ssm_out.weight", out.reshape(rows, hp.ssm_v_dim))
 
     def unit(self, x: F64) -> F64:
-        """x over its length; eps goes under the root (build_gdn_l2_norm in src/models/models.h)."""
+        """x divided by its length; eps goes under the root (build_gdn_l2_norm in
+        src/models/models.h)."""
         return np.asarray(x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + self.hp.eps))
 
     def feed_forward(self, blk: str, suffix: str, x: F64) -> F64:
@@ -524,7 +527,7 @@ class _Forward:
         router = blk + "ffn_gate_inp.weight"
         logits = self.matmul(router, x)
         probs = sigmoid(logits) if hp.gating == "sigmoid" else softmax(logits)
-        # the bias takes part in the choice, not in the weights
+        # the bias affects the choice, not the weights
         bias = blk + ("exp_probs_b" if self.arch == "hy_v3" else "exp_probs_b.bias")
         score = probs + self.weights.get(bias, 0.0)
         ranked = np.argsort(-score, axis=-1, kind="stable")

@@ -1,7 +1,8 @@
-"""The oracle's forward pass for qwen4exp: hyper-connections of several streams in the place of a
-residual, n-grams looked up by hash, attention to pooled blocks, and the head fed with all streams.
+"""The oracle's forward pass for qwen4exp: hyper-connections of several streams instead of a
+residual, n-grams looked up by hash, attention to pooled blocks, and a head that is fed with all
+streams.
 
-As in oracle.py: float64, one obvious step after the other, no code of the engine's. Streams are
+As in oracle.py: float64, one obvious step after the other, without code of the engine. Streams are
 [rows, streams, channels].
 """
 
@@ -55,7 +56,7 @@ class _Streams(_Forward):
             return int(model.keys[f"qwen4exp.{name}"])
 
         self.keys = model.keys
-        self.arch = "qwen35moe"  # whose attention it has, gates and all
+        self.arch = "qwen35moe"  # its attention is that of qwen35, with gates and all
         self.kv_dtype = kv_dtype
         self.round_inputs = False
         self.first_row = 0
@@ -99,7 +100,7 @@ class _Streams(_Forward):
 
     def head_streams(self, tokens: I64, trunk: F64, pairing: Pairing) -> F64:
         """Logits. Slot p gets x_p, the same for all streams, and the trunk's streams of slot p-1;
-        the one projection is multiplied with each stream. Slot 0 is not observed (oracle.head)."""
+        the one projection multiplies each stream. Slot 0 is not observed (oracle.head)."""
         nextn = f"blk.{self.n_layer}.nextn."
         h = self.grouped_norm(nextn + "hnorm.weight", pair(trunk, pairing))
         e = self.norm(nextn + "enorm.weight", self.weights["token_embd.weight"][tokens])
@@ -124,7 +125,8 @@ class _Streams(_Forward):
         return np.asarray(streams / np.sqrt(mean + self.hp.eps) * scale)
 
     def mixed(self, name: str, streams: F64) -> tuple[F64, F64]:
-        """One row of all streams, and the streams beside one another, as the gates saw them."""
+        """One row made of all streams, and the streams beside one another, as the gates saw
+        them."""
         normed = self.grouped_norm(name + "_norm.weight", streams)
         wide = normed.reshape(len(streams), -1)
         low = silu(self.matmul(name + "_down.weight", wide) / self.streams)
@@ -132,7 +134,7 @@ class _Streams(_Forward):
         return np.asarray((normed * gates).mean(axis=1)), wide
 
     def spread(self, name: str, wide: F64, streams: F64, out: F64) -> F64:
-        """What a sublayer gives, added to every stream in a measure of its own, 1 on average."""
+        """What a sublayer gives, added to every stream with a weight of its own, 1 on average."""
         share = 2.0 * sigmoid(self.matmul(name + "_inject.weight", wide) / self.streams)
         return np.asarray(streams + share[:, :, None] * out[:, None])
 
@@ -186,8 +188,8 @@ class _Streams(_Forward):
         return self.matmul(blk + "attn_output.weight", out.reshape(rows, hp.n_head * d))
 
     def chosen(self, blk: str, x: F64) -> np.ndarray:
-        """Which slots each slot attends to: the best of the whole blocks up to itself, and the
-        slots after the last whole one. A block's key is the mean of its slots' keys."""
+        """The slots that each slot attends to: the best of the complete blocks up to itself, and
+        the slots after the last complete block. A block's key is the mean of its slots' keys."""
         hp, rows = self.hp, len(x)
         block = int(max(self.keys["qwen4exp.attention.compress_ratios"]))
         best = int(self.keys["qwen4exp.attention.indexer.top_k"]) // block
@@ -196,7 +198,7 @@ class _Streams(_Forward):
         n_blocks = rows // block
         pooled = keys[: n_blocks * block].reshape(n_blocks, block, size).mean(axis=1)
         pooled = self.norm(blk + "indexer.k_norm.weight", pooled)[:, None]
-        # turned by the place of the block's first slot: in a row with one place for each slot
+        # turned by the position of the block's first slot: in a row with one position for each slot
         places = np.zeros((max(1, n_blocks * block), 1, size))
         places[: n_blocks * block : block] = pooled
         places = rope(places, hp.n_rot, hp.rope_base, halves=True)
@@ -236,7 +238,7 @@ class _Streams(_Forward):
             gram = [int(token)]
             cut = False
             for back in range(1, longest):
-                # before the text there is nothing, and nothing counts beyond an end of text
+                # before the text there is nothing, and no token before an end of text counts
                 before = int(tokens[p - back]) if p >= back else end
                 cut = cut or before == end
                 gram.append(end if cut else before)
@@ -262,6 +264,6 @@ class _Streams(_Forward):
         kernel = self.weights[blk + "ple_conv1d.weight"]
         taps = kernel.shape[1]
         apart = np.zeros((kernel.shape[0], (taps - 1) * longest + 1))
-        apart[:, ::longest] = kernel  # every so many slots one tap
+        apart[:, ::longest] = kernel  # one tap every so many slots
         smoothed = silu(causal_conv(wide, apart)).reshape(gated.shape)
         return np.asarray(streams + gated + smoothed)

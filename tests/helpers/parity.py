@@ -1,4 +1,4 @@
-"""A trunk beside llama-imatrix: what differs, and how much may."""
+"""Compares a trunk with llama-imatrix's file: what differs, and how much may differ."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 
 from imatrix import ImportanceMatrix
 
-# llama-imatrix adds row after row in float32, 6e-8 each at most: 1e-6 is seen for the some hundred
-# rows here, and 1e-5 after some 5000, so that tests keep to few. Everything before the sums is the
-# same graph of the same engine. One row too few makes some 1e-3.
+# llama-imatrix adds row after row in float32, at most 6e-8 each: 1e-6 is seen for the some hundred
+# rows here, and 1e-5 after some 5000, so that tests use few rows. Everything before the sums is the
+# same graph of the same engine. If one row is missing, the difference is some 1e-3.
 PARITY = 1e-5
 
 
 def differences(got: ImportanceMatrix, want: ImportanceMatrix) -> dict[str, float]:
-    """For each weight the largest difference over its largest sum, and of the signed sums over
-    what those could be at most. llama-imatrix writes a 3-D weight's sums in one row."""
+    """For each weight the largest difference over its largest sum, and for the signed sums over the
+    largest possible value. llama-imatrix writes a 3-D weight's sums in one row."""
     worst = {}
     for name in want:
         a, b = got[name].sums.ravel(), want[name].sums.ravel()

@@ -1,8 +1,8 @@
-"""A small model with an MTP head, for tests.
+"""Writes a small model with an MTP head and random weights, for tests of the command and of files.
 
-Its weights are random, so it has nothing to say, but it is whole: a tokenizer, a trunk
-with dense and mixture-of-experts blocks, and a NextN draft head. The engine loads it in a
-moment, and every matmul weight fits every low-bit type.
+Its text is nonsense, but it is complete: a tokenizer, a trunk with dense and mixture-of-experts
+    blocks, and a NextN draft head. The engine loads it in a moment, and every low-bit type can
+    store every matmul weight.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _N_LAYER_DENSE = 1
 _N_VOCAB = 1024
 _N_CTX_TRAIN = 4096
 
-# What a block adds to the residual stream, beside an embedding of 1. Small, or three blocks drown
-# the token and no head could agree with the trunk.
+# What a block adds to the residual stream, relative to an embedding of 1. It is small, because
+# otherwise three blocks would drown the token and no head could agree with the trunk.
 _BRANCH = 0.2
 
 _BOS, _EOS, _PAD = _SPECIALS = ("<|begin|>", "<|endoftext|>", "<|pad|>")
@@ -102,9 +102,9 @@ def _add_hparams(writer: gguf.GGUFWriter, *, n_layer_nextn: int) -> None:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     writer.add_context_length(_N_CTX_TRAIN)
     writer.add_embedding_length(_N_EMBD)
-    writer.add_block_count(_N_LAYER + n_layer_nextn)  # the head's blocks are counted, and last
+    writer.add_block_count(_N_LAYER + n_layer_nextn)  # the head's blocks included
     if n_layer_nextn:
-        # By its name: the oldest gguf that the package allows has no method for it.
+        # Added by its name: the oldest gguf that the package allows has no method for it.
         writer.add_uint32("glm4moe.nextn_predict_layers", n_layer_nextn)
     writer.add_feed_forward_length(_N_FF)
     writer.add_head_count(_N_HEAD)
@@ -202,7 +202,7 @@ class _Weights:
             yield f"blk.{il}.nextn.shared_head_head.weight", self._matrix(_N_VOCAB, _N_EMBD)
 
     def _matrix(self, *shape: int, scale: float = 1.0) -> npt.NDArray[np.float16]:
-        """Rows of about unit length times `scale`: inputs of O(1) stay so. Rows differ in
+        """Rows of about unit length times `scale`, so that inputs of O(1) stay O(1). Rows differ in
         length, which makes the channels of the next activation uneven."""
         weights = self._rng.standard_normal(shape) * (scale * shape[-1] ** -0.5)
         weights *= self._rng.lognormal(-0.5 * 0.4**2, 0.4, (*shape[:-1], 1))

@@ -1,9 +1,9 @@
-"""Other conversions of a model's weights: the same numbers under other names and shapes.
+"""Converts a model's weights otherwise: the same numbers under other names and shapes, for tests of
+adapt.
 
 What converters do is restated here from the engine's graphs, independently of
 imatrix.quantization.counterparts: the engine runs both conversions, and what it collects from one
-is held against the other.
-Shapes are NumPy's: (n_out, n_in), (n_expert, n_out, n_in).
+is compared with the other. Shapes are NumPy's: (n_out, n_in), (n_expert, n_out, n_in).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tensors_of(path: Path) -> Tensors:
 
 
 def _groups(tensors: Tensors, *kinds: str) -> list[tuple[str, list[NDArray[Any]]]]:
-    """Blocks that have weights of all these kinds: ("blk.3.", the weights), taken out."""
+    """Blocks that have weights of all these kinds: ("blk.3.", the weights), which are taken out."""
     prefixes = sorted({name[: name.index(".", 4) + 1] for name in tensors if name[:4] == "blk."})
     found = []
     for prefix in prefixes:
@@ -90,7 +90,7 @@ def fuse_dense_into_up(tensors: Tensors) -> Tensors:
 
 
 def fuse_kv_b(tensors: Tensors) -> Tensors:
-    """models/deepseek2.cpp: in each head first the rows of k, which attn_k_b has transposed."""
+    """models/deepseek2.cpp: in each head first the rows of k, which attn_k_b holds transposed."""
     out = dict(tensors)
     for prefix, (k_b, v_b) in _groups(out, "attn_k_b", "attn_v_b"):
         kv_b = np.concatenate([k_b.transpose(0, 2, 1), v_b], axis=1)
@@ -99,7 +99,7 @@ def fuse_kv_b(tensors: Tensors) -> Tensors:
 
 
 def experts_apart(tensors: Tensors) -> Tensors:
-    """Before the experts of a block were one tensor: blk.0.ffn_gate.3.weight."""
+    """From the time before the experts of a block were one tensor: blk.0.ffn_gate.3.weight."""
     out = dict(tensors)
     for kind in ("ffn_gate", "ffn_up", "ffn_down"):
         for prefix, (experts,) in _groups(out, f"{kind}_exps"):
@@ -111,7 +111,8 @@ def experts_apart(tensors: Tensors) -> Tensors:
 def dense_model(
     folder: Path, arch: str, tokenizer: Tokenizer, change: Callable[[Tensors], Tensors], seed: int
 ) -> Path:
-    """Two blocks of attention and a dense gated feed-forward, the same numbers for any arch."""
+    """Two blocks of attention and a dense gated feed-forward, with the same numbers for any
+    arch."""
     rng = np.random.default_rng(seed)
     n, ff, kv = 256, 512, 128
 

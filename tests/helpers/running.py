@@ -1,4 +1,4 @@
-"""Running programs: the engine's own, and the command line."""
+"""Runs the engine's own programs, and the command line in this process: for all tests."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Forged = Callable[..., ModelSpec]
 RpcServer = Callable[[int], str]
 
 # Hides the GPUs of a build that has their backends from a child process: the engine multiplies a
-# large batch on one even if no layer is there.
+# large batch on a GPU even if no layer is there.
 NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
 
 
 def until_told(line: str, run: Callable[[], str]) -> str:
-    """Run one of the engine's programs until its output has `line`: where run_tool cannot make it
-    wait (engine_tools.environment), it may exit before its logger's thread has written everything
-    (common/log.cpp), on a busy machine above all."""
+    """Run one of the engine's programs until its output has `line`: if run_tool cannot make it wait
+    (engine_tools.environment), it may exit before its logger's thread has written everything
+    (common/log.cpp), above all on a busy machine."""
     for _ in range(40):
         log = run()
         if line in log:
@@ -36,7 +36,7 @@ def until_told(line: str, run: Callable[[], str]) -> str:
 
 
 def run_tool(*command: str | os.PathLike[str], timeout: float = 120, ok: bool = True) -> str:
-    """Run a program and give what it wrote, stdout then stderr.
+    """Run a program; returns what it wrote, stdout then stderr.
 
     ok: whether it has to succeed (True) or has to fail by itself (False); a crash is neither.
     """
@@ -62,7 +62,7 @@ def trained_models() -> list[Path]:
 
 @dataclass
 class Done:
-    """A command that has ended."""
+    """A command that has ended: its status and its output."""
 
     status: int
     out: str

@@ -1,4 +1,4 @@
-"""Runs of a Collector that tests begin, stop, and compare."""
+"""Runs of a Collector that tests begin, stop, and compare; models with NaN in their weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stop_at(chunks: int) -> Any:
 
 
 def saved(matrix: ImportanceMatrix, folder: Path) -> bytes:
-    """The file as it would be written."""
+    """The bytes of the file that would be written."""
     path = folder / "saved.gguf"
     matrix.save(path)
     return path.read_bytes()

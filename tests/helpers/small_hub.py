@@ -1,5 +1,5 @@
-"""A hub on the loopback: the few things of huggingface.co's HTTP interface that clients use to
-list a repository and to download from it."""
+"""A hub on the loopback for tests/model/test_hub.py: the few parts of huggingface.co's HTTP
+interface that clients use to list a repository and to download from it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class SmallHub:
     """Repositories by name, each with the content of its files by path.
 
-    private: repositories that are shown to nobody without `token`; gated: shown, and downloads
-    refused without it. down: every answer is an error.
+    private: repositories that nobody sees without `token`; gated: everybody sees them, but
+        downloads without it are refused. down: every answer is an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -29,7 +29,7 @@ class SmallHub:
         self.gated: set[str] = set()
         self.token = "hf_" + "a" * 34
         self.down = False
-        self.downloads: list[str] = []  # paths, in the order they were asked for
+        self.downloads: list[str] = []  # paths, in the order in which they were asked for
         self.tokens: set[str | None] = set()
 
 
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
 
     def _may_see(self, repo: str) -> bool:
-        # the Hub does not tell what is private from what is not there
+        # the Hub answers alike for private repositories and for missing ones
         hidden = repo not in self.hub.repositories
         if hidden or (repo in self.hub.private and not self._authorized()):
             self._failed(401, "RepoNotFound", "Repository not found")

@@ -1,4 +1,4 @@
-"""Memory that a batch is made to need."""
+"""Models that need a chosen amount of memory for a batch, for tests of n_batch="auto"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ MB = 10**6
 def need(
     weights: int, chunk: int, token: int, fixed: int = 0, device: int = 0, on_device: int = 0
 ) -> Callable[[Batch], list[engine.MemoryUse]]:
-    """A model: bytes of mapped weights, for a chunk's keys and values, for a token of a graph."""
+    """A model that needs these bytes: for mapped weights, for a chunk's keys and values, for one
+    token of a graph."""
 
     def uses(batch: Batch) -> list[engine.MemoryUse]:
         context, compute = batch.n_seq * chunk, batch.n_ubatch * token
