@@ -1,4 +1,5 @@
-"""Statistics of activations: digit for digit those of llama-imatrix, and NumPy's in float64."""
+"""Statistics of activations: digit for digit those of llama-imatrix, and those of NumPy in
+float64."""
 
 from __future__ import annotations
 
@@ -31,15 +32,15 @@ def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @dataclass
 class Printed:
-    """Cells of the two tables by the end of the weight's name and by the layer's label."""
+    """Cells of the two tables, by the end of the weight's name and by the layer's label."""
 
     weights: Cells
     layers: Cells
 
 
 def cells_of(text: str, *, ends: int) -> Printed:
-    """What either program printed. `ends`: characters at the end of a name that are compared, since
-    llama-imatrix cuts longer ones."""
+    """The cells that either program printed. `ends`: characters at the end of a name that are
+    compared, because llama-imatrix cuts off longer names."""
     found = Printed({}, {})
     into: Cells | None = None
     for line in text.replace("-nan", "nan").splitlines():
@@ -47,7 +48,7 @@ def cells_of(text: str, *, ends: int) -> Printed:
         if cells[:1] == ["Layer"]:
             into = found.weights if cells[1] == "Tensor" else found.layers
         elif not cells and into:
-            into = None  # behind the last row; llama-imatrix leaves a line before the first, too
+            into = None  # behind the last row; llama-imatrix also leaves a line before the first
         elif into is not None and set(line) - set("-─"):
             if into is found.weights:
                 into[f"{cells[0]} {cells[1][-ends:]}"] = tuple(cells[2:])
@@ -57,23 +58,24 @@ def cells_of(text: str, *, ends: int) -> Printed:
 
 
 def theirs(tool: Path, path: Path, *options: object) -> Printed:
-    """What llama-imatrix prints of a file. It wants a model's name and does not open it."""
+    """What llama-imatrix prints for a file. It requires a model's name, but does not open the
+    model."""
     log = run_tool(tool, "-m", "none", "--show-statistics", "--in-file", path, *map(str, options))
-    # its columns touch where a number fills one
+    # if a number fills a column, it touches the next one
     return cells_of(re.sub(r"(\.[0-9]{4})(?=[-0-9])", r"\1 ", log), ends=38)
 
 
 def check_same(tool: Path, run: Run, path: Path, *options: object, legacy: bool = False) -> Printed:
-    """Both programs print the same of a file."""
+    """Both programs print the same for a file."""
     want = theirs(tool, path, *options)
     done = run(path, *options)
     assert (done.status, done.err) == (0, "")
     got = cells_of(done.out, ends=38)
-    if legacy:  # its table has no L2 Dist then
+    if legacy:  # its table then has no L2 Dist
         got.weights = {key: (*row[:7], *row[8:]) for key, row in got.weights.items()}
         got.layers = {key: (*row[:2], *row[3:]) for key, row in got.layers.items()}
     n_weights, n_layers = (9, 5) if legacy else (10, 6)
-    # what follows on llama-imatrix's columns is ours
+    # the columns after llama-imatrix's are ours
     assert {key: row[:n_weights] for key, row in got.weights.items()} == want.weights
     assert {key: row[:n_layers] for key, row in got.layers.items()} == want.layers
     assert len(want.weights) > 0
@@ -117,8 +119,8 @@ def test_a_collected_matrix(
 def drawn(
     seed: int, n_mat: int, n_in: int, counts: Any, sigma: float = 1.5, *, signed: bool = True
 ) -> Entry:
-    """Random sums of the kind that there are: a few channels far above the others, and means that
-    are a share of the root mean squares."""
+    """Random sums as they occur: a few channels far above the others, and means that are a share of
+    the root mean squares."""
     rng = np.random.default_rng(seed)
     mean_square = rng.lognormal(0.0, sigma, (n_mat, n_in)).astype(np.float32)
     rows = np.broadcast_to(np.asarray(counts), n_mat)[:, np.newaxis]
@@ -127,7 +129,7 @@ def drawn(
 
 
 def odd_entries(*, signed: bool) -> dict[str, Entry]:
-    """Sizes of real models, and everything that has a case of its own."""
+    """Sizes of real models, and everything that is a case of its own."""
     some = np.arange(64) % 5 * 100  # every fifth expert saw nothing
 
     def one(seed: int, *shape: Any) -> Entry:
@@ -144,8 +146,8 @@ def odd_entries(*, signed: bool) -> dict[str, Entry]:
         "blk.0.attn_q.weight": one(3, 1, 16384, [512], 3.0),
         "blk.1.attn_q.weight": one(4, 1, 16384, [300], 3.0),
         "blk.2.attn_q.weight": one(5, 1, 16384, [512], 3.0),
-        "blk.1.attn_k_b.weight": one(6, 4, 32, [512]),  # 3-D, one count
-        "blk.3.attn_k_b.weight": one(7, 4, 32, [512]),  # compared over a gap
+        "blk.1.attn_k_b.weight": one(6, 4, 32, [512]),  # 3-D, with one count
+        "blk.3.attn_k_b.weight": one(7, 4, 32, [512]),  # compared across a gap
         "blk.0.ffn_down.weight": one(8, 1, 80, [512]),
         "blk.1.ffn_down.weight": one(9, 1, 64, [512]),  # of another size: not compared
         "blk.2.ffn_down.weight": one(10, 1, 64, [512]),
@@ -155,8 +157,8 @@ def odd_entries(*, signed: bool) -> dict[str, Entry]:
         "blk.3.even.weight": even(3.0, 2.0),
         "blk.2.zero.weight": even(0.0),
         "blk.3.zero.weight": even(0.0),
-        "blk.4.zero.weight": one(11, 1, 64, [8]),  # after one of zeros
-        "blk.5.zero.weight": even(0.0),  # zeros after one that is none
+        "blk.4.zero.weight": one(11, 1, 64, [8]),  # after a layer of zeros
+        "blk.5.zero.weight": even(0.0),  # zeros after a layer that has data
         "blk.4.a.b.weight": one(12, 1, 64, [8]),  # a name of two parts
         "blk.5.many.weight": one(13, 1, 64, [2**26 + 1]),
         "blk.5.unseen_exps.weight": Entry(
@@ -181,7 +183,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_large_and_odd_weights(odd: Path, engine_tool: EngineTool, run: Run) -> None:
     want = check_same(engine_tool("llama-imatrix"), run, odd)
-    # the weight whose experts saw nothing is passed over
+    # the weight whose experts saw nothing is left out
     assert len(want.weights) == len(odd_entries(signed=True)) - 1
     found = activation_statistics(ImportanceMatrix.load(odd))
     assert found.without_rows == ("blk.5.unseen_exps.weight",)
@@ -201,7 +203,7 @@ def test_the_order_is_theirs(odd: Path, engine_tool: EngineTool) -> None:
 
 
 def test_without_signed_sums(engine_tool: EngineTool, run: Run, tmp_path: Path) -> None:
-    """All figures are of the squares then; in GGUF and in the old format."""
+    """All figures are then made from the squares, in GGUF and in the old format."""
     matrix = ImportanceMatrix(odd_entries(signed=False), chunk_count=1, chunk_size=512)
     tool = engine_tool("llama-imatrix")
     matrix.save(tmp_path / "m.gguf")
@@ -214,7 +216,7 @@ def test_without_signed_sums(engine_tool: EngineTool, run: Run, tmp_path: Path) 
 
 
 def test_some_without_signed_sums(engine_tool: EngineTool, run: Run, tmp_path: Path) -> None:
-    """Between two weights it is the squares if one of them lacks the signed sums."""
+    """Two weights are compared by their squares if one of them lacks the signed sums."""
     signed, plain = odd_entries(signed=True), odd_entries(signed=False)
     lacking = {"blk.1.attn_q.weight", "blk.3.attn_k_b.weight", "blk.0.ffn_up_exps.weight"}
     entries = {name: plain[name] if name in lacking else signed[name] for name in signed}
@@ -242,7 +244,7 @@ def test_a_file_of_theirs(
 def test_the_figures_in_a_file_are_theirs(
     odd: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
-    """llama-imatrix computes them anew for what it writes."""
+    """llama-imatrix computes them again for the file that it writes."""
     import gguf
 
     out = tmp_path / "theirs.gguf"
@@ -257,8 +259,8 @@ def test_the_figures_in_a_file_are_theirs(
     )
     assert set(mine) == set(want)
     for name in want:
-        # float32 of what both compute in float64; skewness and kurtosis are differences of larger
-        # numbers
+        # float32 of figures that both compute in float64; skewness and kurtosis are differences of
+        # larger numbers
         np.testing.assert_allclose(
             mine[name], want[name], rtol=1.2e-7, atol=1e-9, equal_nan=True, err_msg=name
         )
@@ -300,15 +302,15 @@ def test_figures_by_hand() -> None:
     assert second.cossim == pytest.approx(-1 / math.sqrt(2), rel=1e-7)
     assert second.covariance == pytest.approx(-0.25)
     assert second.pearson == pytest.approx(-0.25 / math.sqrt(0.5 * 3 / 16), rel=1e-7)
-    # the first expert has no part in it: v [1, -1], e [1, 3]
+    # the first expert is left out: v [1, -1], e [1, 3]
     assert (experts.elements, experts.total, experts.mean, experts.stddev) == (2, 4, 0, 1)
     layer = found.layers[1]
     assert (layer.total, layer.gain, layer.n_experts, layer.unseen) == (8, 1, 2, 1)
-    assert layer.pearson == second.pearson  # only one of them has an earlier one
+    assert layer.pearson == second.pearson  # only one of them has a layer before it
 
 
 def reference(v: Any, e: Any) -> dict[str, float]:
-    """The figures as one would write them down."""
+    """The figures, written as their definitions."""
     p = e[e > 0] / e.sum()
     away = v - v.mean()
     return {
@@ -339,8 +341,8 @@ def test_exact_figures_are_numpys(odd: Path) -> None:
     for each in found.weights:
         there, v, e = seen(each.name)
         want = reference(v[there].ravel(), e[there].ravel())
-        # Orders of addition differ, 1e5 values; shares up to 1e-10 are left out of the entropy, so
-        # many of them at most
+        # The order of additions differs over 1e5 values; shares up to 1e-10 are left out of the
+        # entropy, so at most that many times 1e-10
         assert {key: getattr(each, key) for key in want} == pytest.approx(want, rel=1e-6, abs=1e-9)
         if each.previous:
             there_before, before, e_before = seen(each.previous)
@@ -365,7 +367,7 @@ def test_small_matrices() -> None:
 
 
 def test_sums_that_float32_cannot_hold() -> None:
-    """In a file they would be scaled, so that the means, which float32 can hold, stay."""
+    """In a file they would be scaled so that the means, which float32 can hold, stay the same."""
     entry = Entry([[4e40, 8e40]], [10**4], signed_sums=[[2e22, -1e22]])
     (found,) = activation_statistics(ImportanceMatrix({"blk.0.a.weight": entry})).weights
     assert found.total == pytest.approx(1.2e37, rel=1e-7)

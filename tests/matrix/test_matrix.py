@@ -1,4 +1,4 @@
-"""ImportanceMatrix and Entry against values worked out by hand or with plain NumPy."""
+"""ImportanceMatrix and Entry, compared with values worked out by hand or with plain NumPy."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class TestMerge:
         assert total["e"].counts.tolist() == [6, 2]
         assert total["only_a"] == dense(7.0)
         assert total["z"] == dense(8.0)
-        assert a["e"].sums.tolist() == [[1.0, 2.0], [3.0, 4.0]]  # operands stay
+        assert a["e"].sums.tolist() == [[1.0, 2.0], [3.0, 4.0]]  # the operands are unchanged
 
     def test_many_and_none(self) -> None:
         parts = [ImportanceMatrix({"a": dense(2.0**n, count=n)}) for n in range(4)]
@@ -241,7 +241,7 @@ class TestMerge:
     @pytest.mark.parametrize(
         ("a", "b"),
         [
-            # one count against an equal count a slice
+            # one count, and an equal count for each slice
             (Entry([[1.0, 2.0], [3.0, 4.0]], [5]), Entry([[1.0, 1.0], [1.0, 1.0]], [7, 7])),
             # flattened, as llama-imatrix writes it
             (Entry([[1.0, 2.0, 3.0, 4.0]], [5]), Entry([[1.0, 1.0], [1.0, 1.0]], [7])),
@@ -274,7 +274,8 @@ class TestMerge:
 
     @pytest.mark.parametrize("flip", [False, True])
     def test_experts_that_an_old_file_flattened(self, flip: bool) -> None:
-        # as load_imatrix in tools/imatrix/imatrix.cpp: its one count for every expert
+        # as load_imatrix in tools/imatrix/imatrix.cpp does: its one count becomes that of every
+        # expert
         a, b = Entry([[1.0, 2.0, 3.0, 4.0]], [5]), Entry([[1.0, 1.0], [1.0, 1.0]], [7, 0])
         parts = [ImportanceMatrix({"w": entry}) for entry in ((b, a) if flip else (a, b))]
         assert parts[0].merge(parts[1])["w"] == Entry([[2.0, 3.0], [4.0, 5.0]], [12, 5])
@@ -322,7 +323,7 @@ class TestMerge:
             ((3, 512), (4, 256), (5, 512)),
             ((3, 512), (1, 128), (3, 512)),  # 3.25
             ((1, 128), (3, 512), (13, 128)),
-            ((3, 0), (4, 512), (7, 512)),  # a size not known is taken for the other one
+            ((3, 0), (4, 512), (7, 512)),  # an unknown size is assumed to be the other one
             ((3, 512), (4, 0), (7, 512)),
             ((3, 0), (4, 0), (7, 0)),
         ],

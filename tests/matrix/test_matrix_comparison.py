@@ -1,4 +1,5 @@
-"""compare_matrices and `imatrix diff`, against SciPy and cases whose figures are known."""
+"""compare_matrices and `imatrix diff`, compared with SciPy and with cases whose figures are
+known."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from scipy.stats import ConstantInputWarning, spearmanr
 import imatrix
 from imatrix import Entry, ImportanceMatrix, cli, compare_matrices
 
-# Both sides compute in float64, in another order: a few roundings of 2^-53 a value, n_in values.
+# Both sides compute in float64, in different orders: a few roundings of 2^-53 for each of n_in
+# values.
 EXACT = 1e-12
 
 Q = "blk.0.attn_q.weight"
@@ -131,7 +133,7 @@ class TestExperts:
         assert (weight.unseen_a, weight.unseen_b, weight.n_compared) == (1, 2, 2)
         assert weight.worst_matrix == 3
         assert weight.worst_relative_l2 == pytest.approx(np.sqrt(2**2 + 3**2) / 2)
-        assert not found.same(tolerance=1e9)  # expert 1 has data in one only
+        assert not found.same(tolerance=1e9)  # expert 1 has data in one matrix only
         with pytest.raises(ValueError, match="read-only"):
             weight.cosine[0] = 0.0
 
@@ -223,7 +225,7 @@ class TestCommand:
         lines = [line.split() for line in out.splitlines()]
         # 4 of 5 in the cosine, 2 of 5 in the distance squared, ranks turned round
         assert ["blk.0.attn_k.weight", "0.8000", "0.632", "-1.0000", "1", "1"] in lines
-        # of its second expert nothing is known in B, and the first has no ranks
+        # B knows nothing about its second expert, and the first has no ranks
         assert ["blk.0.ffn_up_exps.weight", "1.0000", "0", "0", "2", "1", "1"] in lines
         assert "trunk: 3 weights in both, 2 differ; cosine 0.8000 at worst" in out
         assert "head: 1 weight in both, 0 differ" in out

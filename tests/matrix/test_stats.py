@@ -1,4 +1,5 @@
-"""The statistics behind --legacy: digit for digit those of llama-imatrix 0.5.0, and NumPy's in float64."""
+"""The statistics behind --legacy: digit for digit those of llama-imatrix 0.5.0, and those of NumPy
+in float64."""
 
 from __future__ import annotations
 
@@ -34,22 +35,22 @@ def run(run: Run) -> Run:
 
 @dataclass
 class Printed:
-    """Cells of the two tables, as they were printed."""
+    """Cells of the two tables, as printed."""
 
     weights: Cells
     layers: Cells
 
 
 def theirs(name: str) -> Printed:
-    """What llama-imatrix 0.5.0 printed of a file that a test here makes: recorded, since the program
-    has had other columns since 0.6.0."""
+    """What llama-imatrix 0.5.0 printed for a file that a test here makes. It is recorded, because
+    the program has had other columns since 0.6.0."""
     path = Path(__file__).parent / "legacy_statistics.json"
     found = json.loads(path.read_text(encoding="utf-8"))[name]
     return Printed(*([tuple(row) for row in found[table]] for table in ("weights", "layers")))
 
 
 def ours(out: str) -> Printed:
-    """What `imatrix stats` printed where there was room for all columns."""
+    """What `imatrix stats` printed with room for all columns."""
     weights: Cells = []
     layers: Cells = []
     into: Cells | None = None
@@ -58,7 +59,7 @@ def ours(out: str) -> Printed:
         if cells[:1] == ["Layer"]:
             into = weights if cells[1] == "Tensor" else layers
         elif into is not None and cells and set(line) != {"─"}:
-            # what follows on llama-imatrix's columns is ours
+            # the columns after llama-imatrix's are ours
             into.append(tuple(cells[: 13 if into is weights else 4]))
         elif not cells:
             into = None
@@ -89,8 +90,9 @@ def test_a_collected_matrix(
     run: Run,
     tmp_path: Path,
 ) -> None:
-    """The figures are reference()'s in float64 here, to what float32 sums may be off by: recorded
-    ones would be of one machine's kernels. Below, the same arithmetic is compared to the digit."""
+    """The expected figures are reference()'s in float64, within the error of float32 sums: recorded
+    ones would hold for one machine's kernels only. The tests below compare the same arithmetic to
+    the digit."""
     path = tmp_path / "m.gguf"
     head = bool(options)
     with Collector(forged(arch, seed=2, **options).path, n_ctx=N_CTX, n_threads=1) as collector:
@@ -107,11 +109,12 @@ def test_a_collected_matrix(
         seen = np.broadcast_to(entry.counts > 0, entry.n_mat)
         counts = np.broadcast_to(entry.counts, entry.n_mat)[seen, np.newaxis]
         want = reference((entry.sums[seen] / counts).ravel())
-        # up to 1e5 additions of float32 values, all rounded the same way beside a large sum
+        # up to 1e5 additions of float32 values, all rounded in the same direction beside a large
+        # sum
         assert {key: getattr(each, key) for key in want} == pytest.approx(want, rel=1e-3), each.name
     assert {each.name for each in found.head.weights} == set(matrix.head)
     assert {each.block for each in found.head.layers} == matrix.head_blocks
-    # the weight outside the blocks has a line and no layer
+    # the weight outside the blocks has a line, but no layer
     assert ("-", "output") in {row[:2] for row in printed.weights}
     assert ([each.part for each in found.parts] == ["trunk", "head"]) == head
     if head:
@@ -125,7 +128,7 @@ def test_a_collected_matrix(
 
 
 def drawn(seed: int, n_mat: int, n_in: int, counts: Any, sigma: float = 1.5) -> Entry:
-    """Random sums of the kind that there are: a few channels far above the others."""
+    """Random sums as they occur: a few channels far above the others."""
     rng = np.random.default_rng(seed)
     mean = rng.lognormal(0.0, sigma, (n_mat, n_in)).astype(np.float32)
     rows = np.broadcast_to(np.asarray(counts), n_mat)
@@ -134,14 +137,14 @@ def drawn(seed: int, n_mat: int, n_in: int, counts: Any, sigma: float = 1.5) -> 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sizes of real models, and everything that has a case of its own."""
+    """Sizes of real models, and everything that is a case of its own."""
     some = np.arange(64) % 5 * 100  # every fifth expert saw nothing
     entries = {
         "blk.0.ffn_up_exps.weight": drawn(1, 64, 2048, some, 2.0),
         "blk.1.ffn_up_exps.weight": drawn(2, 64, 2048, some[::-1], 2.0),
         "blk.0.attn_q.weight": drawn(3, 1, 16384, [512], 3.0),
         "blk.1.attn_q.weight": drawn(4, 1, 16384, [300], 3.0),
-        "blk.1.attn_k_b.weight": drawn(5, 4, 32, [512]),  # 3-D, one count
+        "blk.1.attn_k_b.weight": drawn(5, 4, 32, [512]),  # 3-D, with one count
         "blk.2.nextn.eh_proj.weight": drawn(6, 1, 512, [512]),
         "blk.2.attn_q.weight": drawn(7, 1, 16384, [512], 3.0),
         "output.weight": drawn(8, 1, 4096, [512]),
@@ -169,33 +172,34 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_large_and_odd_weights(hostile: Path, run: Run) -> None:
     want = theirs("hostile")
     got = ours(run(hostile).out)
-    # it shows what stands in the number's place, we that there is none
+    # it prints the text that stands in the number's place, we print that there is none
     alike = [("-" if row[0] == "first" else row[0], *row[1:]) for row in want.weights]
     assert sorted(got.weights) == sorted(alike)
     assert sorted(got.layers, key=lambda row: int(row[0])) == want.layers
     assert len(want.weights) == 21
-    # the weight whose experts saw nothing is passed over
+    # the weight whose experts saw nothing is left out
     assert "unseen_exps" not in {row[1] for row in want.weights}
     found = statistics(ImportanceMatrix.load(hostile))
     assert found.without_rows == ("blk.6.unseen_exps.weight",)
 
 
 def test_float64_would_print_other_digits(hostile: Path) -> None:
-    """Why the arithmetic is llama-imatrix's: its sums of many float32 are off."""
+    """This is why the arithmetic is llama-imatrix's: its sums of many float32 values are
+    inexact."""
     printed = {row[:2]: row for row in theirs("hostile").weights}
     entry = ImportanceMatrix.load(hostile)["blk.0.ffn_up_exps.weight"]
     total = (entry.sums[entry.counts > 0] / entry.counts[entry.counts > 0, np.newaxis]).sum()
     row = printed["0", "ffn_up_exps"]
     assert f"{total:.2f}" != row[2]
-    # 105 thousand additions; a random walk of roundings of 6e-8 would stay below 2e-5, small
-    # values beside a large sum are all rounded the same way
+    # 105 thousand additions; a random walk of roundings of 6e-8 would stay below 2e-5, but small
+    # values beside a large sum are all rounded in the same direction
     assert total == pytest.approx(float(row[2]), rel=1e-3)
 
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("chunk_size", [512, 500])
 def test_the_old_format(chunk_size: int, hostile: Path, run: Run, tmp_path: Path) -> None:
-    """llama-imatrix multiplies by its chunk size, and divides by it again: 500 is no power of 2."""
+    """llama-imatrix multiplies by its chunk size and divides by it again: 500 is no power of 2."""
     whole = ImportanceMatrix.load(hostile)
     names = [name for name in whole if "first" not in name]
     old = ImportanceMatrix({name: whole[name] for name in names}, chunk_count=1, chunk_size=512)
@@ -208,7 +212,8 @@ def test_the_old_format(chunk_size: int, hostile: Path, run: Run, tmp_path: Path
 
 @pytest.mark.usefixtures("wide")
 def test_blocks_whose_weights_differ_in_size(run: Run, tmp_path: Path) -> None:
-    """llama-imatrix multiplies 80 values by 64, and reads on behind them: all but the cosine."""
+    """llama-imatrix multiplies 80 values by 64 and reads beyond them for the cosine: all else is
+    the same."""
     entries = {
         f"blk.{n}.ffn_down.weight": drawn(n, 1, size, [512]) for n, size in enumerate([64, 80, 80])
     }
@@ -246,21 +251,21 @@ def test_figures_by_hand() -> None:
     assert one.stddev == pytest.approx(math.sqrt(0.75), rel=1e-7)
     assert one.cossim == pytest.approx(0.5, rel=1e-7)  # (2, 2, 2, 2) and (0, 0, 0, 8)
     assert one.previous == "blk.0.a.weight"
-    # the first expert has no part in it: [1, 3, 1, 1]
+    # the first expert is left out: [1, 3, 1, 1]
     assert (experts.elements, experts.total, experts.maximum, experts.unseen) == (4, 6, 3, 1)
     assert (experts.rows_min, experts.rows_max, experts.thinnest) == (0, 4, 2)
     assert experts.entropy == pytest.approx(0.5 + 3 * math.log2(6) / 6, rel=1e-6)
     layer = found.layers[1]
     assert (layer.elements, layer.n_weights, layer.n_experts, layer.unseen) == (8, 2, 3, 1)
     assert layer.mean_total == (4 * 2 + 4 * 6) / 8
-    assert (layer.rows_min, layer.rows_max) == (0, 4)  # the experts', not the dense weight's
+    assert (layer.rows_min, layer.rows_max) == (0, 4)  # not the dense weight's
     (trunk,) = found.parts
     assert (trunk.part, trunk.blocks, trunk.elements) == ("trunk", (0, 1), 12)
     assert trunk.mean_total == pytest.approx((4 * 4 + 4 * 2 + 4 * 6) / 12, rel=1e-7)
 
 
 def reference(values: Any) -> dict[str, float]:
-    """The figures as one would write them down."""
+    """The figures, written as their definitions."""
     p = values / values.sum()
     return {
         "total": values.sum(),
@@ -277,7 +282,7 @@ def reference(values: Any) -> dict[str, float]:
 
 def test_exact_figures_are_numpys(hostile: Path) -> None:
     whole = ImportanceMatrix.load(hostile)
-    # 1e30 has no even mean in float64 either, and so a deviation
+    # in float64 the mean of 1e30 is inexact too, so that there is a deviation
     matrix = ImportanceMatrix({n: whole[n] for n in whole if not re.search("huge|zero|one", n)})
     found = statistics(matrix, exact=True)
     assert found.exact
@@ -329,7 +334,7 @@ def test_small_matrices() -> None:
 
 
 def test_sums_that_float32_cannot_hold() -> None:
-    """In a file they would be scaled, so that the mean, which float32 can hold, stays."""
+    """In a file they would be scaled so that the mean, which float32 can hold, stays the same."""
     matrix = ImportanceMatrix({"blk.0.a.weight": Entry([[4e40, 8e40]], [10**4])})
     (found,) = statistics(matrix).weights
     assert found.maximum == pytest.approx(8e36, rel=1e-7)
@@ -427,7 +432,7 @@ def test_order(head_matrix: Path, run: Run) -> None:
 
     matrix = ImportanceMatrix.load(head_matrix)
     total = {name: float(matrix.importance(name).sum()) for name in matrix}
-    # no two of different inputs are as close as float32 rounds
+    # no two figures of different inputs are as close as float32 rounds
     assert [total[n] for n in names("--sort", "total")] == pytest.approx(
         sorted(total.values(), reverse=True), rel=1e-5
     )
@@ -437,7 +442,7 @@ def test_order(head_matrix: Path, run: Run) -> None:
     )
     by_layer = [matrix_block(name) for name in names("--sort", "Layer")]
     assert by_layer == sorted(by_layer)
-    # what has no value is last either way
+    # weights without a value are last in either order
     experts = {name for name in matrix if matrix[name].n_counts > 1}
     for flags in ([], ["--reverse"]):
         assert set(names("--sort", "thinnest", *flags)[: len(experts)]) == experts
@@ -453,10 +458,10 @@ def matrix_block(name: str) -> int:
 def test_tables_fit(
     width: int, flags: list[str], head_matrix: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the stream for a terminal then
+    monkeypatch.setenv("FORCE_COLOR", "1")  # with this, rich takes the stream for a terminal
     monkeypatch.setenv("COLUMNS", str(width))
     text = re.sub(r"\x1b\[[0-9;]*m", "", run(head_matrix, *flags).out)
-    # the terminal breaks what is told of the file in words
+    # the terminal breaks the facts about the file into words
     lines = [line for line in text.splitlines() if not line.startswith(("/", "  experts: "))]
     assert max(map(len, lines)) <= width
     assert "…" not in text
@@ -482,12 +487,12 @@ def test_bad_input_is_told(head_matrix: Path, run: Run, tmp_path: Path) -> None:
     assert done.status == 2
     assert "no column 'sum' to sort by; there are: name, block, tensor" in done.err
     assert run(head_matrix, "--layers", "--sort", "rows").status == 2
-    # neither program's writer makes such a file; the reader refuses it
+    # neither program writes such a file; the reader refuses it
     path = tmp_path / "infinite.gguf"
     ImportanceMatrix({"blk.0.attn_q.weight": Entry([[12345.0]], [1])}).save(path)
     data = path.read_bytes()
     raw = np.float32(12345.0).tobytes()
-    # the sum comes first, the figures made of it behind
+    # the sum comes first, the figures made from it come after
     path.write_bytes(data.replace(raw, np.float32(np.inf).tobytes(), 1))
     done = run(path)
     assert done.status == 2

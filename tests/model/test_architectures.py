@@ -1,8 +1,9 @@
-"""What is collected of each architecture that has an MTP graph, against a reading of the graphs.
+"""What is collected from each architecture that has an MTP graph, compared with a reading of the
+graphs.
 
 The models are forged (forge_any.py). Each is collected from in a process of its own, because the
-engine ends it where an assertion of its fails. docs/make_architectures.py makes its table of the
-same measurements.
+engine ends the process if one of its assertions fails. docs/make_architectures.py makes its table
+from the same measurements.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def block(name: str) -> int:
 )
 @pytest.mark.parametrize(("arch", "variant"), EACH)
 class TestCollected:
-    """What is expected comes from the tensors of the file and the tables above."""
+    """The expected entries follow from the tensors of the file and from the tables in
+    helpers/measured.py."""
 
     def test_every_weight_that_is_multiplied_has_an_entry(
         self, arch: str, variant: str, measured: Measuring
@@ -147,13 +149,13 @@ class TestCollected:
 @pytest.mark.engine("src/llama-quant.cpp", "which weights IQ2_XXS demands data for")
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing) -> None:
-    """Only what no graph multiplies is left without data."""
+    """Only the weights that no graph multiplies are left without data."""
     without, log = quantized(arch)
     assert "failed to quantize" not in log
     assert "quant size" in log
     variant = "plain" if arch in NO_TABLES else "tables"
     assert set(without) <= set(never(arch, variant))
-    if variant == "tables":  # it is looked up, and the quantizer wants data for it all the same
+    if variant == "tables":  # its use is a lookup, but the quantizer asks data for it
         assert f"blk.{ARCHS[arch].n_layer}.nextn.embed_tokens.weight" in without
 
 
@@ -172,7 +174,8 @@ def test_iq2_xxs_with_the_trunk_alone_names_a_weight_of_the_head(
     arch: str, measured: Measuring, quantized: Quantizing, tmp_path: Path
 ) -> None:
     found = measured(arch)["plain"]
-    # of what never runs, what the quantizer asks data for: a rule for the rest is warned about
+    # those weights that never run and that the quantizer asks data for: a rule for another one is
+    # warned about
     larger = [name for name in quantized(arch)[0] if name in found.model.shapes]
     with pytest.raises(imatrix.EngineError, match=r"MTP head") as error:
         imatrix.quantize(
@@ -212,7 +215,7 @@ for path, head, mtp in json.loads(sys.argv[1]):
 
 
 def refusals(models: Iterable[Path], *, mtp: bool = True) -> list[str]:
-    """The messages of the ModelErrors that runs end with before they read any text."""
+    """The messages of the ModelErrors that end the runs before they read any text."""
     models = list(models)
     lines = child(_REFUSAL, json.dumps([(str(model), "", mtp) for model in models])).splitlines()
     messages = []
@@ -232,14 +235,14 @@ def refusal(model: Path, *, mtp: bool = True) -> str:
 
 
 def norm(arch: str) -> str:
-    """The norm that a block of every kind has, and a head must."""
+    """The norm that a block of every kind has, and that a head must have."""
     return "hc_attn_norm" if arch == "qwen4exp" else "attn_norm"
 
 
 def bare(
     path: Path, arch: str, *, block_count: int = 2, n_nextn: int = 1, without: Iterable[str] = ()
 ) -> Path:
-    """A header with the tensors that are looked at before the engine is asked."""
+    """A header with the tensors that are checked before the engine is asked."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(block_count)
     writer.add_uint32(f"{arch}.nextn_predict_layers", n_nextn)
@@ -267,7 +270,8 @@ class TestRefusals:
 
     @pytest.mark.engine("src/models", "which architectures have a graph for a head")
     def test_these_are_the_architectures_without_one(self) -> None:
-        """The loaders that make room for a head's projection, and the graphs, in the source."""
+        """Looks in the engine's source for loaders that make room for a head's projection, and for
+        graphs."""
         if not MODELS.is_dir():
             pytest.skip("the engine's source is not here")
 
@@ -350,9 +354,9 @@ class TestRefusals:
             assert "gemma4-assistant is a draft head" in refusal(model.path, mtp=mtp)
 
 
-# Inputs that the engine answers by ending the process: the reason for each is the assertion, or
-# the tensor used without a look. "head" runs with mtp=True only. Most are found in the rehearsal
-# (src/imatrix/_rehearsal.py), the others by their header.
+# Inputs for which the engine ends the process; the reason for each is the assertion, or the tensor
+# that is used without a check. "head" inputs run with mtp=True only. Most are found in the
+# rehearsal (src/imatrix/engine/rehearsal.py), the others by their header.
 _DENSE_HEAD = {"leading_dense_block_count": 3}
 ENDS_THE_PROCESS: list[tuple[str, str, dict[str, Any]]] = [
     # GGML_ASSERT(layer.ffn_gate_inp), deepseek2: il >= n_layer_dense_lead
@@ -366,7 +370,7 @@ ENDS_THE_PROCESS: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek4", "head", {"metadata": {"attention.compress_ratios": [0, 4, 128, 4]}}),
     # GGML_ASSERT(layer.ffn_gate && layer.ffn_down && layer.ffn_up) in mimo2.cpp
     *(("mimo2", "head", {"drop": f"blk.2.ffn_{x}.weight"}) for x in ("gate", "up", "down")),
-    # optional for the loaders, used without a look
+    # optional for the loaders, but used without a check
     *(("step35", "head", {"drop": f"blk.2.ffn_{x}.weight"}) for x in ("up", "down")),
     *(("hy_v3", "head", {"drop": f"blk.2.ffn_{x}_exps.weight"}) for x in ("up", "down")),
     *(("hy_v3", "trunk", {"drop": f"blk.0.ffn_{x}.weight"}) for x in ("up", "down")),
@@ -426,7 +430,7 @@ def test_the_table_is_what_was_measured(
     measured: Measuring,
     quantized: Quantizing,
 ) -> None:
-    """docs/architectures.md goes stale otherwise. Make it again: docs/make_architectures.py."""
+    """docs/architectures.md is out of date otherwise. docs/make_architectures.py makes it again."""
     generator = _generator()
     text = generator.page({arch: (measured(arch), quantized(arch)[0]) for arch in MTP_ARCHS})
     committed = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
-"""Files whose metadata and tensors disagree about a head, and other files that are no whole model.
+"""Files whose metadata and tensors disagree about a head, and other files that are no complete
+model.
 
-What the engine makes of each comes from the engine: its loader, its count of the trunk's blocks.
+The engine says what each of them is: its loader, and its count of the trunk's blocks.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from imatrix.cli.program import main
 from imatrix.model.fit import check_fit
 from imatrix.native import engine as native
 
-# Where the engine asks blk.<n_trunk>.nextn.eh_proj whether there is a head.
+# The engine asks blk.<n_trunk>.nextn.eh_proj whether there is a head.
 PROBED = ["qwen35", "qwen35moe", "qwen3next", "nemotron_h_moe", "glm4moe", "deepseek2", "step35"]
 
 
 def engine(path: Path, *, mtp: bool = False) -> tuple[int, int]:
-    """Blocks of the trunk and of the head, as the engine counts them once it has loaded a file."""
+    """Blocks of the trunk and of the head, as the engine counts them after it has loaded a file."""
     model = native.Model(
         str(path), mtp=mtp, n_gpu_layers=0, use_mmap=True, check_tensors=False, no_alloc=False
     )
@@ -42,7 +43,8 @@ def rewrite(
     more: dict[str, NDArray[Any]] | None = None,
     without: tuple[str, ...] = (),
 ) -> Path:
-    """The model with whole-number keys changed (None: dropped), tensors added and left out."""
+    """The model with changed whole-number keys (None drops one), and with tensors added and left
+    out."""
     keys, reader = keys or {}, gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
@@ -76,7 +78,7 @@ def claim(model: AnyModel) -> str:
 
 
 def refused(path: Path, *words: str) -> None:
-    """By everything that opens a model; nothing is written."""
+    """Everything that opens a model refuses the file; nothing is written."""
     folder = path.parent
     out = folder / "refused.gguf"
     (folder / "text.txt").write_text("some words to run, and some more\n" * 50)
@@ -118,7 +120,7 @@ def test_a_trunk_that_claims_a_head_is_a_trunk(
     assert found.head == ()
     imatrix.quantize(path, tmp_path / "q.gguf", "Q8_0")
     assert engine(tmp_path / "q.gguf", mtp=True)[0] == file.n_trunk
-    # nothing of a head in what is collected, and mtp=True says why
+    # the collected data have nothing of a head, and mtp=True says why
     says = r"claim \d MTP head block.*eh_proj.weight is missing"
     with Collector(path, n_ctx=32, n_threads=1) as collector:
         assert not collector.run([list(range(5, 37))]).head_blocks
@@ -162,7 +164,7 @@ def test_deepseek4_whose_head_is_gone_is_not_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["qwen35", "glm4moe"])
 def test_a_claim_that_turns_the_last_block_into_a_head(arch: str, tmp_path: Path) -> None:
-    """The engine would load it, without its last block."""
+    """The engine would load such a file, but without its last block."""
     whole = make_any(tmp_path / "whole.gguf", arch)
     trunk = drop_mtp(whole.path, tmp_path / "trunk.gguf")
     path = rewrite(trunk.model, tmp_path / "m.gguf", keys={claim(whole): 1})
@@ -226,7 +228,7 @@ def test_dropping_what_is_not_there(tmp_path: Path) -> None:
         drop_mtp(whole.path, whole.path)
 
 
-# --- heads that are only blocks, or speak another vocabulary -------------------------------------
+# --- heads that are blocks alone, or have another vocabulary -------------------------------------
 
 
 def test_a_head_of_blocks_alone_is_grafted_and_not_run(tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_the_command_that_is_named_can_be_pasted(
 
 
 def test_a_head_whose_output_stayed_in_the_trunk_is_not_run(tmp_path: Path) -> None:
-    """The engine would take the token embedding for it, without a word."""
+    """The engine would silently take the token embedding instead."""
     whole = make_any(tmp_path / "whole.gguf", "glm4moe")
     trunk, head = tmp_path / "trunk.gguf", tmp_path / "head.gguf"
     imatrix.extract_mtp(whole.path, head, trunk_out=trunk)
@@ -334,7 +336,7 @@ def test_an_encoder_in_the_models_file(
 
 
 def test_a_tensor_that_nobody_knows(tmp_path: Path) -> None:
-    """Whatever is odd about a source: no file is written that the engine does not load."""
+    """Whatever is odd about a source, no file is written that the engine cannot load."""
     whole = make_any(tmp_path / "whole.gguf", "glm4moe")
     more = {"blk.0.attn_mystery.weight": np.ones((64, 256), dtype=np.float32)}
     path = rewrite(whole.path, tmp_path / "m.gguf", more=more)

@@ -1,7 +1,7 @@
-"""Files that ended the process once, each as small a change to a good model as shows it.
+"""Files that once ended the process, each as the smallest change to a good model that shows it.
 
-All were found by tests/fuzz. What the engine asserts is named beside each: an independent word
-for that the refusal is right. A regression ends the process, so they run in one of their own.
+tests/fuzz found all of them. Beside each stands the engine's assertion, an independent proof that
+the refusal is right. A regression ends the process, so each file has a process of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def doubles_a_token(file: File) -> None:
 
 
 def no_separator(file: File) -> None:
-    """Nor one where the engine expects it by itself: at 102."""
+    """No separator is named, and there is none at 102 either, where the engine then expects it."""
     file.keys = [key for key in file.keys if key.name != b"tokenizer.ggml.seperator_token_id"]
 
 
@@ -160,7 +160,8 @@ def test_is_refused_or_works(
 )
 @pytest.mark.parametrize("target", ["matrix", "checkpoint", "model", "mtp"])
 def test_nothing_is_allocated_for_a_claim(claim: str, target: str, tmp_path: Path) -> None:
-    """Files of a few hundred bytes that claim 2^60 of something, with 256 MiB left to read them."""
+    """Files of a few hundred bytes that claim 2^60 of something, read with 256 MiB of memory
+    left."""
     from targets import CORPUS
 
     data = sorted((CORPUS / target).iterdir())[0].read_bytes()
@@ -198,7 +199,7 @@ def test_nothing_is_allocated_for_a_claim(claim: str, target: str, tmp_path: Pat
 
 
 def test_nothing_in_a_file_is_executed() -> None:
-    """No module of the package has a way to run what it reads."""
+    """No module of the package can run what it reads."""
     source = Path(__file__).resolve().parents[2] / "src" / "imatrix"
     modules = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
     for path in sorted(source.rglob("*.py")):
@@ -244,14 +245,14 @@ def test_a_long_word(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_a_tensor_of_no_dimensions() -> None:
-    """An IndexError once; the file is one that libFuzzer made."""
+    """It raised an IndexError once; libFuzzer made the file."""
     path = Path(__file__).resolve().parents[1] / "fuzz" / "corpus" / "checkpoint" / "no-dimensions"
     with pytest.raises(FormatError, match="holds no values"):
         checkpoint.read(path)
 
 
 def test_a_head_whose_scalar_is_of_another_type(tmp_path: Path) -> None:
-    """A struct.error once: 1.0 is equal to the 1 of the trunk's array, and is no integer."""
+    """It raised a struct.error once: 1.0 equals the 1 of the trunk's array, but is no integer."""
     from targets import CORPUS
 
     trunk, head = (

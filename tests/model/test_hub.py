@@ -1,4 +1,4 @@
-"""-hf against a small hub on the loopback; what it chooses against what llama.cpp downloads."""
+"""-hf with a small hub on the loopback; the chosen files are those that llama.cpp downloads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUANTS = [
     "model-Q8_0.gguf",
     "mtp-model-Q8_0.gguf",
 ]
-# repositories that differ in what -hf finds in them
+# these repositories differ in what -hf finds in them
 LISTS = {
     "all": QUANTS,
     "no-Q4": [name for name in QUANTS if "Q4_K_M" not in name],
@@ -79,7 +79,7 @@ def test_what_llama_cpp_downloads(
     for quant in quants:
         name = "user/model" + (f":{quant}" if quant else "")
         hub.downloads.clear()
-        # none of the files is a model: it fails once they are there
+        # none of the files is a model: the command fails after they were downloaded
         subprocess.run(
             [engine_tool("llama-imatrix"), "-hf", name, "-f", __file__, "--no-ppl"],
             env={**os.environ, "LLAMA_CACHE": str(tmp_path / f"theirs{quant}")},
@@ -102,7 +102,7 @@ def test_what_llama_cpp_downloads(
 
 
 def test_one_cache_for_both(hub: SmallHub, engine_tool: EngineTool) -> None:
-    """What either has fetched, the other does not fetch again."""
+    """The one does not download again what the other has downloaded."""
     hub.repositories["user/model"] = {"a-Q4_K_M.gguf": content("a"), "a-F16.gguf": content("b")}
     command = [engine_tool("llama-imatrix"), "-f", __file__, "--no-ppl", "-hf"]
     HubModel("user/model").model()
@@ -122,9 +122,10 @@ def test_one_cache_for_both(hub: SmallHub, engine_tool: EngineTool) -> None:
         # (find_best_sibling in common/download.cpp): the deepest shared folder, ...
         (["mtp-m-Q4_0.gguf", "sub/mtp-m-F16.gguf"], "sub/m-Q4_0.gguf", "Q4_0", 1),
         (["other/mtp-m-Q4_0.gguf"], "sub/m-Q4_0.gguf", "Q4_0", None),
-        # ... the very quant, ...
+        # ... the same quant, ...
         (["mtp-m-Q4_0.gguf", "mtp-m-Q4_K_M.gguf"], "m-Q4_K_M.gguf", "q4_k_m", 1),
-        # ... the nearest number of bits, of the quant, or of the model where none was given, ...
+        # ... the nearest number of bits to that of the quant, or of the model if none was given,
+        # ...
         (["mtp-m-F16.gguf", "mtp-m-Q8_0.gguf"], "m-IQ2_XXS.gguf", "IQ2_XXS", 1),
         (["mtp-m-Q2_K.gguf", "mtp-m-BF16.gguf"], "m-F16.gguf", "", 1),
         # ... and the first of several
@@ -164,7 +165,7 @@ def test_what_goes_wrong(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None
         HubModel("user/empty").model()
     with pytest.raises(ValueError, match=r"has no file 'x\.gguf'; it has m-F16\.gguf"):
         HubModel("user/gated").model("x.gguf")
-    # the token of the environment
+    # the token comes from the environment
     assert hub.token not in hub.tokens
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert HubModel("user/private").model().read_bytes() == b"m"
@@ -187,7 +188,7 @@ def test_without_the_hub(hub: SmallHub, monkeypatch: pytest.MonkeyPatch) -> None
         assert found.offline
         assert found.model().read_bytes() == content("a")
     assert len(hub.downloads) == asked
-    with socket.socket() as taken:  # bound, and nobody listens
+    with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MODEL_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         assert HubModel("user/model").model().read_bytes() == content("a")
@@ -225,7 +226,7 @@ def test_the_command(hub: SmallHub, tmp_path: Path, capfd: pytest.CaptureFixture
     assert run("-m", whole, "--mtp", "-o", outs[0])[0] == 0
     status, err = run("-hf", "user/whole", "--mtp", "-o", outs[1])
     assert (status, "user/whole: demo-F16.gguf" in err) == (0, True), err
-    # the head lies in the model, so that the file beside it is left alone
+    # the model holds the head, so that the file beside it is left alone
     assert hub.downloads == ["demo-F16.gguf"]
     status, err = run("-hf", "user/split:f16", "--mtp", "-o", outs[2])
     assert (status, "user/split: mtp-demo.gguf, its head" in err) == (0, True), err
@@ -248,7 +249,7 @@ def test_wherever_a_model_is_given(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """-hf, and hf: in a path's place, give what the downloaded file gives."""
+    """-hf, or hf: instead of a path, gives the same as the downloaded file."""
     whole = tmp_path / "whole.gguf"
     make_random_model(whole)
     parts = imatrix.extract_mtp(whole, tmp_path / "mtp-demo.gguf", trunk_out=tmp_path / "t.gguf")
@@ -278,7 +279,7 @@ def test_wherever_a_model_is_given(
         assert found["failing"]
         assert found["model"].endswith("demo-F16.gguf" if argv[1] != whole else "whole.gguf")
     assert hub.downloads == ["demo-F16.gguf"]
-    # what stays after -hf has taken the model's place is the matrix, wherever it stands
+    # the argument left after -hf took the model's place is the matrix, wherever it stands
     for argv in (["-hf", "user/whole", "no.gguf"], ["no.gguf", "-hf", "user/whole"]):
         assert "no.gguf: No such file" in run("check", *argv, "--type", "Q8_0")[2]
         assert "no.gguf: No such file" in run("check", "--type", "Q8_0", *argv)[2]
@@ -290,7 +291,7 @@ def test_wherever_a_model_is_given(
     assert status == 0, err
     assert first.read_bytes() == second.read_bytes()
 
-    # evaluate: the head lies beside the model, the reference's in it
+    # evaluate: the head is in a file beside the model, that of the reference in its own file
     options = ["-f", text, "-c", "32", "-t", "1", "--json"]
     status, out, err = run("evaluate", trunk, "--mtp-model", head, "--reference", whole, *options)
     assert status == 0, err
@@ -306,12 +307,12 @@ def test_wherever_a_model_is_given(
         key: want[key] for key in ("trunk", "head")
     }
 
-    # extract-mtp: not into the cache
+    # extract-mtp: the output does not go into the cache
     status, _, err = run("extract-mtp", "-hf", "user/whole")
     assert status == 0, err
     (made,) = (tmp_path / "here").iterdir()
     assert made.read_bytes() == head.read_bytes()
-    # graft-mtp: both
+    # graft-mtp: both files come from the hub
     status, _, err = run("graft-mtp", "hf:user/split:F16", head, "-o", tmp_path / "again.gguf")
     assert status == 0, err
     assert imatrix.ModelFile.read(tmp_path / "again.gguf").n_nextn == 1

@@ -1,7 +1,7 @@
-"""A head in a file of its own: Collector(trunk, mtp_model=head) against the bundled model.
+"""A head in a file of its own: Collector(trunk, mtp_model=head) compared with the bundled model.
 
-The halves are what extract_mtp makes of a forged model, for every architecture with an MTP graph.
-Runs are in processes of their own, because the engine ends them where an assertion of its fails.
+extract_mtp makes the halves from a forged model, for every architecture with an MTP graph. Runs are
+in processes of their own, because the engine ends the process if one of its assertions fails.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ for trunk, head in pairs:
 
 
 def check_same(bundled: Path, *pairs: tuple[Path, Path]) -> None:
-    """What is collected from each pair of trunk and head is what the bundled model gives."""
+    """Each pair of trunk and head gives what the bundled model gives."""
     names = [[str(trunk), str(head)] for trunk, head in pairs]
     lines = child(_SAME, json.dumps([N_CTX, str(bundled), *names])).splitlines()
     assert len(lines) == len(pairs)
@@ -85,7 +85,7 @@ def forged_halves(folder: Path, arch: str, **options: Any) -> tuple[AnyModel, Pa
 
 
 def in_parts(model: Path, tensors: int) -> Path:
-    """The model in parts of so many tensors, written by gguf-py; the first part."""
+    """The model in parts of so many tensors, written by gguf-py; returns the first part."""
     rewritten(model, model.with_name(f"{model.stem}-parts.gguf"), split=tensors)
     parts = sorted(model.parent.glob(f"{model.stem}-parts-?????-of-?????.gguf"))
     assert len(parts) > 2
@@ -95,7 +95,8 @@ def in_parts(model: Path, tensors: int) -> Path:
 class TestSameSums:
     @pytest.mark.parametrize("arch", MTP_ARCHS)
     def test_as_from_the_bundled_model(self, arch: str, tmp_path: Path) -> None:
-        """Also where the trunk claims the head, as a bundled model does: the file's is left."""
+        """The trunk may also be a bundled model, which claims a head: its own head is then left
+        alone."""
         model, trunk, head = forged_halves(tmp_path, arch)
         check_same(model.path, (trunk, head), (model.path, head))
 
@@ -110,7 +111,7 @@ class TestSameSums:
         check_same(model.path, (trunk, head))
 
     def test_where_the_bundled_model_is_the_head(self, tmp_path: Path) -> None:
-        """A whole model given as mtp_model: its head is taken."""
+        """A whole model is given as mtp_model: its head is taken."""
         model, trunk, _ = forged_halves(tmp_path, "glm4moe")
         check_same(model.path, (trunk, model.path))
 
@@ -141,7 +142,8 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestHeadsThatDoNotFit:
-    """Refused when the Collector is made, with both values; the engine would take most of them."""
+    """They are refused when the Collector is made, with both values; the engine would accept most
+    of them."""
 
     @pytest.mark.parametrize(
         ("arch", "options", "message"),

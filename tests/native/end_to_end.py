@@ -1,4 +1,4 @@
-"""Whole runs from Python through a binding that was built with sanitizers: see sanitize.sh.
+"""Whole runs from Python with a binding that was built with sanitizers: see sanitize.sh.
 
 LD_PRELOAD=libasan.so python tests/native/end_to_end.py FOLDER_OF_THE_BINDING MODEL...
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def load(folder: Path) -> None:
-    """Take the binding from there, before anybody imports the other one."""
+    """Load the binding from that folder before anything imports the other one."""
     [path] = folder.glob("engine*.so")
     spec = importlib.util.spec_from_file_location("imatrix.native.engine", path)
     assert spec is not None
@@ -32,7 +32,8 @@ class Enough(Exception):
 
 
 def run(path: str, folder: Path) -> None:
-    """Trunk and head with several threads: interrupted, gone on, cancelled, looked at, evaluated."""
+    """Runs trunk and head with several threads: interrupted, resumed, cancelled, looked at,
+    evaluated."""
     from imatrix import Collector, evaluate
 
     chunks = [[(7 * i + j) % 250 for j in range(64)] for i in range(6)]
@@ -55,7 +56,7 @@ def run(path: str, folder: Path) -> None:
         checkpoint.unlink()
         made.plan(mtp=mtp)
 
-        # two at once, and a third thread that looks at them
+        # two runs at once, and a third thread that looks at them
         found = []
         threads = [
             threading.Thread(target=lambda each=each: found.append(each.run(chunks, **run)))
@@ -69,7 +70,7 @@ def run(path: str, folder: Path) -> None:
             thread.join()
         assert found == [whole, whole]
 
-        # ended from another thread in the middle of a step
+        # another thread ends it in the middle of a step
         started = threading.Event()
         raised = []
 

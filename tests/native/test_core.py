@@ -1,5 +1,5 @@
-"""The native core's own tests (tests/native/core_tests.cpp), without the sanitizers that
-tests/native/sanitize.sh runs them under."""
+"""Runs the native core's own tests (tests/native/core_tests.cpp), without the sanitizers of
+tests/native/sanitize.sh."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from helpers.running import EngineTool, Forged, run_tool
 
 
 def test_the_native_core(engine_tool: EngineTool, forged: Forged) -> None:
-    """Without a head, with one, and with a chain of three."""
+    """The models have no head, one head, and a chain of three."""
     models = (
         forged("llama").path,
         forged("qwen35moe", n_nextn=1).path,

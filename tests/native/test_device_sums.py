@@ -1,10 +1,10 @@
-"""Rows that lie in a device's memory are summed there: whole models on every device there is.
+"""Rows in a device's memory are summed there: whole models on every device that exists.
 
-A ggml-rpc-server on the loopback stands in for a GPU: its buffers are no host memory. It computes
-with the same CPU kernels, so that the same model gives the same activations here and there. What
-the build and the machine have besides (docs/backends.md) computes in its own way: there sums made
-on the device are those of the same rows, copied to the host, and llama-imatrix says whether the
-rows are right.
+A ggml-rpc-server on the loopback stands in for a GPU: its buffers are not host memory. It computes
+with the same CPU kernels, so that the same model gives the same activations on both. The other
+devices of the build and the machine (docs/backends.md) compute in their own way: sums made on such
+a device are compared with those of the same rows, copied to the host, and llama-imatrix shows
+whether the rows are right.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ needs_rpc = pytest.mark.skipif(
 )
 
 N_CTX = 96
-# of the smallest vocabulary
+# the size of the smallest vocabulary
 TOKENS: list[int] = np.random.default_rng(3).integers(0, 256, 3 * N_CTX).tolist()
 SETTINGS: dict[str, Any] = {"n_ctx": N_CTX, "n_batch": 64, "n_ubatch": 64, "n_threads": 1}
-# On both sides the same activations. Sums are float32 over at most a chunk, 96 rows: each is off
-# by some 2^-24 for each addition that rounds, 6e-6 if all 96 did so the same way.
+# Both sides have the same activations. Sums are float32 over at most a chunk, 96 rows: each
+# addition that rounds is off by some 2^-24, 6e-6 in total if all 96 are off in the same direction.
 TOLERANCE = 1e-5
 
 MODELS: list[tuple[Arch, dict[str, Any]]] = [
@@ -52,17 +52,17 @@ MODELS: list[tuple[Arch, dict[str, Any]]] = [
     ("deepseek2", {"n_nextn": 1}),  # 3-D weights
 ]
 
-# The engine's Vulkan backend never ends its own graph of the small deepseek2, llama-imatrix's
-# neither (docs/backends.md).
+# The engine's Vulkan backend never finishes its own graph of the small deepseek2, in llama-imatrix
+# either (docs/backends.md).
 ON_GPUS = [model for model in MODELS if model[0] != "deepseek2"]
 
-# Layers that are not on the device are not computed there either (offload_op in ggml-vulkan.cpp).
+# Layers that are not on the device are not computed on it either (offload_op in ggml-vulkan.cpp).
 KEPT_HERE = {"GGML_OP_OFFLOAD_MIN_BATCH": "1000000"}
 
 
 @dataclass
 class Place:
-    """What a child process is given so that it computes there."""
+    """What makes a child process compute there."""
 
     endpoint: str | None = None  # host:port of a ggml-rpc-server
     environment: dict[str, str] = field(default_factory=dict)
@@ -115,8 +115,8 @@ def collect(
 
 
 def differences(got: ImportanceMatrix, want: ImportanceMatrix) -> dict[str, float]:
-    """For each weight the largest difference over its largest sum, and of the signed sums over
-    what those could be at most."""
+    """For each weight the largest difference over its largest sum, and for the signed sums over the
+    largest possible value."""
     assert set(got) == set(want)
     for name in want:
         np.testing.assert_array_equal(got[name].counts, want[name].counts, err_msg=name)
@@ -140,7 +140,7 @@ def both_ways(
         )
         for on in (True, False)
     )
-    # the same rows were looked at, and most of what was copied was not needed
+    # the same rows were seen, and most of the copying was unnecessary
     assert there.counters["stops"] == copied.counters["stops"]
     assert there.counters["squared_elements"] == copied.counters["squared_elements"]
     assert 0 < 4 * there.counters["fetched_bytes"] < copied.counters["fetched_bytes"]
@@ -187,7 +187,8 @@ def test_a_gpus_rows_are_llama_imatrix_s(
     model = forged(arch, seed=2, **options).path
     text, theirs = tmp_path / "text.txt", tmp_path / "theirs.gguf"
     text.write_text(TEXT[:6000])
-    # graphs of whole chunks on both sides: the device may add in another order in shorter ones
+    # graphs of whole chunks on both sides, because in shorter ones the device may add in another
+    # order
     n = 64
     command = [engine_tool("llama-imatrix"), "-m", model, "-f", text, "-o", theirs, "--no-ppl"]
     command += ["-c", str(n), "-b", str(n), "-ub", str(n), "--chunks", "4", "-ngl", "99"]

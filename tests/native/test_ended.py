@@ -1,4 +1,5 @@
-"""Graphs left after the last wanted weight, where logits were asked for and nobody reads them."""
+"""Graphs that end after the last wanted weight, although logits were asked for, if nobody reads
+them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ needs_rpc = pytest.mark.skipif(
 def collected(
     spec: ModelSpec, *, n_seq: int = 1, n_ubatch: int = 64, **options: Any
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What three chunks give, and the counters."""
+    """The result of three chunks, and the counters."""
     model = engine.Model(
         str(spec.path), mtp=False, n_gpu_layers=0, use_mmap=True, check_tensors=False
     )
@@ -60,7 +61,7 @@ def test_the_sums_are_those_of_whole_graphs(
     assert whole["ended"] == 0
     if arch == "llama":  # crops its last layer to the rows whose logits are asked for
         graphs = -(-N_CTX * n_seq // n_ubatch) * (3 // n_seq)
-        assert counters["ended"] >= graphs  # more where a ubatch does not divide by n_seq
+        assert counters["ended"] >= graphs  # more if n_seq does not divide a ubatch
     assert counters["stops"] == whole["stops"]
     assert_same_bits(got, want)
 
@@ -114,10 +115,10 @@ print(json.dumps([differing, before, after, len(whole), memory]))
 @pytest.mark.parametrize(
     ("n_servers", "layers", "n_used"),
     [
-        (1, -1, 1),  # wholly there
-        (1, 3, 1),  # two layers and the LM head there, two here
-        (1, 1, 1),  # the LM head alone there: a split after the one that is left
-        (1, 0, 0),  # here, beside a device that is not used
+        (1, -1, 1),  # all on the device
+        (1, 3, 1),  # two layers and the LM head on the device, two here
+        (1, 1, 1),  # only the LM head there: a split after the last wanted one
+        (1, 0, 0),  # all here, beside an unused device
         (2, -1, 2),  # on two devices
         (2, 3, 2),
     ],
@@ -125,8 +126,9 @@ print(json.dumps([differing, before, after, len(whole), memory]))
 def test_graphs_in_several_splits(
     n_servers: int, layers: int, n_used: int, rpc_server: RpcServer, forged: Forged
 ) -> None:
-    """The scheduler leaves only the split that the last wanted weight is in: those after it run on
-    what was never computed, and nothing of it may reach the sums, now or in a later graph."""
+    """The scheduler leaves only the split that holds the last wanted weight: the splits after it
+    run on what was never computed, and nothing of that may reach the sums, now or in a later
+    graph."""
     spec = forged("llama", seed=2, n_layer=4)
     endpoints = [rpc_server(n) for n in range(n_servers)]
     work = json.dumps([str(spec.path), endpoints, layers, N_CTX, 64])

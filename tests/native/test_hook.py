@@ -1,4 +1,4 @@
-"""The eval hook and its sums on small graphs, against plain NumPy.
+"""The eval hook and its sums on small graphs, compared with plain NumPy.
 
 The graphs run through ggml's own scheduler: on the host, on a device whose memory the host cannot
 read, and with weights that the scheduler copies to that device (tests/native/harness.h).
@@ -30,7 +30,7 @@ pytestmark = [
     ),
 ]
 
-# a GPU, where the build and the machine have one (docs/backends.md)
+# a GPU, if the build and the machine have one (docs/backends.md)
 DEVICES = tuple(device.name for device in backends().devices if device.gpu)
 WHERE = ("host", "device", "offload", "device-sums", "offload-sums")
 WHERE += tuple(f"{name}-{how}" for name in DEVICES for how in ("device", "device-sums"))
@@ -90,7 +90,7 @@ class Expected:
     sums: F64
     counts: NDArray[np.int64]
     signed: F64
-    magnitude: F64  # the sum of |x|: what the rounding of a signed sum goes by
+    magnitude: F64  # the sum of |x|, to which the rounding of a signed sum is proportional
 
     def __iadd__(self, other: Expected) -> Expected:
         return Expected(
@@ -111,7 +111,7 @@ def powers(x: Activation) -> tuple[F64, F64, F64]:
 
 
 def dense(x: Activation, w2: int = 1, w3: int = 1) -> Expected:
-    """Matrix (i2, i3) of the weight sees the rows whose i2, i3 are the same modulo its own."""
+    """Matrix (i2, i3) of the weight sees the rows whose i2, i3 are equal modulo its own."""
     sums, signed, magnitude = np.zeros((3, w3 * w2, x.ne[0]))
     for into, values in zip((sums, signed, magnitude), powers(x), strict=True):
         for i3 in range(x.ne[3]):
@@ -122,7 +122,7 @@ def dense(x: Activation, w2: int = 1, w3: int = 1) -> Expected:
 
 
 def routed(x: Activation, ids: Ids, n_expert: int) -> Expected:
-    """Expert e sees a row for each time a token uses it."""
+    """Expert e sees one row for each time that a token uses it."""
     sums, signed, magnitude = np.zeros((3, n_expert, x.ne[0]))
     squares, plain, absolute = powers(x)
     counts = np.zeros(n_expert, dtype=np.int64)
@@ -141,7 +141,7 @@ def check(harness: Harness, want: dict[str, Expected]) -> None:
     assert got.keys() == want.keys()
     for name, (sums, counts, _, _) in got.items():
         assert counts.tolist() == want[name].counts.tolist(), name
-        # float32 over at most 512 rows, each square and each addition rounded once
+        # float32 over at most 512 rows; each square and each addition is rounded once
         tolerance = (min(512, int(counts.max())) + 1) * 2.0**-24
         np.testing.assert_allclose(sums, want[name].sums, rtol=tolerance, atol=1e-40, err_msg=name)
         away = np.abs(harness.signed_sums[name] - want[name].signed)
@@ -165,8 +165,8 @@ def run(
 
 
 def any_layout(where: str) -> bool:
-    """Whether a graph is to be replayed for rows of any layout: a GPU's own multiplication wants
-    them aligned, the hook has to take them as they are."""
+    """Whether a graph can be replayed for rows of any layout: a GPU's own multiplication requires
+    aligned rows, while the hook must accept any."""
     return where.startswith(DEVICES)
 
 
@@ -186,8 +186,8 @@ def rows(n_in: int, n1: int = 1, n2: int = 1, n3: int = 1, *, seed: int = 0) -> 
 def activations(
     draw: st.DrawFn, n_in: int, n1: int, n2: int, n3: int, permute: bool = True
 ) -> Activation:
-    """Any layout that ggml's CPU backend multiplies: contiguous rows, the rest strided, the
-    outer dimensions in any order in memory."""
+    """Any layout that ggml's CPU backend multiplies: the values of a row are contiguous, the rest
+    is strided, with the outer dimensions in any order in memory."""
     sizes = {1: n1, 2: n2, 3: n3}
     order = draw(st.permutations([1, 2, 3])) if permute else [1, 2, 3]
     stride = [1, 0, 0, 0]
@@ -204,7 +204,7 @@ def activations(
 
 @st.composite
 def expert_ids(draw: st.DrawFn, n_expert: int, n_used: int, n_tokens: int) -> Ids:
-    """The first n_used of a sorted list of all experts, as top-k leaves them."""
+    """The first n_used of a sorted list of all experts, as top-k gives them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     offset = draw(st.integers(0, 3))
     order = np.argsort(rng.random((n_tokens, n_expert)), axis=1).astype(np.int32)
@@ -252,7 +252,7 @@ class TestDense:
         assert stops == n_ubatches
         assert squared == n_ubatches * np.prod(shape)
         assert (fetched > 0) == (where != "host")
-        if where.endswith("-sums"):  # only the sums came over, once: of squares, and signed
+        if where.endswith("-sums"):  # only sums were copied, once: squares and signed
             assert fetched == 2 * 4 * shape[0] * w2 * w3
 
     def test_squares_are_the_same_without_signed_sums(self, where: str) -> None:
@@ -272,7 +272,7 @@ class TestDense:
         for name, (sums, counts, *_) in with_them.weights.items():
             np.testing.assert_array_equal(sums, without.weights[name][0])
             np.testing.assert_array_equal(counts, without.weights[name][1])
-        # dropped, they do not come back: rows that they lack have gone by
+        # dropped sums do not come back: they lack rows that have gone by
         with_them.keep_signed(False)
         with_them.keep_signed(True)
         begin(with_them)
@@ -327,7 +327,7 @@ class TestExperts:
 
     @pytest.mark.parametrize(("n_in", "n_tokens"), [(5, 17), (3, 1000), (8192, 1100)])
     def test_many_rows_an_expert(self, where: str, n_in: int, n_tokens: int) -> None:
-        # the last one is more than a device gathers at a time, kGatherBytes in device_sums.cpp
+        # the last number is more than a device gathers at a time, kGatherBytes in device_sums.cpp
         x = rows(n_in, 1, n_tokens)
         order = np.tile([0, 3, 1, 2], n_tokens).astype(np.int32)
         order[-3:] = [2, 0, 1]
@@ -354,13 +354,13 @@ class TestExperts:
         ids = Ids(np.array([1, 1, 0, 1], dtype=np.int32), 2, 2, 2)
         harness = Harness(where)
         begin(harness)
-        # replayed: ggml's own kernel takes a token's experts for different ones
+        # replayed, because ggml's own kernel assumes that a token's experts are different
         run(harness, [x], [product("blk.0.w.weight", ids=0, ne2=2)], [ids], replay=True)
         harness.commit()
         check(harness, {"blk.0.w.weight": routed(x, ids, 2)})
 
     def test_dense_weight_and_router_share_with_nobody_else(self, where: str) -> None:
-        # the router multiplies the same activation as the experts' gate, but densely
+        # the router multiplies the same activation as the experts' gate, but as a dense weight
         x = rows(6, 1, 4)
         ids = Ids(np.array([0, 1, 1, 0], dtype=np.int32), 1, 4, 1)
         harness = Harness(where)
@@ -385,7 +385,7 @@ class TestExperts:
         ("CUDA0#blk.0.attn_k.weight#0", "blk.0.attn_k.weight"),
         ("Vulkan1#blk.12.ffn_down_exps.weight#3", "blk.12.ffn_down_exps.weight"),
         ("CUDA0#output.weight#0", "output.weight"),
-        ("CUDA0#blk.0.attn_k.weight", "blk.0.attn_k.weight"),  # cut off at 63 characters
+        ("CUDA0#blk.0.attn_k.weight", "blk.0.attn_k.weight"),  # cut off after 63 characters
         ("#blk.0.attn_k.weight#", "blk.0.attn_k.weight"),
         ("", ""),
         ("#", ""),
@@ -544,14 +544,14 @@ class TestErrors:
         run(harness, [y], [product("blk.0.y.weight")])
         harness.finish()
         assert harness.error == ("non_finite", "blk.0.x.weight", -1, 2)
-        # found at once, the rest ran unobserved; copied rows are looked at while the graph goes
-        # on, and on a device it is found at the end
+        # the error is found at once, and the rest ran unobserved; copied rows are checked while the
+        # graph runs, and on a device the error is found at the end
         found_after = 1 if where == "host" else 2
         assert harness.counters[0] == (3 if where.endswith("-sums") else found_after)
 
 
 def test_a_device_that_is_lost() -> None:
-    """It throws: the chunk is lost, and the next one's rows are copied."""
+    """The device throws: the chunk is lost, and the next chunk's rows are copied."""
     x = rows(8, 3)
     harness = Harness("device-sums")
     begin(harness)
@@ -579,12 +579,12 @@ def test_nothing_is_seen_while_it_is_off() -> None:
     assert harness.counters == (0, 0, 0)
 
 
-# --- graphs that are left ------------------------------------------------------------------------
+# --- graphs that end early -----------------------------------------------------------------------
 
 
 class TestLeaving:
-    """A graph is left when its wanted weights and what it writes for later graphs have run, in
-    whatever order: a backend may change it (graph_optimize in ggml-vulkan.cpp)."""
+    """A graph ends when its wanted weights and the values that it writes for later graphs have run,
+    in whatever order: a backend may change it (graph_optimize in ggml-vulkan.cpp)."""
 
     X, Y = rows(6, 5), rows(6, 3, seed=1)
     A, B = product("blk.0.a.weight", 0), product("blk.0.b.weight", 1)
@@ -631,7 +631,8 @@ WEIGHTS = [f"blk.0.{name}.weight" for name in ("q", "k", "v", "gate", "up")]
 
 @dataclass
 class Graph:
-    """Which weight multiplies which activation; it runs once for each ubatch, on new rows."""
+    """Which weight multiplies which activation; the graph runs once for each ubatch, on new
+    rows."""
 
     products: list[tuple[int, int]]  # (weight, activation)
     n_rows: list[int]  # of each activation
@@ -648,7 +649,7 @@ class Chunk:
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
     n_activations = draw(st.integers(1, 3))
-    # often the same number everywhere: only then can two groups be taken for one
+    # often the same number everywhere, because only then can two groups be confused
     n_rows = draw(st.sampled_from([[2] * n_activations, list(range(1, n_activations + 1))]))
     products = draw(
         st.lists(
@@ -662,7 +663,7 @@ def graphs(draw: st.DrawFn) -> Graph:
 
 @st.composite
 def chunks(draw: st.DrawFn) -> list[Chunk]:
-    usual = draw(st.lists(graphs(), min_size=1, max_size=2))  # what most chunks do
+    usual = draw(st.lists(graphs(), min_size=1, max_size=2))  # the common behaviour of chunks
     return [
         Chunk(
             draw(st.lists(st.one_of(st.sampled_from(usual), graphs()), min_size=1, max_size=2)),

@@ -1,4 +1,4 @@
-"""Every row kernel this processor can run against NumPy in float64."""
+"""Every row kernel that this processor can run, compared with NumPy in float64."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def added(kernel: str, rows: F32, start: float = 0.0) -> F32:
-    """The kernel's sums of squares, between guards that it must not touch."""
+    """The kernel's sums of squares, between guards that it must not change."""
     return both_added(kernel, rows, start)[0]
 
 
 def both_added(kernel: str, rows: F32, start: float = 0.0) -> tuple[F32, F32]:
-    """Its sums of squares and of the values, between guards that it must not touch."""
+    """The kernel's sums of squares and of values, between guards that it must not change."""
     n = rows.shape[1]
     alone, *held = np.full((3, n + 32), 7.0, dtype=np.float32)
     for sums in (alone, *held):
@@ -32,7 +32,7 @@ def both_added(kernel: str, rows: F32, start: float = 0.0) -> tuple[F32, F32]:
     for sums in (alone, *held):
         assert (sums[:16] == 7.0).all()
         assert (sums[16 + n :] == 7.0).all()
-    # those of squares are the same without the others beside them
+    # the sums of squares are the same if the others are not asked for
     np.testing.assert_array_equal(alone, held[0])
     return held[0][16 : 16 + n], held[1][16 : 16 + n]
 
@@ -46,7 +46,7 @@ def check(kernel: str, rows: F32, start: float = 0.0) -> None:
     # square loses up to half a denormal step.
     tolerance = (len(rows) + 1) * (2.0**-24 * want + 2.0**-150)
     assert (np.abs(got - want) <= tolerance).all()
-    # of both signs: as many roundings, each of what may be as large as the sum of the magnitudes
+    # terms of both signs: as many roundings, each of a sum up to the sum of the magnitudes
     want = start + rows.astype(np.float64).sum(axis=0)
     magnitude = abs(start) + np.abs(rows.astype(np.float64)).sum(axis=0)
     assert (np.abs(signed - want) <= len(rows) * 2.0**-24 * magnitude).all()
@@ -54,7 +54,8 @@ def check(kernel: str, rows: F32, start: float = 0.0) -> None:
 
 @st.composite
 def strided_rows(draw: st.DrawFn) -> F32:
-    """Rows any distance apart, from any multiple of four bytes on, in a buffer of random numbers."""
+    """Rows at any distance from each other, from any multiple of four bytes on, in a buffer of
+    random numbers."""
     n = draw(st.integers(1, 70))
     n_rows = draw(st.integers(0, 20))
     stride = n + draw(st.sampled_from([0, 0, 1, 3, 16]))
