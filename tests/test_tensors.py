@@ -1,4 +1,4 @@
-"""Names of weights taken apart, and rows of experts, against literals."""
+"""Parts of the names of weights, and rows of experts, compared with literals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from imatrix.tensors import (
         ("blk.5.", 5, ""),
         ("blk.999999999.x", 999999999, "x"),
         # outside the blocks
-        ("blk.1000000000.x", None, "blk.1000000000.x"),  # no number of the engine's
+        ("blk.1000000000.x", None, "blk.1000000000.x"),  # the engine writes no such number
         ("blk.5", None, "blk.5"),
         ("blk.-1.x", None, "blk.-1.x"),
         ("blk..x", None, "blk..x"),
@@ -158,7 +158,7 @@ def test_an_expert_has_the_rows_of_its_weight_with_the_fewest() -> None:
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_the_experts_of_a_block_are_those_of_the_largest_number(first: int) -> None:
-    """GroveMoE has groups of experts beside its experts (src/models/grovemoe.cpp)."""
+    """GroveMoE has groups of experts besides its experts (src/models/grovemoe.cpp)."""
     weights = {
         "blk.2.ffn_up_chexps.weight": counts(0, 9),
         "blk.2.ffn_up_exps.weight": counts(5, 1, 8, 2),
@@ -176,7 +176,7 @@ def test_the_experts_of_a_block_are_those_of_the_largest_number(first: int) -> N
     shown = experts(entries)
     assert (shown.n_experts, shown.n_blocks) == (4, 1)
     assert (shown.unseen, shown.thinnest) == ((), (2, 1, 1))
-    # rows of all weights with experts, the smaller set among them
+    # the rows of all weights that have experts, the smaller set included
     assert layer_rows(names, entries) == {
         **{"n_experts": 4, "unseen": 0, "rows_min": 0, "rows_max": 9}
     }

@@ -1,4 +1,4 @@
-"""Numbers and lists in words, against literals."""
+"""Numbers and lists in words, compared with literals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Pictures: what is drawn against NumPy on the raw sums and counts, as gguf-py reads them."""
+"""Pictures: what is drawn is compared with NumPy on the raw sums and counts, as gguf-py reads
+them."""
 
 from __future__ import annotations
 
@@ -32,13 +33,13 @@ Raw = dict[str, tuple[np.ndarray, np.ndarray]]
 N_EXPERTS = 6
 HEAD = 3
 
-# GGUF keeps sums in float32, of which the values below are made too: only the order of float64
-# operations differs.
+# GGUF keeps sums in float32, and the values below are made from these too: only the order of the
+# float64 operations differs.
 EXACT = 1e-12
 
 
 def made(seed: int = 0) -> ImportanceMatrix:
-    """Three trunk blocks and a head; experts from block 1 on, and something of every case."""
+    """Three trunk blocks and a head; experts from block 1 on, and an example of every case."""
     rng = np.random.default_rng(seed)
     entries = {}
 
@@ -55,7 +56,7 @@ def made(seed: int = 0) -> ImportanceMatrix:
         else:
             rows = [40 * block + 3, 700, 0 if block == 1 else 9, 500, 50, 90]
             add(f"blk.{block}.ffn_down_exps.weight", 32, rows, N_EXPERTS)
-            # the weights of a block need not agree: files are merged
+            # the weights of a block may disagree, since files are merged
             add(f"blk.{block}.ffn_up_exps.weight", 48, [*rows[:-1], rows[-1] + 5], N_EXPERTS)
     add("blk.3.nextn.eh_proj.weight", 96, [903])
     add("output.weight", 48, [77])
@@ -79,7 +80,8 @@ def raw(path: Path) -> Raw:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two matrices; the second without the head and one weight, another of another shape."""
+    """Two matrices; the second one lacks the head and one weight, and has another shape of one
+    weight."""
     folder = tmp_path_factory.mktemp("plot")
     made().save(folder / "one.gguf")
     other = dict(made(seed=1))
@@ -110,14 +112,14 @@ def axes_of(figure: Figure, label: str) -> Axes:
 
 
 def labels_of(axes: Axes, axis: str) -> dict[str, int]:
-    """Place on the axis by tick label."""
+    """Position on the axis, by tick label."""
     ticks = axes.get_xticks() if axis == "x" else axes.get_yticks()
     texts = axes.get_xticklabels() if axis == "x" else axes.get_yticklabels()
     return {text.get_text(): int(at) for at, text in zip(ticks, texts, strict=True)}
 
 
 def cells(figure: Figure, prefix: str = "") -> dict[str, float]:
-    """The values of a heat map, by the weight that their labels name."""
+    """The values of a heat map, by the weight that the labels name."""
     found: dict[str, float] = {}
     parts = [
         axes
@@ -125,7 +127,7 @@ def cells(figure: Figure, prefix: str = "") -> dict[str, float]:
         if axes.get_label() in {prefix + part for part in ("trunk", "head", "no block")}
     ]
     rows: dict[str, int] = {}
-    for axes in figure.axes:  # labels are at the leftmost of the axes in one line
+    for axes in figure.axes:  # labels are at the leftmost of the axes in one row
         rows = rows or labels_of(axes, "y")
     for axes in parts:
         array = np.ma.filled(axes.images[0].get_array().astype(float), np.nan)
@@ -161,7 +163,7 @@ def hatched(figure: Figure, prefix: str = "") -> dict[str, str]:
 
 
 def importance(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[matrices with rows, n_in]"""
+    """[matrices that have rows, n_in]"""
     seen = np.broadcast_to(counts, len(sums)) > 0
     return sums[seen] / np.broadcast_to(counts, len(sums))[seen, None]
 
@@ -198,7 +200,8 @@ class TestLayers:
         assert hatched(figure).get("blk.1.attn_k.weight", ".") == "."  # zeros
 
     def test_order(self, matrix: ImportanceMatrix) -> None:
-        """Kinds as a block runs them, the head's blocks apart from the trunk's."""
+        """Kinds are in the order in which a block runs them, and the head's blocks are apart from
+        the trunk's."""
         figure = pictures.layers(matrix)
         assert list(labels_of(axes_of(figure, "trunk"), "y")) == [
             "attn_q",
@@ -216,8 +219,8 @@ class TestLayers:
         assert head.get_position().x1 < rest.get_position().x0
 
     def test_one_scale(self, matrix: ImportanceMatrix, data: Raw) -> None:
-        """All parts have the same colours, from the least to the largest value, or a power of ten
-        where these are nearer to each other."""
+        """All parts have the same colours, from the least to the largest value, or over a power of
+        ten if these are nearer to each other."""
         figure = pictures.layers(matrix)
         norms = {id(axes_of(figure, part).images[0].norm) for part in ("trunk", "head", "no block")}
         assert len(norms) == 1
@@ -232,7 +235,7 @@ class TestLayers:
         assert norm.vmax == pytest.approx(max(means) * wider)
 
     def test_skipped_block(self) -> None:
-        """A block that the matrix has not is a gap, not missing from the axis."""
+        """A block that the matrix lacks is a gap; it is not missing from the axis."""
         entry = Entry(np.ones((1, 4)), [1])
         matrix = ImportanceMatrix({f"blk.{n}.attn_q.weight": entry for n in (0, 2, 3)})
         figure = pictures.layers(matrix)
@@ -251,7 +254,7 @@ class TestLayers:
 
 class TestExperts:
     def rows(self, data: Raw) -> np.ndarray:
-        """[n_experts, n_blocks]: the fewest of the block's weights."""
+        """[n_experts, n_blocks]: the fewest rows of the block's weights."""
         return np.stack(
             [
                 np.minimum(
@@ -300,7 +303,7 @@ class TestExperts:
         np.testing.assert_array_equal(drawn["most"], [each.max() for each in seen])
 
     def test_no_expert_is_lost(self) -> None:
-        """512 experts are less than two pixels each; one without rows is still seen."""
+        """512 experts get less than two pixels each; an expert without rows is still visible."""
         rng = np.random.default_rng(0)
         counts = rng.integers(1, 100, (2, 512))
         counts[1, 300] = 0
@@ -309,7 +312,7 @@ class TestExperts:
             for block, c in enumerate(counts)
         }
         figure = pictures.experts(ImportanceMatrix(entries))
-        # 100 pixels an inch, at which Figure works
+        # 100 pixels per inch, at which Figure works
         picture = np.asarray(Image.open(io.BytesIO(pictures.png(figure, dpi=100))).convert("RGB"))
         axes = axes_of(figure, "trunk")
         x, y = axes.transData.transform((1, 300))
@@ -318,7 +321,7 @@ class TestExperts:
         assert (found.min(axis=2) > 200).any(), "nothing white where the expert is"
 
     def test_of_other_numbers(self) -> None:
-        """A block with fewer experts has none where another has some."""
+        """A block with fewer experts shows none at the places of the others."""
         entries = {
             f"blk.{n}.ffn_up_exps.weight": Entry(np.ones((k, 4)), np.arange(1, k + 1))
             for n, k in enumerate((2, 4))
@@ -350,7 +353,7 @@ class TestChannels:
         for channel in order[:3]:
             at = texts.index(f"#{channel}")
             percent = float(texts[at + 1].split()[0])
-            # told with two digits
+            # given with two digits
             assert percent == pytest.approx(100 * mean[channel] / mean.sum(), rel=0.06)
         assert not any(f"#{channel}" in texts for channel in order[3:])
         share = 100 * np.sort(mean)[-2:].sum() / mean.sum()
@@ -366,7 +369,7 @@ class TestChannels:
         assert axes.lines[0].get_ydata()[0] == pytest.approx(ordered.mean())
 
     def test_experts(self, matrix: ImportanceMatrix, data: Raw) -> None:
-        """Pooled, one of them, and a map of them all."""
+        """The pooled values, one expert, and a map of all experts."""
         name = "blk.1.ffn_down_exps.weight"
         sums, counts = data[name]
         pooled = axes_of(pictures.channels(matrix, name), f"{name} channels")
@@ -382,7 +385,8 @@ class TestChannels:
         np.testing.assert_allclose(drawn[seen], sums[seen] / counts[seen, None], rtol=EXACT)
 
     def test_many_channels(self) -> None:
-        """Of 2000 channels three share a column: its least and its largest, so none is lost."""
+        """Of 2000 channels three share a column: it shows the least and the largest, so that none
+        is lost."""
         rng = np.random.default_rng(3)
         values = np.exp(rng.normal(0, 2, (4, 2000)))
         matrix = ImportanceMatrix(
@@ -435,7 +439,7 @@ class TestCompare:
     def test_sides(
         self, both: tuple[ImportanceMatrix, ImportanceMatrix], files: tuple[Path, Path]
     ) -> None:
-        """Each as `layers` has it, on one scale, with the same rows and columns."""
+        """Each side is drawn as `layers` draws it, on one scale, with the same rows and columns."""
         figure = pictures.compare(*both)
         for prefix, path in zip(("first ", "second "), files, strict=True):
             expected = {
@@ -457,7 +461,7 @@ class TestCompare:
             if name in two and one[name][0].shape == two[name][0].shape and one[name][0].any():
                 means = [importance(*side[name]).mean() for side in (one, two)]
                 expected[name] = np.log2(means[1] / means[0])
-        # the logarithms are subtracted there: a few roundings of values below 10
+        # there the logarithms are subtracted: a few roundings of values below 10
         assert cells(figure, "difference ") == pytest.approx(expected, rel=1e-9, abs=1e-14)
         marks = hatched(figure, "difference ")
         head = {name for name in one if name.startswith("blk.3.")}
@@ -500,7 +504,7 @@ class TestCompare:
             if name in two and one[name][0].shape == two[name][0].shape and one[name][0].any()
         }
         expected["blk.1.attn_k.weight"] = 1e-6  # zeros in both
-        # 1 - cosine loses digits here, not there: 2^-53 of 1 each
+        # here 1 - cosine loses digits, there it does not: 2^-53 of 1 each
         assert cells(figure, "difference ") == pytest.approx(expected, rel=1e-9, abs=1e-14)
 
     def test_flattened(self) -> None:
@@ -513,7 +517,7 @@ class TestCompare:
             assert cells(figure, "difference ") == {"blk.0.attn_k_b.weight": 1e-6}
 
     def test_equal(self, both: tuple[ImportanceMatrix, ImportanceMatrix]) -> None:
-        """Equal matrices: no ratio, and the lowest colour for the cosine."""
+        """Equal matrices have no ratio, and the lowest colour for the cosine."""
         ratio = pictures.compare(both[0], both[0])
         assert set(cells(ratio, "difference ").values()) == {0.0}
         assert axes_of(ratio, "difference trunk").images[0].norm.vmax == 0.1
@@ -523,7 +527,7 @@ class TestCompare:
 
 
 def big(n_blocks: int, n_experts: int) -> ImportanceMatrix:
-    """A model of that size, its rows short: what is drawn does not depend on their length."""
+    """A model of that size with short rows: the drawing does not depend on their length."""
     rng = np.random.default_rng(n_blocks)
     entries = {}
     for block in range(n_blocks):
@@ -573,7 +577,7 @@ class TestReadable:
                 assert box.x1 <= right, text
                 assert box.y1 <= top, text
             for (text, one), (other, two) in itertools.combinations(boxes, 2):
-                # boxes have room for the deepest letter; lines may share a pixel of it
+                # boxes have room for the deepest letter, and lines may share one pixel of it
                 apart = (
                     one.x1 <= two.x0 + 1
                     or two.x1 <= one.x0 + 1
@@ -593,11 +597,12 @@ class TestFiles:
             assert word in words
         assert root[0].tag.endswith("title")
         assert root[0].text == "Mean squared activation by block and weight"
-        assert "<style" not in text  # it would style the page around it
+        assert "<style" not in text  # it would apply to the page around it
         assert "<metadata" not in text
 
     def test_ids(self, matrix: ImportanceMatrix) -> None:
-        """Pictures of one page have no id in common, and each finds what it refers to."""
+        """Pictures on one page have no id in common, and each finds the elements that it refers
+        to."""
         seen: set[str] = set()
         figures = [
             pictures.layers(matrix),
@@ -639,7 +644,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("style", ["light", "dark"])
     def test_style(self, matrix: ImportanceMatrix, style: str) -> None:
-        """The paper's colour in every corner; text that stands out from it."""
+        """Every corner has the paper's colour, and text stands out from it."""
         figures = [
             pictures.layers(matrix, style=style),
             pictures.experts(matrix, style=style),
@@ -654,7 +659,7 @@ class TestFiles:
             inside = {
                 text
                 for axes in figure.axes
-                for text in axes.texts  # on colours, each its own
+                for text in axes.texts  # on coloured cells, each has its own background
             }
             for text in set(figure.findobj(Text)) - inside:
                 assert isinstance(text, Text)
@@ -662,7 +667,7 @@ class TestFiles:
                     assert contrast(np.array(to_rgb(text.get_color())), paper) >= 4.5, text
 
     def test_the_same_bytes(self, files: tuple[Path, Path], tmp_path: Path) -> None:
-        """In processes with other settings of the user's, hash seeds and clocks."""
+        """In processes with other settings of the user, other hash seeds and other clocks."""
         (tmp_path / "matplotlibrc").write_text(
             "font.size: 20\nsvg.fonttype: path\nfigure.facecolor: red\naxes.grid: True\n"
             "xtick.labelsize: 30\naxes.facecolor: blue\nsavefig.bbox: tight\n"
@@ -713,7 +718,8 @@ class TestFiles:
         assert found == [expected] * 4
 
     def test_names_from_strangers(self, tmp_path: Path) -> None:
-        """Neither formulas nor markup nor what XML forbids, and not without end."""
+        """They are neither formulas nor markup, hold nothing that XML forbids, and are cut to a
+        length."""
         entry = Entry(np.arange(1.0, 9)[None], [4])
         names = ["blk.0.$\\frac{a$", '<b>&"x\x01\n', "blk.1.漢字", "y" * 5000, "blk.2. "]
         matrix = ImportanceMatrix(dict.fromkeys(names, entry), datasets=["x"])
@@ -739,7 +745,8 @@ class TestFiles:
             pictures.layers(matrix)
 
     def test_imports(self, files: tuple[Path, Path]) -> None:
-        """matplotlib when something is drawn, and pyplot, which holds global state, never."""
+        """matplotlib is imported when something is drawn, and pyplot, which holds global state,
+        never."""
         program = (
             "import sys\nfrom imatrix import ImportanceMatrix, pictures as p\n"
             "assert 'matplotlib' not in sys.modules\n"
@@ -764,7 +771,7 @@ class TestFiles:
 
 
 def contrast(one: np.ndarray, other: np.ndarray) -> float:
-    """Ratio of two colours' luminances, as WCAG 2 defines it (w3.org/TR/WCAG21)."""
+    """The ratio of two colours' luminances, as WCAG 2 defines it (w3.org/TR/WCAG21)."""
 
     def luminance(rgb: np.ndarray) -> float:
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

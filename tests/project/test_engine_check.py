@@ -1,4 +1,4 @@
-"""The command that runs first after a move of the pin (engine_check.py)."""
+"""The command that runs first after the engine's pin has moved (engine_check.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.engine_check import ENGINE, RECORD, ROOT, Assumptions, changed, dig
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source of two files, of which nothing is recorded yet."""
+    """A source of two files, neither of which is recorded yet."""
     (tmp_path / "src" / "models").mkdir(parents=True)
     (tmp_path / "src" / "graph.cpp").write_text("a")
     (tmp_path / "src" / "models" / "m.cpp").write_text("b")
@@ -63,7 +63,7 @@ def test_a_file_of_another_name_is_another_folder(engine: Path) -> None:
 
 
 def test_every_mark_names_a_file_of_the_engine_and_is_recorded() -> None:
-    """Of the whole suite: `make engine-check ENGINE_ARGS=--record` makes the record again."""
+    """For the whole suite: `make engine-check ENGINE_ARGS=--record` makes the record again."""
     if not ENGINE.is_dir():
         pytest.skip("the engine's source is not here")
     done = subprocess.run(

@@ -1,4 +1,5 @@
-"""ext/ stands in layers: what a file includes is below it, and CONTRIBUTING.md says so too."""
+"""ext/ has layers: the files that a file includes are below it, and CONTRIBUTING.md shows the same
+table."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXT = ROOT / "ext"
 
-# From the bottom up; a file is a header and its source. CONTRIBUTING.md repeats it.
+# From the bottom up; a file here is a header with its source. CONTRIBUTING.md repeats the table.
 LAYERS = (
     ("status", "live", "parallel", "row_kernels", "scores"),
     ("add_rows", "sums", "engine_log", "engine_info", "placement", "graph_check"),
@@ -20,7 +21,7 @@ LAYERS = (
     ("session", "evaluator"),
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS, 1) for name in layer}
-# A file that a person can read at once.
+# A file that a person can read in one go.
 MOST_LINES = 500
 
 
@@ -48,11 +49,11 @@ def test_what_a_file_includes_is_below_it() -> None:
             if name != source.stem and LAYER_OF[name] >= LAYER_OF[source.stem]:
                 above.append(f"{source.name} includes {name}.h")
     assert above == []
-    assert seen > len(LAYER_OF)  # every source its own header, and more
+    assert seen > len(LAYER_OF)  # each source includes its own header, and more
 
 
 def test_a_source_includes_its_header_first() -> None:
-    """A header that leans on what others include before it would not be found out otherwise."""
+    """Otherwise a header that relies on what others include before it would not be found out."""
     for source in sources():
         if source.suffix == ".cpp":
             assert included(source)[0] == source.stem, source.name
@@ -70,4 +71,4 @@ def test_contributing_has_the_same_table() -> None:
     assert [(int(number), name) for number, name, _ in rows] == [
         (number, name) for number, layer in enumerate(LAYERS, 1) for name in layer
     ]
-    assert [row for row in rows if not row[2].rstrip().endswith(".")] == []  # a sentence each
+    assert [row for row in rows if not row[2].rstrip().endswith(".")] == []  # one sentence for each

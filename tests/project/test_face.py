@@ -1,4 +1,4 @@
-"""`import imatrix`: what it offers, what type checkers are told of it, and what it loads."""
+"""`import imatrix`: what it offers, what type checkers see of it, and what it loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def stub() -> ast.Module:
 
 
 def test_the_stub_names_what_the_package_offers() -> None:
-    """A type checker reads the stub in place of the module."""
+    """A type checker reads the stub instead of the module."""
     imported = {}
     offered: list[str] = []
     for node in stub().body:
@@ -32,7 +32,7 @@ def test_the_stub_names_what_the_package_offers() -> None:
 
 
 def test_nothing_is_loaded_before_it_is_used() -> None:
-    """`import imatrix` takes neither the engine nor a library that only some uses need."""
+    """`import imatrix` loads neither the engine nor a library that only some uses need."""
     code = (
         "import sys, imatrix\n"
         "heavy = ('imatrix.native.engine', 'imatrix.native.quantizer', 'imatrix.cli', 'jinja2',\n"

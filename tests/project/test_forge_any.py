@@ -1,6 +1,6 @@
-"""Every architecture whose MTP graph the engine knows: forged, loaded, and collected from.
+"""Every architecture whose MTP graph the engine knows is forged, loaded, and collected from.
 
-Each in a process of its own, because the engine ends it where an assertion of its fails.
+Each has a process of its own, because the engine ends the process if one of its assertions fails.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ with Collector(path, n_ctx=n_ctx, n_ubatch=96, n_threads=1, mtp=bool(mtp)) as co
     print(json.dumps([collector.n_trunk, collector.n_nextn, entries]))
 """
 
-# Matrices of blocks that no matrix multiplication reads: convolutions, norms with two dimensions,
-# tables, and the lookup of the head.
+# Matrices in blocks that no matrix multiplication reads: convolutions, norms with two dimensions,
+# tables, and the head's lookup.
 EH_PROJ = "nextn.eh_proj.weight"
 NEVER_MULTIPLIED = (
     "*.ssm_conv1d*.weight", "*.ssm_norm.weight", "*.ssm_[ad]", "*_compressor_ape.weight",
@@ -119,7 +119,8 @@ def test_gemma4_runs(tmp_path: Path) -> None:
 
 
 def test_gemma4_assistant_loads(tmp_path: Path) -> None:
-    """It needs its gemma4's context to run: here only the loader's word that the file is whole."""
+    """It needs the context of its gemma4 to run: here the loader only confirms that the file is
+    complete."""
     model = make_any(tmp_path / "model.gguf", "gemma4-assistant", n_nextn=2)
     load = (
         "import sys; from imatrix.native import engine as _session;"

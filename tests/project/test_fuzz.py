@@ -1,7 +1,8 @@
-"""Every reader and everything that opens a model, with files that are out of order.
+"""Every reader, and everything that opens a model, is given malformed files.
 
-Some thousands of inputs, the same ones each time (tests/fuzz). In processes of their own, so that
-one that the native part ends is seen as such. `make fuzz` tries many more, guided by coverage.
+There are some thousands of inputs, the same ones each time (tests/fuzz). They run in processes of
+their own, so that an input with which the native part ends one is noticed. `make fuzz` tries many
+more, guided by coverage.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def test_a_reader(target: str) -> None:
 
 
 def test_what_opens_models(tmp_path: Path) -> None:
-    """They raise, or work; none ends the process."""
+    """They raise, or they work; none ends the process."""
     out = ran("engine.py", tmp_path, "--runs", "200")
     assert '"worked"' in out
     assert '"refused"' in out

@@ -1,7 +1,8 @@
-"""The house keeps its levels: who may import whom, and how large the central rooms may grow.
+"""The house keeps its levels: which module may import which, and how large the central rooms may
+grow.
 
-Nothing is imported here: the syntax trees say what each module asks for, inside functions and for
-type checkers too.
+This test imports nothing: the syntax trees say what each module imports, also inside functions and
+    for type checkers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# A module by its name: a Cython module has no tree of Python's, and its stub is read in its place.
+# A module by its name. A Cython module has no Python syntax tree, so its stub is read instead.
 MODULES = {
     name_of(path): path
     for suffix in ("*.pyi", "*.py")
@@ -57,7 +58,7 @@ def room_of(module: str) -> str:
 
 
 def imports(module: str) -> Iterator[tuple[str, str, int]]:
-    """Each module of ours that it imports, with the name asked for and the line."""
+    """Every module of the package that this one imports, with the imported name and the line."""
     package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -88,7 +89,7 @@ IMPORTS = {name: list(imports(name)) for name in MODULES}
 
 
 def test_what_stands_at_the_top() -> None:
-    """What everybody uses; all else is in a package that is named for the thing."""
+    """The modules that every package uses; all others are in a package named for its subject."""
     top = {path.stem for path in PACKAGE.glob("*.py")}
     assert top <= {*OUTSIDE, "_version", "errors", "entries", "tensors", "words", "demo"}
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} | top == {
@@ -121,7 +122,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
             return
         path.append(module)
         for target, _, _ in IMPORTS.get(module, ()):
-            if target != FACE:  # imported by cli only, which it does not import
+            if target != FACE:  # only cli imports the face, which does not import cli
                 walk(target)
         seen[path.pop()] = 1
 
@@ -170,7 +171,8 @@ def test_the_central_files_stay_small(path: str, most: int) -> None:
 
 
 def test_settings_travel_as_frozen_values() -> None:
-    """No dict of anything carries settings from one function to the next, and no locals() do."""
+    """No dict of anything carries settings from one function to the next, and no locals() does
+    either."""
     wrong = []
     for name, tree in TREES.items():
         for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""What goes into the sdist and the wheel, and whether the wheel works on its own."""
+"""The contents of the sdist and of the wheel, and whether the wheel works on its own."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_sdist_holds_what_git_tracks_and_the_engines_source(sdist: set[str])
     ).stdout.split()
     missing = [name for name in tracked if name not in sdist and (ROOT / name).exists()]
     assert not missing
-    # installing from it fetches nothing: the stamp says that the source is complete
+    # installing from it downloads nothing: the stamp says that the source is complete
     for name in (".imatrix-pin", "LICENSE", "CMakeLists.txt", "include/llama.h", "src/llama.cpp"):
         assert f"vendor/llama.cpp/{name}" in sdist
     assert not [name for name in sdist if name.startswith("vendor/llama.cpp/models")]
@@ -102,7 +102,7 @@ def test_the_engine_is_found_by_a_relative_rpath(wheel: Path, tmp_path: Path) ->
     for module in (tmp_path / "imatrix").glob("*.so"):
         assert rpath(module) == "$ORIGIN/lib"
     for library in libraries:
-        # libggml-base links no other library of ours, and may have none
+        # libggml-base links no other library of the build, and may have none
         if library.name != "libggml-base.so":
             assert rpath(library) == "$ORIGIN"
 
@@ -116,7 +116,7 @@ def test_the_wheel_works_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> No
         "print(imatrix.backends().engine)\n"
         "import imatrix.native.quantizer\n"
     )
-    # -S: no .pth files, so that an editable install of this tree stays out of the way
+    # -S: no .pth files are read, so that an editable install of this tree has no effect
     result = subprocess.run(
         [sys.executable, "-S", "-c", code, str(tmp_path), sysconfig.get_paths()["purelib"]],
         capture_output=True,
@@ -136,7 +136,7 @@ def test_importing_an_unbuilt_tree_says_what_to_run(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
         "import imatrix\n"
-        "print(len(imatrix.ImportanceMatrix({})))\n"  # the pure part works
+        "print(len(imatrix.ImportanceMatrix({})))\n"  # the part without native code works
         "imatrix.Collector\n"
     )
     result = subprocess.run(
@@ -187,8 +187,9 @@ class TestFetch:
         assert "IMATRIX_LLAMA_CPP" in result.stderr
 
     def test_what_another_archive_changes_is_built_again(self, tmp_path: Path) -> None:
-        """Any package, any folder in it. A build goes by times, and the archive of a newer engine
-        may hold older ones than the objects that were made of the last engine."""
+        """It holds for any package and any folder in it. A build compares times, and the archive of
+        a newer engine may hold files that are older than the objects made from the previous
+        engine."""
         fetch = self.module()
         old = {"CMakeLists.txt": b"", "src/same.cpp": b"a", "src/other.cpp": b"b"}
         new = {"CMakeLists.txt": b"", "src/same.cpp": b"a", "src/other.cpp": b"c"}
@@ -223,7 +224,8 @@ class TestFetch:
         return path
 
     def test_a_complete_source_is_not_fetched_again(self, tmp_path: Path) -> None:
-        # the tree that the build left; an unusable cache shows that nothing is looked up
+        # the tree that the build left; the cache cannot be used, which shows that nothing is looked
+        # up
         result = self.run(IMATRIX_CACHE=str(tmp_path / "nowhere"), PIP_NO_INDEX="1")
         assert result.returncode == 0, result.stderr
         assert result.stdout.strip() == str(ROOT / "vendor" / "llama.cpp")

@@ -146,7 +146,7 @@ def test_round_trip(vocab: bpe.BytePairEncoding, text: str) -> None:
     ids = vocab.encode(text)
     assert vocab.decode(ids) == text
     assert max(ids) < 1021
-    assert len(text.encode()) / len(ids) > 2  # the merges are put to use
+    assert len(text.encode()) / len(ids) > 2  # the merges are used
 
 
 @pytest.mark.parametrize(

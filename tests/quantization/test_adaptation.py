@@ -1,5 +1,5 @@
-"""adapt: what the engine collects from one conversion of a model against what it collects from
-another one of the same weights."""
+"""adapt: what the engine collects from one conversion of a model is compared with what it collects
+from another conversion of the same weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from imatrix.quantization.adaptation import takes_data
 
 N_CTX = 64
 
-# One matmul of all rows or several of some: the sums in a dot product may be ordered otherwise,
-# and what lies behind the weight moves by some float32 roundings. (Here they are the same to the
-# bit.) The wrong rows would be off by tens of percent.
+# One matmul of all rows, or several of some of them: the sums in a dot product may have another
+# order, and the values behind the weight move by some float32 roundings. (Here they are the same to
+# the bit.) Wrong rows would be off by tens of percent.
 RTOL = 1e-4
 
 
@@ -50,10 +50,11 @@ def both_gated(tensors: reconvert.Tensors) -> reconvert.Tensors:
 def pair(
     request: pytest.FixtureRequest, prose_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Path], list[ImportanceMatrix]]:
-    """A model apart and fused, and what the engine collects from either."""
+    """A model with separate weights and one with fused weights, and what the engine collects from
+    each."""
     folder = tmp_path_factory.mktemp("pair")
     arch, fuse = request.param
-    if arch == "dense":  # Phi-3 as its own architecture, and in the guise of a Qwen2
+    if arch == "dense":  # Phi-3 as its own architecture, and as a Qwen2
         paths = [
             reconvert.dense_model(folder, name, tiny_tokenizer(), change, 1)
             for name, change in (("qwen2", dict), ("phi3", fuse))
@@ -72,14 +73,14 @@ def dense_fused(tensors: reconvert.Tensors) -> reconvert.Tensors:
 @pytest.mark.parametrize(
     ("pair", "fused", "split"),
     [
-        # the head's too
+        # those of the head too
         pytest.param(
             ("cohere2moe", both_gated),
             {"attn_qkv": "fused", "ffn_gate_up_exps": "fused"},
             dict.fromkeys(("attn_q", "attn_k", "attn_v", "ffn_gate_exps", "ffn_up_exps"), "split"),
             id="cohere2moe",
         ),
-        # recurrent layers have an attn_qkv of their own, which nothing is done to
+        # recurrent layers have an attn_qkv of their own, which stays as it is
         pytest.param(
             ("qwen35moe", reconvert.fuse_gate_up),
             {"ffn_gate_up_exps": "fused"},
@@ -120,14 +121,14 @@ def test_fused_and_apart(
             (p.name,) for p in found.placed if not p.steps
         ]
         assert found.missing == {}
-        if "ffn_gate" in split and target == fused_model:  # one of two that say the same
+        if "ffn_gate" in split and target == fused_model:  # one of two weights with the same data
             assert set(found.unplaced) == {f"blk.{il}.ffn_gate.weight" for il in range(2)}
         else:
             assert found.unplaced == {}
 
 
 class TestExpertsApart:
-    """The engine runs no such model any more, but its quantizer takes them."""
+    """The engine no longer runs such a model, but its quantizer accepts it."""
 
     @pytest.fixture(scope="class")
     @staticmethod
@@ -169,7 +170,7 @@ class TestExpertsApart:
             out = tmp_path / "q.gguf"
             run_tool(
                 engine_tool("llama-quantize"),
-                # what has no data gets a type that needs none
+                # weights without data get a type that needs none
                 *("--pure", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"),
                 *("--imatrix", data, model, out, "IQ2_XXS", "2"),
             )
@@ -192,7 +193,7 @@ class TestExpertsApart:
         found = imatrix.adapt(old, merged.path)
         check_same(found.matrix, matrix)
         assert {p.steps for p in found.placed} == {(), ("stacked",)}
-        # and fused on the way
+        # on the way back they are fused
         fused = reconvert.write(
             tmp_path / "fused.gguf",
             merged.arch,
@@ -219,7 +220,7 @@ class TestExpertsApart:
             expected[3] = 0
             assert found.matrix[name].counts.tolist() == expected.tolist()
             assert {p.name: p.unseen for p in found.placed}[name] == 1
-            # the other experts do not stand for it; its own ffn_up does for its ffn_gate
+            # the other experts do not replace it; its own ffn_up does so for its ffn_gate
             found = imatrix.adapt(rest, apart)
             if kind == "down":
                 assert set(found.missing) == set(gone)
@@ -231,7 +232,7 @@ class TestExpertsApart:
 
 
 class TestLatentAttention:
-    """attn_kv_b against attn_k_b and attn_v_b: the same weights, not the same rows."""
+    """attn_kv_b compared with attn_k_b and attn_v_b: the same weights, but other rows."""
 
     @pytest.fixture(scope="class")
     @staticmethod
@@ -249,7 +250,7 @@ class TestLatentAttention:
 
     def test_refused_for_a_reason(self, models: tuple[Path, Path], prose_file: Path) -> None:
         absorbed, plain = (collected(path, prose_file, mtp=False) for path in models)
-        # the models do the same: 0.3 % is the F16 of the two kinds of key-value cache
+        # the models compute the same: 0.3 % comes from the F16 of the two kinds of key-value cache
         for name in absorbed.keys() & plain.keys():
             assert np.array_equal(absorbed[name].counts, plain[name].counts), name
             a, b = absorbed.importance(name), plain.importance(name)
@@ -272,7 +273,7 @@ class TestLatentAttention:
             assert all("multiplies" in why for why in found.unplaced.values())
 
     def test_one_mean_of_all_heads(self, models: tuple[Path, Path], prose_file: Path) -> None:
-        """As llama-imatrix made it before it knew dense 3-D weights."""
+        """llama-imatrix made such data before it knew dense 3-D weights."""
         matrix = collected(models[0], prose_file, mtp=False)
         old = {
             name: Entry(entry.sums.sum(axis=0, keepdims=True), entry.counts)
@@ -344,7 +345,7 @@ class TestRefusals:
         )
 
     def test_a_matmul_of_gate_and_up_that_reported_up(self, model: Path, prose_file: Path) -> None:
-        """As ik_llama.cpp's fused ones do."""
+        """ik_llama.cpp's fused matmuls do so."""
         matrix = collected(model, prose_file, mtp=True)
         rest = {name: entry for name, entry in matrix.items() if ".ffn_gate" not in name}
         assert len(rest) == len(matrix) - 7  # with the experts' ffn_gate_inp of two blocks

@@ -1,9 +1,9 @@
-"""Coverage against llama-quantize: the same verdict, the same types, the same complaints.
+"""Coverage compared with llama-quantize: the same verdict, the same types, the same complaints.
 
-The models' weights are zero: no verdict depends on them, and low-bit types skip over zeros where
-they would otherwise search for seconds. What remains is the search for neighbours that ggml does
-once a process and type (iq2xs_init_impl in ggml-quants.c), seconds for IQ1_S: hence the gaps for
-the architectures that the grid leaves to forge_any.
+The models' weights are zero: no verdict depends on them, and low-bit types skip zeros, for which
+they would otherwise search for seconds. The search for neighbours that ggml does once per process
+and type remains (iq2xs_init_impl in ggml-quants.c). It takes seconds for IQ1_S, which is why the
+grid has gaps, for the architectures that it leaves to forge_any.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ DATA = ["full", "trunk", "partial", "none"]
 
 
 def small(arch: Arch) -> dict[str, Any]:
-    """With a head where there can be one. The mixture treats 8 experts, the forge's number, in a
-    way of its own; 3 are for the other ways."""
+    """With a head if the architecture can have one. The mixture has a special rule for 8 experts,
+    which is the forge's number; 3 experts follow the general rules."""
     moe = {"n_expert": 3, "n_expert_used": 2}
     return {
         "n_ff": 256,
@@ -66,7 +66,7 @@ def hollowed(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory: pytest.TempPathFactory) -> Forged:
-    """make_model without the path, all weights zero; equal arguments give one file."""
+    """make_model without the path, with all weights zero; equal arguments give the same file."""
     folder = tmp_path_factory.mktemp("hollow")
     made: dict[str, ModelSpec] = {}
 
@@ -81,7 +81,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Forged:
 
 
 def made_up(model: Path, data: str, *, drop: Iterable[str] = ()) -> ImportanceMatrix | None:
-    """A matrix for every weight that a run could reach, or a part of it."""
+    """A matrix for every weight that a run could reach, or for some of them."""
     if data == "none":
         return None
     file = ModelFile.read(model)
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def culprit(self) -> str:
-        """The tensor that it stopped at."""
+        """The tensor at which it stopped."""
         for pattern in (
             r"Missing importance matrix for tensor (\S+)",
             r"offending tensor: (\S+)",
@@ -157,7 +157,7 @@ def quantize(engine_tool: EngineTool, tmp_path: Path) -> Quantize:
 
 
 def agree(found: Coverage, run: Run) -> None:
-    """The claim of the module, on one case."""
+    """Checks the module's claim on one case."""
     assert found.ready == (run.status == 0), run.log[-2000:]
     order = [tensor.name for tensor in found.tensors]
     expected = {tensor.name for tensor in found.without_data if "ignored" not in tensor.detail}
@@ -226,7 +226,7 @@ def test_every_architecture_with_a_head(
 
 @pytest.mark.parametrize("ftype", ["Q4_0", "Q3_K_M", "IQ4_XS", "IQ3_XS", "TQ2_0", "Q8_0", "F16"])
 def test_types_that_ask_for_nothing(ftype: str, hollow: Forged, quantize: Quantize) -> None:
-    """Their mixture depends on whether there is a matrix."""
+    """Their mixture depends on whether there is a matrix at all."""
     model = hollow("glm4moe", **small("glm4moe")).path
     for data in ("trunk", "none"):
         matrix = made_up(model, data)
@@ -260,7 +260,7 @@ def test_entry_of_another_size(name: str, n_in: int, hollow: Forged, quantize: Q
     found = coverage(model, matrix, "Q4_K_M")
     agree(found, quantize(model, matrix, "Q4_K_M"))
     if name == "token_embd.weight":
-        assert found.ready  # the engine passes over it
+        assert found.ready  # the engine ignores it
         assert "ignored" in next(t for t in found.without_data if t.name == name).detail
     else:
         assert [t.name for t in found.wrong_size] == [name]
@@ -282,7 +282,7 @@ def test_a_quantized_source(data: str, hollow: Forged, quantize: Quantize) -> No
 
 
 def test_a_source_of_the_target_type(hollow: Forged, quantize: Quantize, tmp_path: Path) -> None:
-    """Copied where there is a matrix; without one the engine asks for data all the same."""
+    """It is copied if there is a matrix; without one the engine still asks for data."""
     model = hollow("llama", **small("llama")).path
     assert quantize(model, made_up(model, "full"), "IQ2_XXS").status == 0
     small_one = tmp_path / "small.gguf"
@@ -332,7 +332,7 @@ def test_options(options: dict[str, Any], hollow: Forged, quantize: Quantize) ->
 
 
 def pasted(fix: str) -> list[str]:
-    """A fix's options, as a shell would read them."""
+    """The options of a fix, as a shell would read them."""
     return shlex.split(fix.partition("\n")[2].replace("\\\n", " "))
 
 
@@ -345,7 +345,7 @@ def test_pasted_overrides_work(arch: Arch, ftype: str, hollow: Forged, quantize:
     found = coverage(model, trunk, ftype)
     collect, never, instead = found.fixes
     assert "with --mtp: imatrix collect -m " in collect
-    # the head's own embedding is never multiplied: --mtp does not help it
+    # the head's own embedding is never multiplied, so that --mtp does not help it
     assert [line.split("=")[0] for line in pasted(never)[1::2]] == [
         "blk.2.nextn.embed_tokens.weight"
     ]
@@ -363,7 +363,7 @@ def test_pasted_overrides_work(arch: Arch, ftype: str, hollow: Forged, quantize:
 
 
 def test_own_overrides_come_after_the_fix(hollow: Forged, quantize: Quantize) -> None:
-    """Or they would win over it."""
+    """Otherwise they would override the fix."""
     model = hollow("qwen35", **small("qwen35")).path
     matrix = made_up(model, "full", drop=["blk.1.attn_q.weight"])
     own = {"attn_q": "iq2_xxs", "ffn_up": "q6_k"}
@@ -404,12 +404,12 @@ def test_a_plan_tells_what_no_run_reaches(any_model: Callable[[str], Path]) -> N
     assert set(pasted(found.fixes[1])[1::2]) == {f"{n}=q4_k" for n in never}
 
 
-# Each cure, done as it is printed: the command is run, or the rules are given, and then the check
-# has to say ready.
+# Each cure is done as printed: the command is run, or the rules are given, and then the check has
+# to say ready.
 
 
 def follow(fix: str, text: Path, tmp_path: Path) -> Path:
-    """Run the command that ends a fix; what it wrote."""
+    """Run the command at the end of a fix; returns its output."""
     words = shlex.split(fix[fix.index("imatrix ") :].partition("\n")[0])[1:]
     out = tmp_path / "followed.gguf"
     if words[0] == "collect":
@@ -446,7 +446,8 @@ def test_cure_mtp(forged: Forged, prose_file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", ["full", "trunk", "none"])
 def test_cure_process_output(data: str, forged: Forged, prose_file: Path, tmp_path: Path) -> None:
-    """One command for it and for the head, which the matrix may have and must not lose."""
+    """One command collects data for it and for the head, which the matrix may have and must not
+    lose."""
     model = forged("qwen35", **small("qwen35")).path
     rules = [("^output.weight", "iq2_xs")]
     found = coverage(model, made_up(model, data), "IQ2_XXS", tensor_types=rules)
@@ -456,7 +457,7 @@ def test_cure_process_output(data: str, forged: Forged, prose_file: Path, tmp_pa
         assert found.fixes[0].startswith("Collect output.weight too: imatrix collect -m ")
     again = follow(found.fixes[0], prose_file, tmp_path)
     assert coverage(model, again, "IQ2_XXS", tensor_types=rules).ready
-    # and of a model without a head
+    # and for a model without a head
     plain = forged("llama", **small("llama")).path
     found = coverage(plain, made_up(plain, "full"), "Q4_0", tensor_types=rules)
     assert "--mtp" not in found.fixes[0]
@@ -477,7 +478,7 @@ def test_cure_process_output(data: str, forged: Forged, prose_file: Path, tmp_pa
 def test_cure_adapt(
     drop: str, kinds: set[str], how: str, hollow: Forged, prose_file: Path, tmp_path: Path
 ) -> None:
-    """What an older program or another conversion has in another form."""
+    """The matrix has it in another form, made by an older program or from another conversion."""
     model = hollow("glm4moe", **small("glm4moe")).path
     whole = made_up(model, "full")
     assert whole is not None
@@ -506,23 +507,24 @@ def test_cure_adapt(
         "token_embd.weight",
         "output.weight",
     }
-    # the other way is told to be a loss, and works
+    # the other direction is reported as a loss, and works
     assert "at a loss" in found.fixes[1]
     assert coverage(model, file, "IQ2_XXS", tensor_types=rules_in(found.fixes[1])).ready
-    # and quantize says the same
+    # quantize says the same
     with pytest.raises(EngineError, match=r"has no entry for it\. .*imatrix adapt "):
         quantize_model(model, tmp_path / "q.gguf", "IQ2_XXS", imatrix=file)
 
 
 def test_cure_merge(prose_file: Path, tmp_path: Path) -> None:
-    """Experts apart: the engine runs no such model, only the other conversion gives data."""
+    """Separate experts: the engine runs no such model, so that only the other conversion gives
+    data."""
     merged = make_any(tmp_path / "merged.gguf", "glm4moe")
     tensors = reconvert.experts_apart(reconvert.tensors_of(merged.path))
     apart = reconvert.write(tmp_path / "apart.gguf", merged.arch, merged.keys, tensors)
     hollowed(apart)
     for data in ("none", "trunk"):
         matrix = made_up(merged.path, data)
-        if matrix is not None:  # of the trunk, and no experts
+        if matrix is not None:  # the trunk's data, without experts
             names = [name for name in matrix if "_exps" not in name]
             matrix = ImportanceMatrix({name: matrix[name] for name in names})
         found = coverage(apart, matrix, "IQ2_XXS")
@@ -532,7 +534,7 @@ def test_cure_merge(prose_file: Path, tmp_path: Path) -> None:
     whole = saved(made_up(merged.path, "full"), tmp_path / "MERGED-MATRIX.gguf")
     fix = found.fixes[0].replace("MERGED-MATRIX.gguf", str(whole))
     assert coverage(apart, follow(fix, prose_file, tmp_path), "IQ2_XXS").ready
-    # with the merged matrix itself: adapt at once
+    # with the merged matrix itself, adapt works at once
     found = coverage(apart, whole, "IQ2_XXS")
     assert set(causes(found).values()) == {"adapt"}
     assert "experts are merged there and apart here" in found.fixes[0]
@@ -556,7 +558,7 @@ def test_cure_of_what_is_looked_up(hollow: Forged) -> None:
 def test_cure_of_what_only_a_plan_tells(
     forged: Forged, prose_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A weight that is run, and lacks in the matrix for no reason that the file shows."""
+    """A weight that is run, but that the matrix lacks for no reason that the file shows."""
     model = forged("qwen35", **small("qwen35")).path
     lost = "blk.0.ffn_up.weight"
     file = saved(made_up(model, "full", drop=[lost]), tmp_path / "part.gguf")
@@ -571,7 +573,7 @@ def test_cure_of_what_only_a_plan_tells(
     told = capsys.readouterr().out
     printed = re.search(r"1\. Collect the data: (imatrix collect .*)", told)
     assert printed is not None
-    # the head's data, which the matrix has, are collected again
+    # data of the head, if the matrix has them, are collected again
     assert printed[1].endswith("--mtp")
     assert coverage(model, follow(printed[1], prose_file, tmp_path), "IQ2_XXS").ready
 
@@ -598,7 +600,8 @@ def test_cure_of_what_no_graph_multiplies(
 def test_cure_for_a_tensor_outside_the_blocks(
     any_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """qwen4exp's output_hc_down: multiplied, but data are taken of the blocks and the output."""
+    """qwen4exp's output_hc_down is multiplied, but data are collected only for blocks and the
+    output."""
     model = any_model("qwen4exp")
     matrix = made_up(model, "full")
     found = coverage(model, matrix, "IQ2_XXS")
@@ -612,7 +615,7 @@ def test_cure_for_a_tensor_outside_the_blocks(
 
 
 def test_rules_given_are_kept_behind_a_fix(hollow: Forged, tmp_path: Path) -> None:
-    """Pairs, in order, the same pattern twice among them."""
+    """Pairs in their order, one pattern twice among them."""
     model = hollow("llama", **small("llama")).path
     own = [("attn_q", "iq2_xxs"), ("attn_q", "q8_0"), ("ffn_up", "q6_k")]
     found = coverage(model, made_up(model, "full", drop=["blk.1.attn_q.weight"]), "Q4_K_M",
@@ -702,14 +705,14 @@ def test_errors(hollow: Forged, tmp_path: Path) -> None:
 
 
 def test_the_log_is_left_alone(hollow: Forged, caplog: pytest.LogCaptureFixture) -> None:
-    """A dry run's lines are its result; fallbacks and overrides are no warnings."""
+    """A dry run's lines are its result; fallbacks and overrides are not warnings."""
     caplog.set_level("DEBUG", "imatrix.engine")
     model = hollow("llama", n_ff=320, n_layer=2).path
     assert not coverage(model, None, "IQ2_XXS", tensor_types={"attn_q": "q8_0"}).ready
     assert caplog.records == []
     with Collector(model, n_ctx=32, n_threads=1) as collector:
         collector.plan()
-    assert caplog.records  # and the engine is heard again
+    assert caplog.records  # the engine's lines are logged again
 
 
 # --- the command ---------------------------------------------------------------------------------

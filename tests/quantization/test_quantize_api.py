@@ -1,4 +1,4 @@
-"""imatrix.quantize against llama-quantize, and everything that it refuses."""
+"""imatrix.quantize compared with llama-quantize, and everything that it refuses."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_engine_that_is_linked_knows_every_number_by_a_like_name() -> None:
 def test_the_tensor_types_are_those_that_ggml_can_write() -> None:
     types = quantizer.tensor_types()
     assert {"f32", "q8_0", "q4_K", "iq1_m", "mxfp4"} <= set(types)
-    # ends of dot products and plain integers would end the process in ggml_quantize_chunk
+    # types for dot products only, and plain integers, would end the process in ggml_quantize_chunk
     assert not {"q8_1", "q8_K", "i32", "f64"} & set(types)
     # ggml_quantize_requires_imatrix
     demanding = {name for name, (_, demands) in types.items() if demands}
@@ -160,7 +160,7 @@ def test_long_names_are_cut_between_characters(
     quantize(model, tmp_path / "a.gguf", "Q4_0", imatrix=matrix)
     keys = keys_of(tmp_path / "a.gguf")
     assert keys["quantize.imatrix.dataset"] == "ä" * 63  # 126 of 127 bytes
-    assert "quantize.imatrix.chunks_count" not in keys  # not known
+    assert "quantize.imatrix.chunks_count" not in keys  # not a known value
 
 
 def test_an_existing_file_is_replaced_and_progress_told(model: Path, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_an_existing_file_is_replaced_and_progress_told(model: Path, tmp_path: P
 
 
 def test_two_at_once(model: Path, matrix_file: Path, tmp_path: Path) -> None:
-    """Each hears of its own errors only."""
+    """Each sees only its own errors."""
     trunk = ImportanceMatrix.load(matrix_file).trunk
 
     def good(path: Path) -> object:
@@ -202,7 +202,7 @@ def test_two_at_once(model: Path, matrix_file: Path, tmp_path: Path) -> None:
 def refused(
     kind: type[Exception], message: str, src: Path, dst: Path, *args: Any, **kw: Any
 ) -> str:
-    """Run it, expecting an error that contains `message`; the folder must stay as it was."""
+    """Run it and expect an error that contains `message`; the folder must stay as it was."""
     before = {path: path.read_bytes() for path in dst.parent.iterdir() if path.is_file()}
     with pytest.raises(kind) as caught:
         quantize(src, dst, *args, **kw)
@@ -286,7 +286,8 @@ def test_a_matrix_of_another_model(model: Path, tmp_path: Path) -> None:
 def test_what_would_end_the_process(
     options: dict[str, Any], weight: str, model: Path, matrix_file: Path, tmp_path: Path
 ) -> None:
-    """ggml asserts that these types get data (ggml_quantize_chunk); nobody asks before."""
+    """ggml asserts that these types get data (ggml_quantize_chunk), but nothing asks for them
+    before."""
     message = f"{weight} would get a type that needs importance data, and there are none for it."
     told = refused(
         ValueError, message, model, tmp_path / "q.gguf", "IQ2_XXS", imatrix=matrix_file, **options
@@ -299,7 +300,7 @@ def test_the_advice_for_it_works(model: Path, matrix_file: Path, tmp_path: Path)
     target = tmp_path / "q.gguf"
     quantize(model, target, "IQ2_XXS", imatrix=matrix_file, pure=True, tensor_types=types)
     assert tensors_of(target)["token_embd.weight"][0] == "Q4_K"
-    # the first pattern that matches counts, and output.weight may be left as it is
+    # the first matching pattern counts, and output.weight may be left as it is
     types = {"token": "q8_0", "token_embd": "iq2_xxs"}
     quantize(
         model,
@@ -364,7 +365,7 @@ def test_a_truncated_model(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits")
 def test_a_full_disk(model: Path, tmp_path: Path) -> None:
-    """A file size limit makes the engine's write fail as a full disk does."""
+    """A limit on the file size makes the engine's write fail as a full disk does."""
     script = """
         import resource, sys
         import imatrix
@@ -384,7 +385,7 @@ def test_a_full_disk(model: Path, tmp_path: Path) -> None:
 def test_interrupting_ends_it_after_the_tensor_at_hand(
     model: Path, matrix_file: Path, tmp_path: Path
 ) -> None:
-    """As Ctrl-C does: the exception comes up in this thread, the engine is told to stop."""
+    """As with Ctrl-C: the exception is raised in this thread, and the engine is told to stop."""
     seen: list[int] = []
 
     def interrupt(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""llama-quantize with our files: the job that all of this is for."""
+"""llama-quantize with this package's files, which is what they are made for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 HEADS: list[Arch] = ["qwen35", "glm4moe", "qwen35moe"]
 N_CTX = 128
-# IQ2_XXS takes seconds a million weights
+# IQ2_XXS takes seconds for a million weights
 SMALL: dict[str, Any] = {"n_nextn": 1, "shared_head_head": True, "n_ff": 256}
 EXPERTS: dict[str, Any] = {"n_expert": 3, "n_expert_used": 2}
 
@@ -31,7 +31,7 @@ def collected(spec: ModelSpec, text: Path, *, mtp: bool) -> ImportanceMatrix:
 
 
 def head_matmuls(spec: ModelSpec) -> set[str]:
-    """Matrices in the head's block but for the embedding, which is looked up."""
+    """Matrices in the head's block, except for the embedding, which is looked up."""
     block = f"blk.{spec.hparams.n_layer}."
     return {
         name
@@ -63,7 +63,7 @@ def test_very_low_bits_need_the_head(
         assert f"did not find weights for {name}" not in log
     assert head_matmuls(spec) <= set(matrix)
 
-    # and they are in the file as low-bit weights
+    # and the file holds them as low-bit weights
     written = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(out).tensors}
     assert set(written) == set(spec.tensors)
     assert any(written[name].name.startswith("IQ2") for name in head_matmuls(spec))
@@ -73,7 +73,7 @@ def test_very_low_bits_need_the_head(
 def test_the_quantized_model_runs(
     forged: Forged, prose_file: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
-    """Head included: the same names and counts as from the model it was made of."""
+    """The head is included: the names and counts are those of the model that it was made from."""
     spec = forged("qwen35", seed=2, **SMALL)
     matrix = collected(spec, prose_file, mtp=True)
     matrix.save(tmp_path / "ours.gguf")

@@ -1,4 +1,4 @@
-"""Exceptions to a file type, against llama-quantize where it heeds them."""
+"""Exceptions to a file type, compared with llama-quantize if that program follows them."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def command(*argv: object) -> int:
     return cli.main([str(word) for word in argv])
 
 
-# --- where the engine passes over them -----------------------------------------------------------
+# --- exceptions that the engine ignores ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ftype", "number"), [("F32", 0), ("F16", 1), ("BF16", 32)])
 def test_a_float_type_with_exceptions(
     ftype: str, number: int, model: Path, theirs: Any, tmp_path: Path
 ) -> None:
-    """llama-quantize leaves them out for these types (llama_tensor_get_type): what is named is
-    compared with its Q8_0 and Q4_0, all else with its file of the type."""
+    """llama-quantize ignores them for these types (llama_tensor_get_type): the tensors that they
+    name are compared with its Q8_0 and Q4_0, all others with its file of the type."""
     rules = [("attn_k.weight", "q8_0"), (r"blk\.1\.ffn", "q4_0"), ("attn_", "q8_0")]
     plain = theirs(ftype)
-    assert theirs(ftype, *flags_of(rules)) == plain  # the defect that this makes up for
+    assert theirs(ftype, *flags_of(rules)) == plain  # this makes up for the defect
     q8_0, q4_0 = theirs("Q8_0", "--pure"), theirs("Q4_0", "--pure")
 
     ours = tmp_path / "ours.gguf"
@@ -88,7 +88,7 @@ def test_a_float_type_whose_exceptions_need_data(
 ) -> None:
     rules = [("attn_q.weight", "iq2_xs"), ("ffn_gate_exps", "iq3_xxs")]
     quantize(model, tmp_path / "q.gguf", "BF16", imatrix=head_matrix, tensor_types=rules)
-    # what llama-quantize makes of the same request in a form that it heeds
+    # what llama-quantize makes from the same request in a form that it follows
     flags = ["--imatrix", head_matrix, *flags_of([*rules, (".", "bf16")])]
     assert tensors_of(tmp_path / "q.gguf") == theirs("Q8_0", *flags)
     found = coverage(model, None, "BF16", tensor_types=rules)
@@ -110,7 +110,7 @@ def test_pure_and_the_output_left_alone(model: Path, theirs: Any, tmp_path: Path
 
 
 def test_a_rule_for_a_float_type_whose_rows_do_not_fit(forged: Forged, tmp_path: Path) -> None:
-    """As for a quantized one: the engine's own fallback, told."""
+    """As for a quantized type: the engine's own fallback applies, and is reported."""
     model = forged("llama", n_ff=320, n_layer=2).path
     found = coverage(model, None, "F16", tensor_types={"ffn_down": "q4_k"})
     quantize(model, tmp_path / "q.gguf", "F16", tensor_types={"ffn_down": "q4_k"})
@@ -124,7 +124,7 @@ def test_a_rule_for_a_float_type_whose_rows_do_not_fit(forged: Forged, tmp_path:
     assert found.rules[0].other_type == dict.fromkeys(found.rules[0].tensors, "q5_0")
 
 
-# --- their order ---------------------------------------------------------------------------------
+# --- the order of exceptions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ftype", ["Q4_0", "F16"])
@@ -152,10 +152,10 @@ def test_of_two_with_one_pattern_the_first_counts(
 def test_the_commands_keep_the_order(
     model: Path, theirs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of flags and files as they are given, the same rule twice among them."""
+    """The rules come from flags and files as they are given, one rule twice among them."""
     file = tmp_path / "rules.txt"
     file.write_bytes(b"\xef\xbb\xbfATTN_Q=q5_0 attn_k=q5_1\r\n\n\tattn_v.weight=Q8_0\n")
-    unmarked = tmp_path / "unmarked.txt"  # llama-quantize would take the mark for a name's
+    unmarked = tmp_path / "unmarked.txt"  # llama-quantize would take the mark for part of a name
     unmarked.write_bytes(file.read_bytes()[3:])
     for flags in (
         [
@@ -237,7 +237,7 @@ def test_a_file_that_is_missing_or_the_output(
     assert read_rules(file) == [("attn_q", "q8_0")]
 
 
-# --- what does nothing ---------------------------------------------------------------------------
+# --- exceptions without effect -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_part_of_what_a_rule_matches_is_never_quantized(model: Path, tmp_path: P
     assert found.warnings == ()
     assert "blk.1.attn_norm.weight" in found.rules[0].kept
     assert "blk.1.attn_q.weight" not in found.rules[0].kept
-    # and a type that the tensor has already is no exception that is passed over
+    # and a type that the tensor already has is no exception that was ignored
     assert coverage(model, None, "Q4_0", tensor_types={"_norm": "f32"}).rules[0].kept == ()
 
 

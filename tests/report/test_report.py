@@ -1,6 +1,7 @@
-"""`imatrix report`: a valid page that stands alone, says what is in the file, and is not fooled.
+"""`imatrix report`: the page is valid, stands alone, shows what is in the file, and cannot be
+fooled.
 
-A browser looks at it in tests/browser/check_report.py, by hand: see docs/report.md.
+tests/browser/check_report.py looks at it in a browser; it is run by hand, see docs/report.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Tree = ET.Element
 
 
 def parsed(page: str) -> Tree:
-    """The page as a browser's parser has it; errors by the HTML standard fail the test."""
+    """The page as a browser's parser reads it; errors by the HTML standard fail the test."""
     parser = HTMLParser(namespace_html_elements=False)
     tree = parser.parse(page)
     assert not parser.errors
@@ -41,12 +42,12 @@ def every(tree: Tree, tag: str) -> list[Tree]:
 
 
 def told(element: Tree) -> str:
-    """Its text, blanks taken together."""
+    """Its text, with runs of blanks made one."""
     return " ".join("".join(element.itertext()).split())
 
 
 def table(tree: Tree, caption: str) -> list[dict[str, str]]:
-    """The rows of the table with that caption, by heading."""
+    """The rows of the table with that caption, by the heading of each column."""
     for each in tree.iter("table"):
         if told(each.find("caption")) == caption:
             headings = [told(cell) for cell in each.find("thead/tr")]
@@ -55,7 +56,7 @@ def table(tree: Tree, caption: str) -> list[dict[str, str]]:
 
 
 def facts(tree: Tree) -> dict[str, str]:
-    """What the page says of how the matrix was made."""
+    """What the page says about how the matrix was made."""
     (found,) = [each for each in tree.iter("dl") if each.get("class") == "facts"]
     return {told(each.find("dt")): told(each.find("dd")) for each in found}
 
@@ -67,7 +68,8 @@ def verdicts(tree: Tree) -> list[str]:
 
 @pytest.fixture(scope="module")
 def experts() -> ImportanceMatrix:
-    """Two blocks of four experts, the second one the head; counts that differ between weights."""
+    """Two blocks of four experts; the second block is the head; the weights have different
+    counts."""
     rng = np.random.default_rng(5)
     counts = {0: [0, 5, 31, 4000], 1: [32, 33, 40, 1_000_000]}
     entries = {}
@@ -77,7 +79,7 @@ def experts() -> ImportanceMatrix:
             sums = rng.uniform(1, 2, (4, 64)) * seen[:, None]
             entries[f"blk.{block}.ffn_{kind}_exps.weight"] = Entry(sums, seen)
         entries[f"blk.{block}.attn_q.weight"] = Entry(rng.uniform(1, 2, (1, 32)), [9000])
-    # of 10 rows: the last channel's mean square is 93.7, its mean -9
+    # over 10 rows: the last channel's mean square is 93.7, its mean -9
     entries["blk.1.nextn.eh_proj.weight"] = Entry(
         [[1.0] * 63 + [937.0]], [10], signed_sums=[[0.0] * 63 + [-90.0]]
     )
@@ -106,7 +108,7 @@ def experts() -> ImportanceMatrix:
 
 @pytest.fixture(scope="module")
 def hostile() -> ImportanceMatrix:
-    """Names as nobody would give them, but for somebody who means harm."""
+    """Names that only somebody with bad intentions would give."""
     ones = np.ones((1, 8))
     names = [
         f"blk.0.{HOSTILE}.weight",
@@ -253,7 +255,7 @@ def test_names_from_strangers_stay_text(pages: dict[str, str], hostile: Importan
     assert facts(tree)["Collected by"] == HOSTILE
     assert r"blk.2.ffn_\u202egnp.exe" in text
     assert r"\x1b[31mred\x00\uffff\r\n" in text
-    # nothing turns the direction of what follows, and what letters do ends with their name
+    # nothing changes the direction of what follows, and the effect of letters ends with their name
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f]", page)
     around = {child: parent for parent in tree.iter() for child in parent}
     for each in tree.iter():
@@ -315,14 +317,14 @@ def test_the_figures_are_those_of_the_matrix(
         "heaviest 1 %": "93.7 %",
     }
     others = table(tree, "Weights with the heaviest channels")[1:]
-    assert {row["constant"] for row in others} == {"\N{EN DASH}"}  # no signed sums
+    assert {row["constant"] for row in others} == {"\N{EN DASH}"}  # there are no signed sums
     weights = {row["weight"]: row for row in table(tree, WEIGHTS)}
     assert set(weights) == set(experts)
     for name, row in weights.items():
         entry = experts[name]
         seen = np.broadcast_to(entry.counts > 0, entry.n_mat)
         means = (entry.sums / np.maximum(entry.counts, 1)[:, None])[seen]
-        # float32, as llama-imatrix computes, told with four digits
+        # float32, as llama-imatrix computes, shown with four digits
         assert float(row["μ"]) == pytest.approx(means.mean(), rel=1e-3)
         assert float(row["Max"]) == pytest.approx(means.max(), rel=1e-3)
         assert float(row["Σ(Act²)"]) == pytest.approx(means.sum(), rel=1e-3)
@@ -373,7 +375,7 @@ def test_old_files_say_what_is_unknown(pages: dict[str, str], shipped: Path) -> 
     text = told(parsed(pages["dat"]))
     assert "how many rows an expert saw is unknown" in text
     assert "calibration.txt" in text
-    # what llama-imatrix writes has neither provenance nor sources
+    # llama-imatrix's file has neither provenance nor sources
     old = ImportanceMatrix.load(shipped / "trunk-only.gguf")
     tree = parsed(
         report_page(
@@ -473,7 +475,7 @@ def test_the_same_arguments_give_the_same_page(shipped: Path) -> None:
 
 
 def colours() -> Iterator[tuple[str, dict[str, str]]]:
-    """The custom properties of the style sheet, by light and dark."""
+    """The custom properties of the style sheet, for light and for dark."""
     style = (TEMPLATES / "report.css").read_text("utf-8")
     blocks = re.findall(r":root \{([^}]*)\}", style)
     light = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", blocks[0]))
@@ -484,7 +486,7 @@ def colours() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def contrast(one: str, other: str) -> float:
-    """WCAG 2.2, contrast ratio, from 1 to 21."""
+    """The contrast ratio by WCAG 2.2, from 1 to 21."""
 
     def luminance(colour: str) -> float:
         values = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

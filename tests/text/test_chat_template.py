@@ -1,6 +1,6 @@
-"""Chat templates: rendered as transformers renders them, and held to their limits.
+"""Chat templates are rendered as transformers renders them, and kept within their limits.
 
-The templates are written for this test in the manner of well-known models: what matters is that
+The templates were written for this test in the style of well-known models: what matters is that
 each uses other parts of the language.
 """
 
@@ -208,7 +208,7 @@ def test_as_transformers_renders_it(theirs: Any, name: str) -> None:
                         messages, chat_template=TEMPLATES[name], tokenize=False, **given
                     )
                 except Exception:
-                    # the template reads what the chat does not have: then so it is here
+                    # the template reads a field that the chat lacks: here it is absent as well
                     with pytest.raises(TemplateError):
                         template.render(messages, **given)
                     failed += 1
@@ -258,10 +258,10 @@ def test_the_clock_and_the_dice_are_still() -> None:
     ],
 )
 def test_errors_name_template_and_line(text: str, told: str, line: int | None) -> None:
-    # a busy machine must not run out of the time that only one of them is to run out of
+    # on a busy machine only the case that is to run out of time may do so
     seconds = 1 if "not done" in told else 60
     with ChatTemplate(text, name="model.gguf: chat template 'x'", seconds=seconds) as template:
-        for _ in range(2):  # after an error as well
+        for _ in range(2):  # also after an error
             with pytest.raises(TemplateError, match=told) as caught:
                 template.render([{"role": "user"}])
             assert caught.value.line == line
@@ -281,7 +281,7 @@ def test_memory_has_an_end() -> None:
 # --- a model's own -------------------------------------------------------------------------------
 
 
-# a comment first, to see that a template comes out of the file as it is
+# a comment comes first, to see that the template comes out of the file unchanged
 DEFAULT = (
     '{# "größer"\\n\n\t#}{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}'
     "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}go{% endif %}"
@@ -290,7 +290,7 @@ DEFAULT = (
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
-    """A model with two templates. They are spelled in what the tiny tokenizer knows."""
+    """A model with two templates, spelled with characters that the tiny tokenizer knows."""
     folder = tmp_path_factory.mktemp("chatty")
     return make_model(
         folder / "chatty.gguf",
@@ -348,7 +348,7 @@ def test_names_that_a_chat_has_by_itself(chatty: ModelSpec) -> None:
         pytest.raises(ValueError, match=r"'tools' cannot be among a template's further names"),
     ):
         made.run([chat])
-    with ChatTemplate("{{ self }}{{ x }}") as template:  # `self` is the template's own in Jinja
+    with ChatTemplate("{{ self }}{{ x }}") as template:  # in Jinja, `self` belongs to the template
         assert template.render([{"role": "user"}], x=5).endswith("5")
 
 
@@ -373,7 +373,7 @@ def test_a_model_without_a_template(chatty: ModelSpec, tmp_path: Path) -> None:
         ):
             made.run(chat)
         assert made.run(chat, chat=ChatOptions(text="{{ messages[0].content * 9 }}")).chunk_count
-    # what is wrong with a chat is told with the template's line
+    # an error in a chat is reported with the template's line
     with (
         Collector(chatty.path, n_ctx=32, n_threads=1, rehearse=False) as made,
         pytest.raises(

@@ -1,4 +1,5 @@
-"""Chunks against slices worked out by hand; the tokenizer here makes one token a character."""
+"""Chunks compared with slices worked out by hand; the tokenizer here makes one token per
+character."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class SmallVocabulary(Characters):
 
 
 def spelled(pieces: Iterator[np.ndarray]) -> list[str]:
-    """The chunks as text; BOS shows as ^."""
+    """The chunks as text; BOS is shown as ^."""
     return ["".join("^" if t == BOS else chr(t) for t in piece) for piece in pieces]
 
 
@@ -80,7 +81,7 @@ class TestCutting:
         stream = list(range(10, 10 + sum(lengths)))
         ends = list(itertools.accumulate(lengths, initial=0))
         lists = [stream[a:b] for a, b in itertools.pairwise(ends)]
-        # The reference: plain slices of the whole stream.
+        # The reference is plain slices of the whole stream.
         starts = range(0, len(stream) - n_ctx + 1, n_ctx)
         expected = [stream[i : i + n_ctx] for i in starts][skip:][:limit]
         if not starts and skip == 0:
@@ -107,7 +108,7 @@ class TestSources:
         tokenizer = Characters(add_bos=True)
         # The stream is ^abcde; c gives way to the BOS of the second chunk.
         assert spelled(chunks(["ab", "cd", "e"], tokenizer, 3)) == ["^ab", "^de"]
-        # the empty text shows what a text ends with, here nothing
+        # the empty text shows what a text ends with, which is nothing here
         assert [call for call in tokenizer.calls if call[0]] == [
             ("ab", True, False),
             ("cd", False, False),
@@ -122,7 +123,7 @@ class TestSources:
     def test_path(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes("ä\r\nb\n\n".encode())
-        # One newline at the end goes, as in llama-imatrix -f; nothing else is translated.
+        # One newline at the end is dropped, as llama-imatrix -f does; nothing else is changed.
         assert spelled(chunks(path, Characters(), 5)) == ["ä\r\nb\n"]
 
     def test_open_files(self, tmp_path: Path) -> None:
@@ -197,8 +198,8 @@ class TestLaziness:
         finally:
             tracemalloc.stop()
         assert count == 10_000
-        # The stream is 20 MB; a few chunks of 2 kB each and the interpreter's odds and ends are
-        # far below a hundredth of it.
+        # The stream is 20 MB; a few chunks of 2 kB each and what the interpreter needs are far
+        # below a hundredth of it.
         assert peak < 200_000
 
 

@@ -1,4 +1,4 @@
-"""What is said of a text before it is read, and how it is cut for a run."""
+"""What is known about a text before it is read, and how it is cut for a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imatrix.text.inputs import Texts
 
 
 class Checked(Characters):
-    """A tokenizer of characters that says how often it was asked whether it can tokenize."""
+    """A tokenizer of characters that counts how often it was asked whether it can tokenize."""
 
     n_vocab = 1 << 21
 
@@ -76,7 +76,8 @@ def test_one_text_is_known_as_a_whole() -> None:
     ]
     assert cut_up("abcdefghij", skip_chunks=1).total == 1
     assert cut_up("abcdefghij", max_chunks=1).total == 1
-    # a BOS in front of each chunk of a document: 3 characters of 10 a chunk, the last one of 1
+    # each chunk of a document begins with a BOS, so that it takes 3 of the 10 characters, the last
+    # one 1
     assert cut_up("abcdefghij", Checked(add_bos=True), packing="document").total == 4
 
 
@@ -87,7 +88,7 @@ def test_a_stream_is_known_when_it_was_read() -> None:
         packing="document",
     )
     assert found.total is None
-    # in the order of checkpoint files
+    # in the order in checkpoint files
     assert list(found.settings.items()) == [
         ("packing", "document"),
         ("on_bad_record", "skip"),

@@ -1,6 +1,6 @@
-"""What ends a document where the tokenizer ends every text with a token of its own: an EOS
-(tokenizer.ggml.add_eos_token), or the SEP of a wordpiece vocabulary. Against tokens worked out by
-hand, and llama-imatrix given the same tokens."""
+"""How a document ends if the tokenizer ends every text with a token of its own: an EOS
+(tokenizer.ggml.add_eos_token), or the SEP of a wordpiece vocabulary. The results are compared with
+tokens worked out by hand, and with llama-imatrix given the same tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DOCUMENTS = ["the cat", "", "sat", "on the mat and slept"]
 
 @dataclass
 class Ending(Characters):
-    """Characters, and an EOS at the end of each text."""
+    """Characters, with an EOS at the end of each text."""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> np.ndarray:
         tokens = super().tokenize(text, add_special=add_special, parse_special=parse_special)
@@ -47,7 +47,7 @@ class Ending(Characters):
 
 
 class Wordpiece(Ending):
-    """CLS in front whatever add_bos says, as wordpiece has it."""
+    """CLS in front, whatever add_bos says, as in wordpiece."""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> np.ndarray:
         tokens = super().tokenize(text, add_special=add_special, parse_special=parse_special)
@@ -57,7 +57,7 @@ class Wordpiece(Ending):
 def spelled(
     texts: Texts, tokenizer: Characters, n_ctx: int, packing: Packing = "stream"
 ) -> list[str]:
-    """The chunks as text; BOS shows as ^, EOS as $."""
+    """The chunks as text; BOS is shown as ^, EOS as $."""
     found = Chunks(
         texts, tokenizer, n_ctx, packing=packing, render=lambda chat: chat.messages[0]["content"]
     )
@@ -66,7 +66,7 @@ def spelled(
 
 
 def stream(texts: Texts, tokenizer: Characters) -> str:
-    """The stream before it is cut: one short chunk."""
+    """The stream before it is cut, as one short chunk."""
     (found,) = spelled(texts, tokenizer, 100)
     return found
 
@@ -80,7 +80,7 @@ class TestStream:
         assert stream(["ab", "", "c", "de"], Characters(add_bos=True)) == "^abcde"
 
     def test_a_token_that_is_both(self) -> None:
-        # GPT-2's <|endoftext|> is BOS and EOS in one
+        # GPT-2's <|endoftext|> is both BOS and EOS
         assert stream(["ab", "c"], Ending(bos=EOS)) == "ab$c$"
         assert stream(["ab", "c"], Ending(bos=EOS, add_bos=True)) == "$ab$c$"
 
@@ -109,7 +109,7 @@ class TestStream:
         def chat(text: str) -> Chat:
             return Chat([{"role": "user", "content": text}])
 
-        # what the template spells; with EOS or without, none is added
+        # what the template spells, with an EOS or without; none is added
         texts = [chat("^ab$"), chat("cd"), "e", chat("f$")]
         found = stream(texts, Ending(add_bos=True))
         assert found == "^ab$cde$f$"  # "^" and "$" of the chats are characters of this tokenizer
@@ -135,7 +135,7 @@ def forged_with(forged: Forged, **options: Any) -> ModelSpec:
 
 
 def ids(spec: ModelSpec, documents: Iterable[str]) -> Iterator[int]:
-    """The stream by hand: the tiny tokenizer's ids, BOS in front, EOS behind each document."""
+    """The stream by hand: the tiny tokenizer's ids, a BOS in front, an EOS after each document."""
     assert spec.tokenizer is not None
     assert spec.tokenizer.bos is not None
     if spec.tokenizer.add_bos:
@@ -147,7 +147,7 @@ def ids(spec: ModelSpec, documents: Iterable[str]) -> Iterator[int]:
 
 
 def digest(spec: ModelSpec, tokens: list[int]) -> str:
-    """Of the chunks that a stream makes, as the matrix tells it."""
+    """The digest of the chunks that a stream makes, from the matrix."""
     assert spec.tokenizer is not None
     front = [spec.tokenizer.bos] if spec.tokenizer.add_bos else []
     full = range(0, len(tokens) - N_CTX + 1, N_CTX)
@@ -176,7 +176,7 @@ def test_the_chunks_of_a_model(forged: Forged, tmp_path: Path, add_bos: bool) ->
 
 
 def test_a_wordpiece_vocabulary(forged: Forged) -> None:
-    """CLS in front and SEP at the end, whatever the keys say of a BOS."""
+    """CLS is in front and SEP at the end, whatever the keys say about a BOS."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u2581the", "\u2581cat", "\u2581sat", "\u2581on"]
     kinds = [3, 2, 3, 3, 1, 1, 1, 1]
     spec = forged(
@@ -198,8 +198,8 @@ def test_a_wordpiece_vocabulary(forged: Forged) -> None:
     with Collector(spec.path, n_ctx=4, n_threads=1) as collector:
         assert collector.tokenize("the cat").tolist() == [2, 4, 5, 3]
         found = collector.run(["the cat", "sat", "on the cat sat"]).provenance
-    # [CLS] the cat [SEP] | sat [SEP] on the | cat sat [SEP]; the CLS in the first place of each
-    # chunk, where the engine says that a chunk begins with one
+    # [CLS] the cat [SEP] | sat [SEP] on the | cat sat [SEP]; CLS takes the first place of each
+    # chunk if the engine says that a chunk begins with one
     want = [[2, 4, 5, 3], [2, 3, 7, 4]]
     assert found is not None
     assert found.dataset_digest == hashlib.sha256(np.array(want, "<i4").tobytes()).hexdigest()
@@ -223,8 +223,8 @@ def test_llama_imatrix_of_the_same_tokens(
     forged: Forged, engine_tool: EngineTool, tmp_path: Path
 ) -> None:
     """llama-imatrix ends with an assertion on a model that asks for an EOS (main in
-    tools/imatrix/imatrix.cpp). The same weights without that key, and a text that spells the EOS
-    out, give it the same tokens."""
+    tools/imatrix/imatrix.cpp). The same weights without that key, and a text that spells out the
+    EOS, give it the same tokens."""
     n_ctx, n_documents = 64, 8
     asking = forged_with(forged, add_bos=True)
     plain = forged("llama", add_bos=True)
@@ -265,7 +265,7 @@ def test_llama_imatrix_of_the_same_tokens(
     want = ImportanceMatrix.load(theirs)
     lines = tmp_path / "a.jsonl"
     lines.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents))
-    one = tmp_path / "one.txt"  # ends with the EOS, which the tokenizer adds to the whole
+    one = tmp_path / "one.txt"  # it ends with the EOS that the tokenizer adds to the whole
     one.write_text(spelled_out.read_text().removesuffix("<|endoftext|>"))
     with Collector(asking.path, n_ctx=n_ctx, n_threads=1) as collector:
         for texts, special in ((Source(lines), False), (documents, False), (one, True)):
@@ -290,8 +290,9 @@ def stop_after(n: int) -> Callable[[Progress], None]:
 
 
 def test_a_checkpoint_of_other_cuts_is_refused(forged: Forged, tmp_path: Path) -> None:
-    """One that was written when only the first document got its EOS. Neither texts nor token
-    lists are known before they are read, so that one can go on from the other's checkpoint."""
+    """The checkpoint was written when only the first document got its EOS. Neither texts nor token
+    lists are known before they are read, so that either could continue from the other's
+    checkpoint."""
     spec = forged_with(forged)
     assert spec.tokenizer is not None
     checkpoint = tmp_path / "a.checkpoint"

@@ -1,5 +1,5 @@
-"""Records of data sets as people have them, over every reader: what they render as, to the letter,
-and which of them are refused, left out, or counted as empty."""
+"""Records of data sets as they occur, with every reader: what they render as, to the letter, and
+which of them are refused, left out, or counted as empty."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from imatrix import (
 from imatrix.text.chats import Renderer
 from imatrix.text.chunks import Chunks
 
-# Calls as f(a=1;), then the properties of the tools, then who says what
+# Calls as f(a=1;), then the properties of the tools, then the speakers with their texts
 TEMPLATE = """\
 {% for message in messages %}
 {% for call in message.tool_calls or [] %}
@@ -63,7 +63,7 @@ def spelled(records: list[Any]) -> bytes:
 def source_of(
     kind: str, data: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "data"
 ) -> Source:
-    """JSON lines as a file of that kind, or as standard input."""
+    """The source is JSON lines in a file of that kind, or standard input."""
     if kind == "stdin":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         return Source("jsonl:-")
@@ -105,7 +105,7 @@ def render() -> Iterator[Renderer]:
 
 
 def rendered(source: Source, render: Renderer) -> list[str]:
-    """The documents as text, as a run makes them."""
+    """The documents as the text that a run makes from them."""
     found = Chunks(source, Characters(), 4096, packing="document", render=render)
     return ["".join(map(chr, chunk.tokens)) for chunk in found]
 
@@ -143,20 +143,20 @@ def test_what_another_record_has_is_not_in_this_one(
 def test_a_null_that_was_written(
     of: Callable[[str, list[Any]], Source], render: Renderer, tmp_path: Path
 ) -> None:
-    """JSON lines can tell it from an absent field, and keep it; a column cannot."""
+    """JSON lines can tell it from an absent field and keep it; a column cannot."""
     records = [{"messages": [call(a=None, b=[None, "x"])]}]
     for kind in OF_JSON:
         assert rendered(of(kind, records), render) == ["f(a=None;b=[None, 'x'];)\n"]
-    for kind in PADDED:  # a list has the elements that it was given
+    for kind in PADDED:  # a list has the elements that were given
         assert rendered(of(kind, records), render) == ["f(b=[None, 'x'];)\n"]
-    # a field of the message itself that is null is absent to every template, as in transformers
+    # a field of the message itself that is null is absent for every template, as in transformers
     records = [{"messages": [{"role": "user", "content": "hi", "tool_calls": None}]}]
     for kind in (*OF_JSON, *PADDED):
         assert rendered(of(kind, records), render) == ["user: hi\n"]
 
 
 def test_maps_and_other_types_of_columns(tmp_path: Path, render: Renderer) -> None:
-    """A map has the keys that it was given, a null among its values too."""
+    """A map has the keys that were given, also those whose value is null."""
     arguments = pa.map_(pa.string(), pa.struct([("p", pa.int64()), ("q", pa.int64())]))
     function = pa.struct([("name", pa.large_string()), ("arguments", arguments)])
     one = pa.struct([("function", function)])
@@ -217,7 +217,7 @@ def test_names_of_speakers(spelled: str, role: str, render: Renderer) -> None:
 
 
 def test_roles_that_a_template_may_know_stay(render: Renderer) -> None:
-    """`role` with `content` is what templates read: only ShareGPT's own names are translated."""
+    """Templates read `role` with `content`: only ShareGPT's own names are translated."""
     for given, role in (("human", "user"), ("gpt", "assistant"), ("observation", "observation")):
         source = Source([{"messages": [{"role": given, "content": "x"}]}])
         assert rendered(source, render) == [f"{role}: x\n"]
@@ -292,7 +292,7 @@ def test_arguments_as_json_in_a_string(
     function = {"name": "f", "arguments": '{"a": "1", "b": null}'}
     messages = [{"role": "assistant", "tool_calls": [{"function": function}]}]
     assert rendered(of(kind, [{"messages": messages}]), render) == ["f(a=1;b=None;)\n"]
-    # anything else stays what it is: this template cannot take it
+    # any other value stays what it is: this template cannot use it
     function["arguments"] = "a = 1"
     with pytest.raises(
         ValueError, match=r"(line 1|row 0|record 0|documents\[0\]): .*template.*items"
@@ -316,7 +316,7 @@ BOM = b"\xef\xbb\xbf"
 def test_a_bom_before_json_lines(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # and where files were put one after the other
+    # and between files that were joined
     data = BOM + b'{"text": "a"}\n' + BOM + b'{"text": "b"}\r\n' + BOM + b"\n"
     assert list(source_of(kind, data, tmp_path, monkeypatch).documents()) == ["a", "b"]
 
@@ -343,7 +343,7 @@ def test_a_lone_surrogate(
     said = [{"role": "user", "content": "x\udfff", "tool_calls": [{"function": function}]}]
     records = [
         {"text": "ab\ud83d cd"},
-        {"text": "\U0001f600!"},  # a whole pair in JSON
+        {"text": "\U0001f600!"},  # a complete pair in JSON
         {"messages": said, "tools": [tool(**{"\ud800": "\ud800"})]},
     ]
     assert rendered(of(kind, records), render) == [
@@ -365,7 +365,7 @@ def test_surrogates_in_what_python_gives(render: Renderer) -> None:
 
 
 def test_side_files(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A template and tools with a BOM and a surrogate are read; what is wrong names the file."""
+    """A template and tools with a BOM and a surrogate are read; an error in them names the file."""
     (tmp_path / "chat.jsonl").write_bytes(
         spelled([{"messages": [{"role": "user", "content": "the river and the stone " * 20}]}])
     )
@@ -458,7 +458,7 @@ BAD = [
     b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "x"}}]}]}',
     b'{"text": ' + b"1" * 5000 + b"}",  # more digits than Python converts
     b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    # few enough levels for the parser, and more than a template's process takes
+    # few enough levels for the parser, but too many for a template's process
     b'{"messages": [{"role": "user", "content": ' + b"[" * 900 + b'"x"' + b"]" * 900 + b"}]}",
 ]
 
@@ -472,7 +472,7 @@ def test_every_bad_record_is_named_and_can_be_skipped(
     for record in bad:
         data = b'{"text": "ab"}\n\n' + record + b'\n{"text": "cd"}\n'
         source = source_of(kind, data, tmp_path, monkeypatch)
-        if record is not BAD[-1]:  # how deep it may be is the Python's affair
+        if record is not BAD[-1]:  # the allowed depth is up to Python
             with pytest.raises(ValueError, match=r"line 3: ") as raised:
                 tallied(source, render)
             assert str(raised.value).startswith(f"{place}, line 3: ")
@@ -484,7 +484,7 @@ def test_every_bad_record_is_named_and_can_be_skipped(
 
 
 def test_bad_rows_of_parquet(tmp_path: Path, render: Renderer) -> None:
-    # a column of text that holds bytes which are none; Arrow does not look
+    # a text column that holds bytes which are no text; Arrow does not check
     data = pa.array([b"ab", b"\xe9", b"cd", None], pa.binary())
     for column in (data, pa.StringArray.from_buffers(4, *data.buffers()[1:], data.buffers()[0])):
         path = tmp_path / "a.parquet"
@@ -527,7 +527,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.txt: not utf-8 text: byte 0xff at offset 0"):
         tallied(Source(tmp_path))
     assert tallied(Source(tmp_path), on_bad_record="skip") == (["ab", "cd"], 2, 0, 1)
-    # the end of a file is not known, nor what comes after it
+    # neither the end of the file is known, nor what comes after it
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9])
     with pytest.raises(ValueError, match=r"d\.jsonl\.gz: damaged or cut short"):
         tallied(Source(tmp_path), on_bad_record="skip")
@@ -565,7 +565,8 @@ def collector(spec: ModelSpec) -> Collector:
 
 
 def test_the_engines_tokenizer_on_odd_texts(small: ModelSpec, prose: str, tmp_path: Path) -> None:
-    """A NUL is a character like others. What the tokenizer refuses is named and can be skipped."""
+    """A NUL is a character like others. Text that the tokenizer refuses is named and can be
+    skipped."""
     path = tmp_path / "odd.jsonl"
     path.write_bytes(spelled([prose[:300], prose[:9] + "\0" + prose[9:300], "x" * 20_000_000]))
     with collector(small) as made:
@@ -612,7 +613,7 @@ def test_a_run_that_skips(small: ModelSpec, prose: str, tmp_path: Path) -> None:
     assert any(
         line.startswith(f"the first of them: {path}, line 6: no field") for line in report.lines()
     )
-    # in the file, and in one of two
+    # in the file, and if only one of two matrices has them
     matrix.save(tmp_path / "m.gguf")
     loaded = ImportanceMatrix.load(tmp_path / "m.gguf")
     assert loaded.provenance is not None
@@ -620,7 +621,7 @@ def test_a_run_that_skips(small: ModelSpec, prose: str, tmp_path: Path) -> None:
     both = (loaded + loaded).provenance
     assert both is not None
     assert [(each.empty, each.skipped) for each in both.sources] == [(2, 4)]
-    # a file of a text without any has no key for them
+    # the file has no key for them if the text has none
     from gguf import GGUFReader
 
     expected.save(tmp_path / "e.gguf")
@@ -656,7 +657,7 @@ def test_going_on(small: ModelSpec, prose: str, tmp_path: Path, seed: int | None
 def test_a_run_that_a_bad_record_ended_goes_on_without_it(
     small: ModelSpec, prose: str, tmp_path: Path
 ) -> None:
-    """Up to there the two are one run."""
+    """Up to that point the two are one run."""
     path, checkpoint = holed(tmp_path, prose), tmp_path / "checkpoint"
     with collector(small) as made:
         whole = saved(made.run(Source(path), on_bad_record="skip"), tmp_path)

@@ -1,4 +1,5 @@
-"""Sources of text against files written by the formats' own libraries; mixtures against counting."""
+"""Sources of text compared with files written by the formats' own libraries; mixtures compared with
+counts."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def lines(records: list[Any]) -> bytes:
 
 
 def cut(texts: Texts, n_ctx: int, **options: Any) -> list[str]:
-    """The chunks as text; BOS shows as ^, a chat as its first message's words."""
+    """The chunks as text; BOS is shown as ^, a chat as its first message's words."""
     tokenizer = options.pop("tokenizer", Characters())
     found = Chunks(
         texts, tokenizer, n_ctx, render=lambda chat: chat.messages[0]["content"], **options
@@ -48,7 +49,7 @@ def cut(texts: Texts, n_ctx: int, **options: Any) -> list[str]:
 
 def test_the_formats(tmp_path: Path) -> None:
     content = lines(RECORDS)
-    # two frames in one file, as appending makes it; and one written without its length
+    # two frames in one file, as appending makes it; and one frame without its length
     frames = zstandard.compress(content[:30]) + zstandard.ZstdCompressor().compress(content[30:])
     written = {
         "a.jsonl": content,
@@ -63,7 +64,7 @@ def test_the_formats(tmp_path: Path) -> None:
     assert list(Source(str(tmp_path / "e.parquet")).documents()) == TEXTS
     (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"a\nb\n\n"))
     assert list(Source(tmp_path / "f.txt.gz").documents()) == ["a\nb\n"]
-    # whatever the name says
+    # whatever the name suggests
     (tmp_path / "g.data").write_bytes(content)
     assert list(Source(f"jsonl:{tmp_path / 'g.data'}").documents()) == TEXTS
     assert list(Source(tmp_path / "g.data").documents()) == [content.decode().removesuffix("\n")]
@@ -104,7 +105,7 @@ def test_records(tmp_path: Path) -> None:
     (chat,) = Source(tmp_path / "b.parquet").documents()
     assert isinstance(chat, Chat)
     assert chat.messages == [*MESSAGES, {"role": "tool", "name": "f"}]
-    # a field by its name, or the first of several
+    # a field given by name, or the first of several
     path.write_bytes(lines([{"code": "c", "text": "t"}, {"prose": "p"}]))
     assert list(Source(path, fields=("code", "prose")).documents()) == ["c", "p"]
 
@@ -205,7 +206,8 @@ def test_weights_on_the_command_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"messages": [{}], "tools": "{"}\n', r"field 'tools' is not JSON"),
         ("a.jsonl", b'{"messages": [{}], "tools": {}}\n', r"field 'tools' must be a list, found d"),
         ("a.jsonl", b"[" * 100_000, r"line 1: (nested too deeply|not JSON)"),
-        # without the time of day, which would get into the test's name: processes must agree on it
+        # without the time of day, which would get into the test's name: all processes must have the
+        # same name
         ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], r"a\.txt\.gz: damaged or cut short"),
         ("a.txt.gz", b"plain", r"a\.txt\.gz: damaged or cut short: Not a gzipped file"),
         ("a.txt.zst", zstandard.compress(b"x" * 99)[:-1], r"ends within a Zstandard frame"),
@@ -237,7 +239,7 @@ def test_a_parquet_file_without_the_field(tmp_path: Path) -> None:
 def test_a_library_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, extra: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # what makes an import fail
+    monkeypatch.setitem(sys.modules, module, None)  # this makes an import fail
     (tmp_path / "a.parquet").write_bytes(b"")
     (tmp_path / "a.txt.zst").write_bytes(b"")
     source = Source(name if name.startswith("hf:") else str(tmp_path / name))
@@ -251,7 +253,7 @@ def test_a_library_that_is_missing(
 def test_sources_without_weights_are_one_stream() -> None:
     mixture = Mixture([["ab", "cd"], Source(["ef", "g"], name="second")])
     assert cut(mixture, 3) == ["abc", "def"]
-    assert cut(mixture, 3) == ["abc", "def"]  # again
+    assert cut(mixture, 3) == ["abc", "def"]  # once more
     assert cut(mixture, 3, tokenizer=Characters(add_bos=True)) == ["^ab", "^de"]
     found = Chunks(mixture, Characters(), 3)
     assert [(chunk.parts, chunk.start) for chunk in found] == [
@@ -295,11 +297,11 @@ def test_every_beginning_of_a_mixture_has_the_shares(
         assert not more
         assert set(chunk.tokens) == {ord(letters[source])}
         tokens[source] += n
-        # a source gets a chunk only when it is the furthest behind, so that none is ahead of its
+        # a source gets a chunk only if it is the furthest behind, so that none is ahead of its
         # share by more than that chunk
         assert (tokens - shares * tokens.sum() <= n_ctx).all()
     assert found.ended is not None
-    # the text ends where a source does, and not before
+    # the text ends at the end of a source, and not before
     used = tokens[found.ended] + found.tallies[found.ended].dropped
     assert used == sum(lengths[found.ended])
 
@@ -320,7 +322,7 @@ def test_a_shuffle_is_a_permutation_and_the_seed_decides_it(
 
 
 def test_a_shuffle_is_one_draw_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worked out from the rule, with the numbers that Python promises not to change."""
+    """Worked out from the rule, with the random numbers that Python promises to keep."""
     from imatrix.text import shuffling
 
     monkeypatch.setattr(shuffling, "_HELD_DOCUMENTS", 3)
@@ -339,7 +341,7 @@ def test_a_shuffle_is_one_draw_after_the_other(monkeypatch: pytest.MonkeyPatch) 
     (stream,) = Mixture([list("abcdefgh")], seed=7).streams()
     assert [item for _, item in stream] == expected
     assert expected != list("abcdefgh")
-    # a document that is larger than all that may be held goes through by itself
+    # a document larger than the whole buffer passes through by itself
     monkeypatch.setattr(shuffling, "_HELD_CHARACTERS", 2)
     (stream,) = Mixture([["aaa", "bbb", "ccc"]], seed=7).streams()
     assert [item for _, item in stream] == ["aaa", "bbb", "ccc"]
@@ -386,7 +388,7 @@ def test_no_chunk_has_two_documents_and_nothing_is_lost(
     documents = [[100 * number + i for i in range(n)] for number, n in enumerate(lengths, start=1)]
     tokenizer = Characters(add_bos=add_bos)
     found = Chunks(documents, tokenizer, n_ctx, packing="document")
-    # the reference: pieces of each, as long as a BOS in front leaves room
+    # the reference is the pieces of each document, as long as a BOS in front leaves room
     room = n_ctx - add_bos
     expected = [
         [BOS] * add_bos + document[i : i + room]
@@ -412,7 +414,7 @@ def test_documents_of_text() -> None:
         "^gh",
         "^i",
     ]
-    # a BOS that is there already stays the only one
+    # a BOS that is already there stays the only one
     assert cut(["abc", "\x01de"], 3, tokenizer=Characters(add_bos=True), packing="document") == [
         "^ab",
         "^c",
@@ -421,7 +423,7 @@ def test_documents_of_text() -> None:
     ]
     chat = Chat([{"role": "user", "content": "\x01abcd"}])
     assert cut([chat, "ef"], 3, tokenizer=tokenizer, packing="document") == ["^ab", "^cd", "^ef"]
-    # a chat's special tokens are spelled out by its template, and read
+    # a chat's special tokens are spelled out by its template, and parsed
     tokenizer.calls.clear()
     cut([chat, "ef"], 3, tokenizer=tokenizer, packing="document")
     assert tokenizer.calls == [("\x01abcd", False, True), ("ef", True, False)]
