@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from helpers.random_model import make_random_model
-from helpers.running import TEXT, EngineTool, Run, until_told
+from helpers.running import TEXT, EngineTool, Run, until_printed
 
 import imatrix
 from imatrix import cli
@@ -78,7 +78,7 @@ def test_the_same_flags_give_the_same_file_and_perplexity(
     source = special if "--parse-special" in flags else text
     common = ["-m", model, "-f", source, "-t", 1, *flags]
     tool = engine_tool("llama-imatrix")
-    log = until_told(
+    log = until_printed(
         "Final estimate", lambda: theirs(tool, *common, "-o", tmp_path / "theirs.gguf")
     )
     done = spawn("collect", *common, "-o", tmp_path / "ours.gguf")
@@ -173,7 +173,7 @@ def test_merged_in_any_order(head_matrix: Path, run: Run, tmp_path: Path) -> Non
     assert run("merge", files[0], files[1], "-o", files[0]).status == 2
 
 
-def test_what_the_old_format_cannot_say_is_told(run: Run, tmp_path: Path) -> None:
+def test_what_the_old_format_cannot_hold_is_reported(run: Run, tmp_path: Path) -> None:
     entries = {
         "blk.0.ffn_up_exps.weight": Entry(np.ones((3, 4)), [0, 5, 0]),
         "blk.1.ffn_up_exps.weight": Entry(np.zeros((3, 4)), [0, 0, 0]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.forge import Arch, ModelSpec
 from helpers.parity import PARITY, assert_same_trunk, differences
-from helpers.running import EngineTool, Forged, run_tool, until_told
+from helpers.running import EngineTool, Forged, run_tool, until_printed
 
 from imatrix import Collector, ImportanceMatrix
 
@@ -255,7 +255,7 @@ def test_perplexity_is_what_llama_imatrix_prints(
         theirs(spec, "-c", N_CTX, "-b", n_batch, "-ub", n_batch, "--chunks", 6)
         return theirs.log
 
-    printed = _ESTIMATE.search(until_told("Final estimate", run))
+    printed = _ESTIMATE.search(until_printed("Final estimate", run))
     assert printed, theirs.log
     with Collector(
         spec.path, n_ctx=N_CTX, n_batch=n_batch, n_ubatch=n_batch, n_seq=n_seq, n_threads=1

@@ -44,7 +44,7 @@ def rows(page: Path) -> Iterator[tuple[list[str], str]]:
             yield spans, cells[1].content
 
 
-def told() -> dict[str, str]:
+def page_verdicts() -> dict[str, str]:
     """The verdict on each flag that the page gives."""
     verdicts: dict[str, str] = {}
     for flags, verdict in rows(DOCS / "llama-imatrix.md"):
@@ -76,16 +76,16 @@ def theirs(engine_tool: EngineTool) -> set[str]:
     return found
 
 
-def test_every_flag_of_llama_imatrix_is_told_of(theirs: set[str]) -> None:
-    assert theirs - set(told()) == set()
-    assert set(told()) - theirs == set()
+def test_the_page_has_every_flag_of_llama_imatrix(theirs: set[str]) -> None:
+    assert theirs - set(page_verdicts()) == set()
+    assert set(page_verdicts()) - theirs == set()
 
 
-def test_what_is_told_of_a_flag_is_so() -> None:
+def test_the_verdict_on_a_flag_is_right() -> None:
     ours = {*collect_parser()._option_string_actions, *build_parser()._option_string_actions}
-    taken = {flag for flag, verdict in told().items() if verdict != "no"}
+    taken = {flag for flag, verdict in page_verdicts().items() if verdict != "no"}
     assert taken - ours == set(), "the page says that these are taken"
-    assert (set(told()) - taken) & ours == set(), "the page says that these are refused"
+    assert (set(page_verdicts()) - taken) & ours == set(), "the page says that these are refused"
 
 
 def test_the_page_of_commands_is_up_to_date() -> None:

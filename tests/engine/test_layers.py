@@ -425,15 +425,15 @@ def test_a_reference_beside_the_model(endpoints: list[str], forged: Forged, tmp_
 
 
 def test_what_the_command_says() -> None:
-    def told(layers: Layers | None, has_gpu: bool = True) -> str | None:
+    def described(layers: Layers | None, has_gpu: bool = True) -> str | None:
         made = SimpleNamespace(layers=layers, has_gpu=has_gpu, n_trunk=40, n_nextn=1)
         return describe_layers(made, SimpleNamespace(mtp_model=None))  # type: ignore[arg-type]
 
-    assert told(Layers(12)) == "-ngl auto: 12 of 42 layers on the GPU"
-    assert told(Layers(-1, (0, 13, 27))) == (
+    assert described(Layers(12)) == "-ngl auto: 12 of 42 layers on the GPU"
+    assert described(Layers(-1, (0, 13, 27))) == (
         "-ngl auto: all of 42 layers on the GPU, the experts of 3 blocks on the CPU"
     )
-    assert told(ALL) is told(None) is told(Layers(0), has_gpu=False) is None
+    assert described(ALL) is described(None) is described(Layers(0), has_gpu=False) is None
     assert [gpu_layers(text) for text in ("auto", "-1", "all", "-2", "0", "7")] == [
         "auto", "auto", -1, -1, 0, 7,
     ]  # fmt: skip

@@ -136,7 +136,7 @@ def test_chunks_of_many_lengths_side_by_side(arch: str, forge: Forge) -> None:
     assert one["blk.0.ffn_down.weight"].counts[0] == 64 + 23 + 41 + 64
 
 
-def test_batches_are_told(forge: Forge) -> None:
+def test_batches_are_reported(forge: Forge) -> None:
     for options, expected in (
         ({}, Batch(1, 64, 64)),
         ({"n_seq": 3}, Batch(3, 192, 192)),
@@ -303,7 +303,7 @@ def test_scores_are_llama_perplexitys(
         assert found.kl.value == 0.0
 
 
-def test_what_counts_is_told(forge: Forge, prose_file: Path, run: Run) -> None:
+def test_what_counts_is_reported(forge: Forge, prose_file: Path, run: Run) -> None:
     common = ("evaluate", forge("dream").path, "-f", prose_file, "-c", 64, "--chunks", 1)
     done = run(*common)
     assert done.status == 0

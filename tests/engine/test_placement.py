@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.forge import Arch
-from helpers.running import EngineTool, Forged, RpcServer, run_tool, until_told
+from helpers.running import EngineTool, Forged, RpcServer, run_tool, until_printed
 
 import imatrix
 from imatrix import Collector, ImportanceMatrix
@@ -258,7 +258,7 @@ def test_the_same_sums_wherever_tensors_lie(
             "--chunks", "1", "-t", "1", "-o", tmp_path / "theirs.gguf", "-v", "-fit", "off",
             "--rpc", ",".join(endpoints), *shlex.split(given),
         ]  # fmt: skip
-        theirs = placed(until_told("~llama_context", lambda command=command: run_tool(*command)))
+        theirs = placed(until_printed("~llama_context", lambda command=command: run_tool(*command)))
         ours = placed("\n".join(run["log"]))
         assert any("assigned" in line for line in theirs)
         # only this package loads the head's tensors
@@ -345,7 +345,7 @@ def test_the_commands(
         heads.append(figures["head"]["nll"]["value"])
         value = figures["trunk"]["perplexity"]["value"]
         tool = [engine_tool("llama-perplexity"), "-m", model, "-f", text, "-b", "64", "-fit", "off"]
-        log = until_told(
+        log = until_printed(
             "Final estimate",
             lambda tool=tool, placement=placement: run_tool(
                 *tool, *common, *servers, *placement, "-ngl", "99"
@@ -371,7 +371,7 @@ def test_why_tensor_mode_is_refused(
             "-c", "64", "-b", "64", "--chunks", "2", "-t", "1", "-ngl", "99", "-fit", "off",
             "--rpc", ",".join(endpoints), "-sm", mode,
         ]  # fmt: skip
-        log = until_told("Final estimate", lambda tool=tool: run_tool(*tool))
+        log = until_printed("Final estimate", lambda tool=tool: run_tool(*tool))
         figure = re.search(r"Final estimate: PPL = ([\d.]+)", log)
         assert figure is not None
         found.append(float(figure[1]))

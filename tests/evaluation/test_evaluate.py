@@ -18,7 +18,7 @@ from helpers import forge, forge_any, oracle
 from helpers.forge import Arch, ModelSpec
 from helpers.forge_any import MTP_ARCHS, make_any
 from helpers.heads import agreeing
-from helpers.running import EngineTool, Forged, run_tool, until_told
+from helpers.running import EngineTool, Forged, run_tool, until_printed
 from numpy.typing import NDArray
 
 import imatrix
@@ -53,7 +53,7 @@ def scored(n: int) -> slice:
 def perplexity(tool: Path, last_line: str, *options: str | Path | int) -> str:
     # -b as large as -c: chunks one by one, as in this package
     size = ("-c", N_CTX, "-b", N_CTX, "-ub", N_CTX, "-t", 1)
-    return until_told(last_line, lambda: run_tool(tool, *map(str, (*options, *size))))
+    return until_printed(last_line, lambda: run_tool(tool, *map(str, (*options, *size))))
 
 
 def printed(log: str, label: str) -> tuple[float, float]:

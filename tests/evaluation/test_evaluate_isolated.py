@@ -1,5 +1,5 @@
-"""evaluate() with the engine in a process of its own: the same figures, and somebody left to tell when
-it dies."""
+"""evaluate() with the engine in a process of its own: the same figures, and an error message if
+that process dies."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ def quantized(headed: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def evaluate(model: Path, texts: Any, **options: Any) -> Evaluation:
-    """Without the rehearsal, which has a process anyway."""
+    """Without the rehearsal, which has a process of its own anyway."""
     options = {"n_ctx": N_CTX, "n_threads": 1, "rehearse": False, **options}
     return imatrix.evaluate(model, texts, **options)
 
 
 def engines() -> list[int]:
-    """The processes that run an engine for this one."""
+    """The processes that run an engine for this process."""
     return [engine.pid for engine in process._engines]
 
 
 def kill_at(chunks: int, number: int) -> Any:
-    """Ends the engine's process when so many chunks are done."""
+    """Ends the engine's process after so many chunks."""
 
     def kill(at: Progress) -> None:
         if at.chunks == chunks:
-            (pid,) = engines()  # one for all the models
+            (pid,) = engines()  # one process for all the models
             os.kill(pid, number)
 
     return kill
@@ -84,7 +84,7 @@ def assert_same_bits(got: Evaluation, want: Evaluation) -> None:
 
 
 def test_the_same_to_the_bit(headed: ModelSpec, quantized: Path, prose: str) -> None:
-    """With a reference and both heads; progress too, but for the time."""
+    """With a reference and both heads; progress is the same too, except for the time."""
     before = native.live_objects()
     found, told = [], []
     for isolate in (False, True):
@@ -110,8 +110,8 @@ def test_the_same_to_the_bit(headed: ModelSpec, quantized: Path, prose: str) -> 
 
 
 def test_other_models_and_texts(tmp_path: Path, forged: Forged) -> None:
-    """A head of its own kind in its own file, a model whose tokens see those after them, and a chat,
-    with the rehearsal."""
+    """A head of another architecture in its own file, a model whose tokens see later ones, and a
+    chat, with the rehearsal."""
     trunk = make_any(tmp_path / "gemma4.gguf", "gemma4", n_nextn=0, seed=1, n_embd=512).path
     head = make_any(tmp_path / "head.gguf", "gemma4-assistant", n_nextn=2, seed=2).path
     tokens = np.random.default_rng(1).integers(0, 64, (3, N_CTX)).tolist()
@@ -180,7 +180,7 @@ def test_it_dies_in_a_chunk(number: int, says: str, headed: ModelSpec, quantized
     assert "(max_chunks, --chunks)" in str(caught.value)
     assert caught.value.chunk == 3
     assert engines() == []
-    # this process goes on, with another
+    # this process continues with another one
     again = evaluate(quantized, chunks, isolate=True, **options)
     assert_same_bits(again, evaluate(quantized, chunks, **options))
 
@@ -191,7 +191,7 @@ def test_the_engines_last_words(tmp_path: Path) -> None:
         tmp_path / "fatal.gguf", "glm4moe", metadata={"leading_dense_block_count": 3}
     ).path
     good = make_any(tmp_path / "good.gguf", "glm4moe").path
-    # whichever of the two it is
+    # whichever of the two models it is
     for model, reference in ((path, None), (good, path)):
         with pytest.raises(EngineDiedError) as caught:
             evaluate(model, [range(N_CTX)], reference=reference, isolate=True)
@@ -203,7 +203,7 @@ def test_the_engines_last_words(tmp_path: Path) -> None:
 
 @posix
 def test_an_interrupt_ends_it_at_once(headed: ModelSpec) -> None:
-    """It is stopped, and would not come to the end of a step."""
+    """The process is stopped, and would not come to the end of a step."""
     pids: list[int] = []
 
     def interrupt(_at: Progress) -> None:
@@ -233,7 +233,7 @@ def test_the_command(
     for flag in ("--isolate", "--no-isolate"):
         done = run(*command, "--reference", headed.path, "--json", flag)
         assert done.status == 0, done.err
-        # but for how fast it was, and how long it will take
+        # except for the speed, and the time that is left
         same.append((json.loads(done.out), re.sub(r"\d+ tokens/s(, ETA [\d:]*)?", "", done.err)))
     assert same[0] == same[1]
 

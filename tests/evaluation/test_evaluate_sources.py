@@ -20,7 +20,7 @@ from pyarrow import parquet
 import imatrix
 from imatrix import Chat, ChatOptions, Evaluation, Mixture, Source
 
-Told = dict[str, Any]
+Data = dict[str, Any]
 
 N_CTX = 16
 TEXTS = [
@@ -57,8 +57,8 @@ def evaluate(model: Path, texts: Any, **options: Any) -> Evaluation:
     return imatrix.evaluate(model, texts, **{"n_ctx": N_CTX, "n_threads": 1, **options})
 
 
-def told(found: Evaluation) -> Told:
-    plain: Told = json.loads(json.dumps(found.as_data()))
+def as_plain_data(found: Evaluation) -> Data:
+    plain: Data = json.loads(json.dumps(found.as_data()))
     return plain
 
 
@@ -71,10 +71,10 @@ def spelled_out(model: Path, texts: Sequence[str]) -> list[list[int]]:
         ]
 
 
-def command(run: Run, model: Path, *options: Any) -> Told:
+def command(run: Run, model: Path, *options: Any) -> Data:
     done = run("evaluate", model, "-c", N_CTX, "-t", 1, "--json", *options)
     assert done.status == 0, done.err
-    found: Told = json.loads(done.out)
+    found: Data = json.loads(done.out)
     return found
 
 
@@ -101,13 +101,13 @@ def test_every_form_of_the_same_texts(
     for name in named:
         found = evaluate(model, Source(tmp_path / name))
         np.testing.assert_array_equal(found.trunk.nll, want.trunk.nll, err_msg=name)
-        assert told(found) == told(want), name
-    assert command(run, model, "-f", tmp_path / "a.jsonl") == told(want)
-    assert command(run, model, "-f", folder) == told(want)
+        assert as_plain_data(found) == as_plain_data(want), name
+    assert command(run, model, "-f", tmp_path / "a.jsonl") == as_plain_data(want)
+    assert command(run, model, "-f", folder) == as_plain_data(want)
     two = ("-f", tmp_path / "a.jsonl", "-f", tmp_path / "a.parquet")
-    assert command(run, model, *two) == told(evaluate(model, TEXTS * 2))
+    assert command(run, model, *two) == as_plain_data(evaluate(model, TEXTS * 2))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
-    assert command(run, model, "-f", "jsonl:-") == told(want)
+    assert command(run, model, "-f", "jsonl:-") == as_plain_data(want)
 
 
 def test_the_numbers_of_plain_text_stay(model: Path, tmp_path: Path, run: Run) -> None:
@@ -115,23 +115,25 @@ def test_the_numbers_of_plain_text_stay(model: Path, tmp_path: Path, run: Run) -
     text = " ".join(TEXTS)
     path = tmp_path / "a.txt"
     path.write_text(text + "\n")
-    want = told(evaluate(model, text))
+    want = as_plain_data(evaluate(model, text))
     assert command(run, model, "-f", path) == want
     assert command(run, model, "-p", text) == want
     records = tmp_path / "a.jsonl"
     records.write_bytes(lines(TEXTS))
     # as before: the file exactly as it is
-    raw = told(evaluate(model, records.read_text().removesuffix("\n")))
+    raw = as_plain_data(evaluate(model, records.read_text().removesuffix("\n")))
     assert command(run, model, "-f", f"text:{records}") == raw
-    assert told(evaluate(model, records)) == raw  # a path is a text, as collector.run takes it
+    assert (
+        as_plain_data(evaluate(model, records)) == raw
+    )  # a path is a text, as collector.run takes it
 
 
 def test_chats_are_the_text_that_the_template_makes(model: Path, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_bytes(lines([{"messages": each} for each in CHATS]))
-    want = told(evaluate(model, spelled_out(model, [rendered(each) for each in CHATS])))
+    want = as_plain_data(evaluate(model, spelled_out(model, [rendered(each) for each in CHATS])))
     for texts in ([Chat(each) for each in CHATS], Source(path), Mixture([path])):
-        assert told(evaluate(model, texts)) == want
+        assert as_plain_data(evaluate(model, texts)) == want
     assert command(run, model, "-f", path) == want
 
     # another template, a system message, a field
@@ -147,9 +149,9 @@ def test_chats_are_the_text_that_the_template_makes(model: Path, tmp_path: Path,
         "--chat-system", "SYS",
     )
     # fmt: on
-    assert found == told(evaluate(model, spelled_out(model, by_hand)))
+    assert found == as_plain_data(evaluate(model, spelled_out(model, by_hand)))
     options = ChatOptions(text=other, system="SYS")
-    assert told(evaluate(model, Source(renamed, fields=["turns"]), chat=options)) == found
+    assert as_plain_data(evaluate(model, Source(renamed, fields=["turns"]), chat=options)) == found
 
 
 def test_document_packing(model: Path, tmp_path: Path, run: Run) -> None:
@@ -157,8 +159,12 @@ def test_document_packing(model: Path, tmp_path: Path, run: Run) -> None:
     short = [*TEXTS, "a", "the", "a cat"]
     path.write_bytes(lines(short))
     found = evaluate(model, short, packing="document")
-    assert command(run, model, "-f", path, "--packing", "document") == told(found)
-    assert command(run, model, "-f", path) == told(evaluate(model, short)) != told(found)
+    assert command(run, model, "-f", path, "--packing", "document") == as_plain_data(found)
+    assert (
+        command(run, model, "-f", path)
+        == as_plain_data(evaluate(model, short))
+        != as_plain_data(found)
+    )
     # by hand: each document alone, in pieces of N_CTX; there is no BOS here
     documents = [text for text in spelled_out(model, short) if text]
     pieces = [each[i : i + N_CTX] for each in documents for i in range(0, len(each), N_CTX)]
@@ -177,7 +183,7 @@ def test_mixtures(model: Path, tmp_path: Path, run: Run) -> None:
     b.write_bytes(lines([text.upper() for text in TEXTS * 3]))
     mixed = Mixture([Source(str(a), weight=0.75), Source(str(b), weight=0.25)], seed=3)
     found = command(run, model, "-f", f"{a}:0.75", "-f", f"{b}:0.25", "--seed", 3)
-    assert found == told(evaluate(model, mixed))
+    assert found == as_plain_data(evaluate(model, mixed))
     # the same tokens, cut by the corpus
     with imatrix.Collector(model, n_ctx=N_CTX, n_threads=1, rehearse=False) as collector:
         matrix = collector.run(mixed)

@@ -19,7 +19,7 @@ import pytest
 from helpers import oracle
 from helpers.forge import Arch
 from helpers.heads import agreeing
-from helpers.running import EngineTool, run_tool, trained_models, until_told
+from helpers.running import EngineTool, run_tool, trained_models, until_printed
 
 from imatrix import Collector, evaluate
 
@@ -31,7 +31,7 @@ DEPTH = 4
 # If the ratio of the head's two likeliest tokens is below this, the rounding of other batches may
 # exchange them. The ratio comes from the engine's log, whose probabilities have 3 decimals.
 CLOSE_CALL = 1.1
-UNTOLD = -1
+NOT_LOGGED = -1
 
 
 @dataclass
@@ -64,7 +64,7 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
         tokens = [int(t) for t in collector.tokenize(prompt, parse_special=True)]
     eos = int(gguf.GGUFReader(model).fields["tokenizer.ggml.eos_token_id"].contents())
     # fmt: off
-    log = until_told("target:", lambda: run_tool(
+    log = until_printed("target:", lambda: run_tool(
         tool, "-m", model, "-p", prompt, "-n", str(n_predict), "-c", "512", "-t", "1", "-td", "1",
         "--spec-type", "draft-mtp", "--spec-draft-n-max", str(n_max), "--spec-draft-p-min", "0",
         "--temp", "0", "-lv", "5",
@@ -101,7 +101,7 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
                 return Decoding(tokens, drafts, [])
             if draft.restored:  # its own token, which it does not log, counts as an accepted one
                 assert n == draft.accepted + 1
-                tokens += [*draft.tokens[: n - 1], UNTOLD, last]
+                tokens += [*draft.tokens[: n - 1], NOT_LOGGED, last]
             else:
                 draft.accepted = n
                 assert int(found[2]) == len(draft.tokens)
@@ -113,11 +113,11 @@ def speculate(tool: Path, model: Path, prompt: str, n_predict: int, n_max: int) 
     return Decoding(tokens, drafts, [float(r) for r in rates[1].split(",") if r.strip()])
 
 
-def say_untold(model: Path, tokens: list[int]) -> None:
+def fill_in_tokens(model: Path, tokens: list[int]) -> None:
     """Fill in the tokens that the log leaves out: each is what the trunk predicts after those
     before it."""
-    while UNTOLD in tokens:
-        i = tokens.index(UNTOLD)
+    while NOT_LOGGED in tokens:
+        i = tokens.index(NOT_LOGGED)
         # fmt: off
         found = evaluate(model, [[*tokens[:i], 0]], n_ctx=i + 1, mtp=False, n_threads=1,
                          rehearse=False)
@@ -132,7 +132,7 @@ def compare(model: Path, said: Decoding, depth: int) -> tuple[int, int]:
         The number of drafts that were compared, and of those that were not because rounding decided
         them.
     """
-    say_untold(model, said.tokens)
+    fill_in_tokens(model, said.tokens)
     n = len(said.tokens)
     found = evaluate(model, [said.tokens], n_ctx=n, depth=depth, n_threads=1, rehearse=False)
     assert said.drafts[0].slot >= found.position[0], "the prompt is too short for what was written"

@@ -109,7 +109,7 @@ class TestReading:
             (packed(0, 0, 0), "not a GGUF file"),
         ],
     )
-    def test_damage_is_told(self, data: bytes, told: str, tmp_path: Path) -> None:
+    def test_damage_is_reported(self, data: bytes, told: str, tmp_path: Path) -> None:
         path = tmp_path / "m.dat"
         path.write_bytes(data)
         with pytest.raises(FormatError) as caught:

@@ -23,16 +23,11 @@ from ggufs import STRING, File, Key, Tensor
 from mutations import mutated_bytes, mutated_gguf
 
 from imatrix import FormatError, ImatrixError, ImportanceMatrix, ModelFile
-from imatrix.formats import checkpoint
+from imatrix.formats import checkpoint, dat
 from imatrix.heads.extract import extract_mtp
 from imatrix.heads.graft import graft_mtp
 from imatrix.model import architectures
 from imatrix.text import chunks
-
-try:
-    from imatrix.formats import dat
-except ImportError:  # not on this branch yet
-    dat = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -315,11 +310,8 @@ TARGETS: dict[str, Target] = {
     "text": Target(
         _read_text, (ValueError,), lambda: {f"text-{i}": t for i, t in enumerate(_TEXTS)}, False
     ),
+    "dat": Target(_read_dat, (FormatError,), lambda: {"llama-imatrix": _dat_file()}, is_gguf=False),
 }
-if dat is not None:
-    TARGETS["dat"] = Target(
-        _read_dat, (FormatError,), lambda: {"llama-imatrix": _dat_file()}, is_gguf=False
-    )
 
 
 def dictionary() -> list[bytes]:

@@ -457,7 +457,7 @@ class TestFit:
             ("general.tensor_extra.name", ["a"], "options of the head's own tensors are lost"),
         ],
     )
-    def test_what_may_differ_is_told(
+    def test_what_may_differ_is_reported(
         self, key: str, value: Any, message: str, forged: Forged, tmp_path: Path
     ) -> None:
         trunk = forged("glm4moe")

@@ -24,7 +24,7 @@ RpcServer = Callable[[int], str]
 NO_GPU = {"GGML_VK_VISIBLE_DEVICES": "", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "-1"}
 
 
-def until_told(line: str, run: Callable[[], str]) -> str:
+def until_printed(line: str, run: Callable[[], str]) -> str:
     """Run one of the engine's programs until its output has `line`: if run_tool cannot make it wait
     (engine_tools.environment), it may exit before its logger's thread has written everything
     (common/log.cpp), above all on a busy machine."""

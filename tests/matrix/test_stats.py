@@ -474,7 +474,7 @@ def test_tables_fit(
     assert sum(line.startswith(("trunk: ", "head: ")) for line in lines) == 2
 
 
-def test_what_is_thin_is_told(hostile: Path, run: Run) -> None:
+def test_what_is_thin_is_reported(hostile: Path, run: Run) -> None:
     text = run(hostile).out
     assert "without rows: blk.6.unseen_exps.weight" in text
     assert "blk.0 expert 0" in text
@@ -482,7 +482,7 @@ def test_what_is_thin_is_told(hostile: Path, run: Run) -> None:
     assert "head: 2 weights, N 16896: " in text
 
 
-def test_bad_input_is_told(head_matrix: Path, run: Run, tmp_path: Path) -> None:
+def test_bad_input_is_refused(head_matrix: Path, run: Run, tmp_path: Path) -> None:
     done = run(head_matrix, "--sort", "sum")
     assert done.status == 2
     assert "no column 'sum' to sort by; there are: name, block, tensor" in done.err

@@ -163,7 +163,7 @@ def test_long_names_are_cut_between_characters(
     assert "quantize.imatrix.chunks_count" not in keys  # not a known value
 
 
-def test_an_existing_file_is_replaced_and_progress_told(model: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_replaced_and_progress_reported(model: Path, tmp_path: Path) -> None:
     target = tmp_path / "q.gguf"
     target.write_text("old")
     told: list[tuple[int, int]] = []

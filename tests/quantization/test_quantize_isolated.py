@@ -1,4 +1,5 @@
-"""The quantizer in a process of its own: the same files, and somebody left to tell when it dies."""
+"""The quantizer in a process of its own: the same files, and an error message if that process
+dies."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def engines() -> list[int]:
-    """The processes that run an engine for this one."""
+    """The processes that run an engine for this process."""
     return [engine.pid for engine in process._engines]
 
 
@@ -62,7 +63,7 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Q3_K_M", {"quantize_output": False, "n_threads": 2}),
         ("Q4_0", {"pure": True}),
         ("IQ2_XXS", {"tensor_types": {"attn_(q|k)": "q8_0", "ffn_down": "q3_K"}}),
-        ("F16", {"tensor_types": {"attn_q": "q8_0"}}),  # general.file_type is set by us
+        ("F16", {"tensor_types": {"attn_q": "q8_0"}}),  # this package sets general.file_type
     ],
 )
 def test_the_same_file(
@@ -109,10 +110,10 @@ def test_the_same_errors_and_warnings(
     matrix = ImportanceMatrix.load(head_matrix)
     huge = ImportanceMatrix({"blk.0.attn_q.weight": Entry(np.full((1, 256), 1e300), [1])})
     cases: list[tuple[str, dict[str, Any]]] = [
-        ("IQ2_XXS", {}),  # by the engine, at its start
-        ("IQ2_XXS", {"imatrix": matrix.trunk}),  # by us, in its words
-        ("Q4_0", {"imatrix": huge}),  # by the engine, at the tensor
-        ("IQ2_XXS", {"imatrix": matrix, "pure": True}),  # it would abort
+        ("IQ2_XXS", {}),  # the engine refuses it at its start
+        ("IQ2_XXS", {"imatrix": matrix.trunk}),  # this package refuses it in the engine's words
+        ("Q4_0", {"imatrix": huge}),  # the engine refuses it at the tensor
+        ("IQ2_XXS", {"imatrix": matrix, "pure": True}),  # the engine would abort
         ("Q4_0", {"tensor_types": {"no_such": "q8_0"}}),  # a warning
     ]
     found: list[list[Any]] = []
@@ -125,7 +126,7 @@ def test_the_same_errors_and_warnings(
                     quantize(model, tmp_path / "q.gguf", ftype, isolate=isolate, **options)
                 except (ValueError, RuntimeError) as error:
                     found[-1].append((type(error), str(error)))
-            # the line that it points at is ours
+            # the warning points at a line of this file
             found[-1] += [(str(each.message), each.filename) for each in caught]
         found[-1] += [(each.name, each.levelno, each.getMessage()) for each in caplog.records]
         caplog.clear()
@@ -147,7 +148,7 @@ def test_the_engines_log_comes_over(
             caplog.set_level(level, "imatrix.engine")
             quantize(model, tmp_path / "q.gguf", "Q4_0", n_threads=1, isolate=isolate)
             told = [each.getMessage() for each in caplog.records]
-            # but for the times
+            # except for the times
             lines.append([re.sub(r"[\d.]+ ms", "ms", each) for each in told])
     assert lines[0] == lines[2] == []
     assert lines[1] == lines[3]
@@ -160,8 +161,8 @@ def test_the_engines_log_comes_over(
 
 @posix
 def test_the_engine_aborts(unasked: None, model: Path, head_matrix: Path, tmp_path: Path) -> None:
-    """ggml asserts that IQ2_XXS gets data (ggml_quantize_chunk in ggml.c), which nobody asks of the
-    token embedding; the matrix has none."""
+    """ggml asserts that IQ2_XXS gets data (ggml_quantize_chunk in ggml.c), which nobody demands for
+    the token embedding; the matrix has none."""
     target = tmp_path / "q.gguf"
     target.write_text("old")
     inputs = (model.read_bytes(), head_matrix.read_bytes())
@@ -172,7 +173,7 @@ def test_the_engine_aborts(unasked: None, model: Path, head_matrix: Path, tmp_pa
             "IQ2_XXS",
             imatrix=head_matrix,
             pure=True,
-            quantize_output=False,  # it comes first
+            quantize_output=False,  # that tensor comes first
             isolate=True,
         )
     found = re.fullmatch(
@@ -188,7 +189,7 @@ def test_the_engine_aborts(unasked: None, model: Path, head_matrix: Path, tmp_pa
     assert contents(tmp_path) == {"q.gguf": b"old"}
     assert (model.read_bytes(), head_matrix.read_bytes()) == inputs
     assert engines() == []
-    # this process goes on
+    # this process continues
     quantize(model, target, "Q4_0", isolate=True)
     assert target.stat().st_size > 3
 
@@ -199,7 +200,7 @@ def test_the_system_kills_it(model: Path, tmp_path: Path) -> None:
         quantize(
             model, tmp_path / "q.gguf", "Q4_0", isolate=True, progress=kill_engine(signal.SIGKILL)
         )
-    # a quick machine may have done all tensors before `progress` is called at all
+    # a fast machine may have done all tensors before `progress` is called at all
     at = (
         rf"while it (quantized {re.escape(str(model))} to Q4_0, at tensor|read what it had written)"
     )
@@ -232,7 +233,7 @@ def test_it_dies_before_or_after(
 
 @posix
 def test_an_interrupt_ends_it_at_once(model: Path, tmp_path: Path) -> None:
-    """It does not get to the end of its tensor: it is stopped, and would get nowhere."""
+    """The process does not finish its tensor: it is stopped, and would not get anywhere."""
     pids: list[int] = []
 
     def interrupt(_done: int, _total: int) -> None:

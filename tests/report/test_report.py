@@ -41,7 +41,7 @@ def every(tree: Tree, tag: str) -> list[Tree]:
     return list(tree.iter(tag))
 
 
-def told(element: Tree) -> str:
+def text_of(element: Tree) -> str:
     """Its text, with runs of blanks made one."""
     return " ".join("".join(element.itertext()).split())
 
@@ -49,21 +49,23 @@ def told(element: Tree) -> str:
 def table(tree: Tree, caption: str) -> list[dict[str, str]]:
     """The rows of the table with that caption, by the heading of each column."""
     for each in tree.iter("table"):
-        if told(each.find("caption")) == caption:
-            headings = [told(cell) for cell in each.find("thead/tr")]
-            return [dict(zip(headings, map(told, row), strict=True)) for row in each.find("tbody")]
-    raise AssertionError(f"no table {caption!r}: {[told(c) for c in tree.iter('caption')]}")
+        if text_of(each.find("caption")) == caption:
+            headings = [text_of(cell) for cell in each.find("thead/tr")]
+            return [
+                dict(zip(headings, map(text_of, row), strict=True)) for row in each.find("tbody")
+            ]
+    raise AssertionError(f"no table {caption!r}: {[text_of(c) for c in tree.iter('caption')]}")
 
 
 def facts(tree: Tree) -> dict[str, str]:
     """What the page says about how the matrix was made."""
     (found,) = [each for each in tree.iter("dl") if each.get("class") == "facts"]
-    return {told(each.find("dt")): told(each.find("dd")) for each in found}
+    return {text_of(each.find("dt")): text_of(each.find("dd")) for each in found}
 
 
 def verdicts(tree: Tree) -> list[str]:
     (found,) = [each for each in tree.iter("ul") if each.get("class") == "verdicts"]
-    return [told(each) for each in found]
+    return [text_of(each) for each in found]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def test_a_page_is_valid_and_well_built(pages: dict[str, str], kind: str) -> Non
     assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
     assert tree.get("lang") == "en"
     for each in every(tree, "table"):
-        assert told(each.find("caption"))
+        assert text_of(each.find("caption"))
         columns = each.findall("thead/tr/th")
         assert all(cell.get("scope") == "col" for cell in columns)
         for row in each.findall("tbody/tr"):
@@ -248,10 +250,10 @@ def test_names_from_strangers_stay_text(pages: dict[str, str], hostile: Importan
     assert len(every(tree, "script")) == 1
     assert len(every(tree, "img")) == len(every(tree, "picture"))
     assert not every(tree, "b")
-    text = told(tree)
+    text = text_of(tree)
     for name in (f"blk.0.{HOSTILE}.weight", "{{ 7 * 7 }}{% raw %}", "وزن_الانتباه", "x" * 400):
         assert name in text
-    assert told(every(tree, "h1")[0]) == HOSTILE + r"\u202e"
+    assert text_of(every(tree, "h1")[0]) == HOSTILE + r"\u202e"
     assert facts(tree)["Collected by"] == HOSTILE
     assert r"blk.2.ffn_\u202egnp.exe" in text
     assert r"\x1b[31mred\x00\uffff\r\n" in text
@@ -372,7 +374,7 @@ def test_old_files_say_what_is_unknown(pages: dict[str, str], shipped: Path) -> 
         *("Collected by", "Engine", "Context", "Packing", "Order of the text"),
         *("Chunks left out", "Digest of the tokens"),
     }
-    text = told(parsed(pages["dat"]))
+    text = text_of(parsed(pages["dat"]))
     assert "how many rows an expert saw is unknown" in text
     assert "calibration.txt" in text
     # llama-imatrix's file has neither provenance nor sources
@@ -384,9 +386,9 @@ def test_old_files_say_what_is_unknown(pages: dict[str, str], shipped: Path) -> 
         )
     )
     assert facts(tree)["Collected by"] == "unknown"
-    assert "How many tokens came from each is unknown" in told(tree)
-    assert "2,048 chunks times their size" in told(tree)
-    bare = told(parsed(pages["bare"]))
+    assert "How many tokens came from each is unknown" in text_of(tree)
+    assert "2,048 chunks times their size" in text_of(tree)
+    bare = text_of(parsed(pages["bare"]))
     assert "the file names no text" in bare
     assert "1 weight saw no row" in bare
 
@@ -415,7 +417,7 @@ def test_the_preflight_stops_where_llama_quantize_does(
             assert int(row["would fail"]) == len(failing)
     assert set(by_type) == {"IQ2_XXS", "Q4_K_M"}
     assert "would not quantize to IQ2_XXS: it stops at blk.4." in verdicts(tree)[0]
-    assert "imatrix collect -m" in told(tree)
+    assert "imatrix collect -m" in text_of(tree)
 
 
 TYPES = "By type: tensors that stop it, that lack data, that saw few rows"
@@ -437,7 +439,7 @@ def test_beside_another_matrix(pages: dict[str, str], experts: ImportanceMatrix)
     tree = parsed(pages["whole"])
     compared = table(tree, COMPARED)
     assert all(row["part"] == "trunk" for row in compared)
-    assert "12 in this matrix only" in told(tree)  # the head's
+    assert "12 in this matrix only" in text_of(tree)  # the head's
 
 
 COMPARED = "The least alike first; of a weight with experts, its least alike expert"
@@ -462,7 +464,7 @@ def test_a_large_model_makes_a_page_that_loads(tmp_path: Path) -> None:
 def test_names_that_cannot_be_drawn_leave_the_tables() -> None:
     entries = {f"blk.0.k{n}": Entry(np.ones((1, 4)), [50]) for n in range(400)}
     tree = parsed(report_page(ImportanceMatrix(entries)))
-    assert "No picture: there are 400 kinds of weights" in told(tree)
+    assert "No picture: there are 400 kinds of weights" in text_of(tree)
     assert len(table(tree, WEIGHTS)) == 400
 
 
@@ -520,7 +522,7 @@ def test_the_command_writes_the_page(
     argv = ["report", str(shipped / "with-head.gguf"), "--no-pictures", "-o", str(out)]
     assert cli.main(argv) == 0
     assert "wrote" in capsys.readouterr().err
-    assert told(every(parsed(out.read_text("utf-8")), "h1")[0]) == "with-head.gguf"
+    assert text_of(every(parsed(out.read_text("utf-8")), "h1")[0]) == "with-head.gguf"
 
 
 @pytest.mark.parametrize(

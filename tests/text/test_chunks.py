@@ -221,7 +221,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="the texts make 3 tokens, 0 full chunks"):
             list(chunks("abc", Characters(), 4, skip_chunks=1))
 
-    def test_bad_numbers_are_told_at_the_call(self) -> None:
+    def test_bad_numbers_are_refused_at_the_call(self) -> None:
         with pytest.raises(ValueError, match="n_ctx must be 2 or more, got 1"):
             chunks("ab", Characters(), 1)
         with pytest.raises(ValueError, match="skip_chunks must be 0 or more, got -1"):
