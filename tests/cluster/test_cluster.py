@@ -300,7 +300,7 @@ def test_where_it_was_started_it_is_ended(
         assert (tmp_path / out).read_bytes() == expected
 
 
-# --- what decides the chunks, and what is asked of them ------------------------------------------
+# --- what decides the chunks, and how models are found -------------------------------------------
 
 
 def test_documents_and_experts(

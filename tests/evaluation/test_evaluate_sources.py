@@ -123,9 +123,8 @@ def test_the_numbers_of_plain_text_stay(model: Path, tmp_path: Path, run: Run) -
     # as before: the file exactly as it is
     raw = as_plain_data(evaluate(model, records.read_text().removesuffix("\n")))
     assert command(run, model, "-f", f"text:{records}") == raw
-    assert (
-        as_plain_data(evaluate(model, records)) == raw
-    )  # a path is a text, as collector.run takes it
+    # a path is a text, as collector.run takes it
+    assert as_plain_data(evaluate(model, records)) == raw
 
 
 def test_chats_are_the_text_that_the_template_makes(model: Path, tmp_path: Path, run: Run) -> None:

@@ -2,7 +2,7 @@
 asks for what.
 
 page = parse(path)              # what is to be done, in the order of the page
-run(page, folder, stand_ins)    # does it there; BlockError where a block does not do as shown
+run(page, folder, stand_ins)    # does it there; BlockError if a block does not do as shown
 """
 
 from __future__ import annotations
