@@ -103,6 +103,7 @@ def test_verdicts(low: float, high: float, expected: str) -> None:
     assert quality_report.verdict(estimate) == expected
 
 
+@pytest.mark.slow
 def test_a_study_of_one_type(model: Path, engine_tool: EngineTool, tmp_path: Path) -> None:
     study = Study(
         model=model,

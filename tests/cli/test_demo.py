@@ -44,6 +44,7 @@ def normalized(text: str) -> str:
     return " ".join(text.replace("─", " ").split())
 
 
+@pytest.mark.slow
 def test_the_story_the_files_and_the_readme(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], engine_tool: EngineTool
 ) -> None:

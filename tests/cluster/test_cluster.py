@@ -265,6 +265,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_where_it_was_started_it_is_ended(
     headed: ModelSpec, prose_file: Path, tmp_path: Path
 ) -> None:

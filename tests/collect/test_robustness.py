@@ -21,6 +21,7 @@ watched = pytest.mark.skipif(not faults.SUPPORTED, reason="Linux on x86-64 or aa
 limited = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is heeded on Linux")
 
 
+@pytest.mark.slow
 @watched
 def test_killed_at_any_moment() -> None:
     command = [sys.executable, str(SCRIPT)]

@@ -49,6 +49,7 @@ def by_chunk(values: np.ndarray, chunk: np.ndarray) -> np.ndarray:
     return np.bincount(chunk, values) / np.bincount(chunk)
 
 
+@pytest.mark.slow
 def test_the_engine_reads_the_text_as_the_tokenizers_library_does(
     measured: tuple[imatrix.Evaluation, dict[str, Any]],
 ) -> None:

@@ -16,6 +16,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> StandIns:
     return stand_ins(tmp_path_factory.mktemp("stand-ins"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_blocks_of_a_page(path: Path, files: StandIns, tmp_path: Path) -> None:
     failure = None

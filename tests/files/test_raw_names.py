@@ -165,6 +165,7 @@ def test_sources_of_every_kind(
     assert done.out.count(SHOWN) >= 3
 
 
+@pytest.mark.slow
 def test_every_command(files: tuple[Path, Path], folder: Path, run: Run) -> None:
     pytest.importorskip("matplotlib")
     _, text = files

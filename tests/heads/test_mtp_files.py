@@ -560,6 +560,7 @@ class TestRefusals:
             with pytest.raises(ModelError, match=r"cut short|not a GGUF|empty"):
                 extract_mtp(bad, tmp_path / "out.gguf")
 
+    @pytest.mark.slow
     def test_damage_gives_a_file_or_an_error_that_says_so(
         self, forged: Forged, tmp_path: Path
     ) -> None:

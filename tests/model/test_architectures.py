@@ -86,6 +86,7 @@ class TestCollected:
     """The expected entries follow from the tensors of the file and from the tables in
     helpers/measured.py."""
 
+    @pytest.mark.slow
     def test_every_weight_that_is_multiplied_has_an_entry(
         self, arch: str, variant: str, measured: Measuring
     ) -> None:
@@ -146,6 +147,7 @@ class TestCollected:
         assert found.head_outputs is wanted
 
 
+@pytest.mark.slow
 @pytest.mark.engine("src/llama-quant.cpp", "which weights IQ2_XXS demands data for")
 @pytest.mark.parametrize("arch", MTP_ARCHS)
 def test_iq2_xxs_completes(arch: str, measured: Measuring, quantized: Quantizing) -> None:

@@ -62,6 +62,7 @@ def test_a_file_of_another_name_is_another_folder(engine: Path) -> None:
     assert digest("src/models") != before
 
 
+@pytest.mark.slow
 def test_every_mark_names_a_file_of_the_engine_and_is_recorded() -> None:
     """For the whole suite: `make engine-check ENGINE_ARGS=--record` makes the record again."""
     if not ENGINE.is_dir():

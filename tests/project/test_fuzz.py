@@ -34,11 +34,13 @@ def ran(script: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(TARGETS))
 def test_a_reader(target: str) -> None:
     assert ", 0 failures" in ran("run.py", target, "--plain", "--runs", "700")
 
 
+@pytest.mark.slow
 def test_what_opens_models(tmp_path: Path) -> None:
     """They raise, or they work; none ends the process."""
     out = ran("engine.py", tmp_path, "--runs", "200")

@@ -184,3 +184,16 @@ def test_settings_travel_as_frozen_values() -> None:
                 if node.arg in ("settings", "options", "arguments") and "Any]" in kind:
                     wrong.append(f"{name}: {node.arg}: {kind} in line {node.lineno}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_takes_long_is_marked_and_listed() -> None:
+    marked = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and any(
+                ast.unparse(each) == "pytest.mark.slow" for each in node.decorator_list
+            ):
+                marked.add(node.name)
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    [listed] = re.findall(r"^- `slow`: (.+?)^- ", page, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(test_\w+)`", listed)) == marked

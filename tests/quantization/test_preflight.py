@@ -177,6 +177,7 @@ def agree(found: Coverage, run: Run) -> None:
 # --- the grid ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("ftype", TYPES)
 @pytest.mark.parametrize("arch", ARCHS)

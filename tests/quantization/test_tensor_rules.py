@@ -83,6 +83,7 @@ def test_a_float_type_with_exceptions(
     assert check.warnings == ()
 
 
+@pytest.mark.slow
 def test_a_float_type_whose_exceptions_need_data(
     model: Path, head_matrix: Path, theirs: Any, tmp_path: Path
 ) -> None:
