@@ -84,20 +84,13 @@ def _load(model: str, mtp: bool) -> None:
         _report_refusal(str(error))
 
 
-def _quantize(model: str, ftype: int) -> None:
+def _quantize(model: str, choice: dict[str, Any]) -> None:
     """Let the quantizer look through a model, and write nothing.
 
     Args:
-        ftype: number of the type (enum llama_ftype in include/llama.h).
+        choice: what imatrix.native.quantizer.dry_run takes, but for has_matrix.
     """
-    quantizer.dry_run(
-        os.fsencode(model),
-        ftype=ftype,
-        pure=False,
-        quantize_output=True,
-        has_matrix=True,
-        tensor_types=[],
-    )
+    quantizer.dry_run(os.fsencode(model), **choice, has_matrix=True)
 
 
 def _choose_batch(

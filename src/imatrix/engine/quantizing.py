@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +15,34 @@ from numpy.typing import NDArray
 from imatrix.engine import process
 from imatrix.native import engine, quantizer
 
-__all__ = ["HereQuantizer", "IsolatedQuantizer", "Quantizer"]
+__all__ = ["Choice", "HereQuantizer", "IsolatedQuantizer", "Quantizer", "open_quantizer"]
 
 _log = logging.getLogger("imatrix.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the engine's quantizer chooses the types by, and what it writes beside the tensors.
+
+    Attributes:
+        ftype: number of the file type (enum llama_ftype in include/llama.h).
+        pure: give every weight the type's own format instead of its mixture.
+        quantize_output: False leaves output.weight as it is.
+        output_tensor_type, token_embedding_type: numbers of the ggml types of output.weight and
+            of the token embeddings; None for what the file type gives them.
+        keep_split: write as many parts as the model has.
+        tensor_types: (pattern, number of the ggml type), the first that matches counts.
+        metadata: keys to write, the last one of a name counts. The engine reads the model by them.
+    """
+
+    ftype: int
+    pure: bool = False
+    quantize_output: bool = True
+    output_tensor_type: int | None = None
+    token_embedding_type: int | None = None
+    keep_split: bool = False
+    tensor_types: tuple[tuple[str, int], ...] = ()
+    metadata: tuple[tuple[str, bool | int | float | str], ...] = ()
 
 
 class Quantizer(Protocol):
@@ -28,12 +55,9 @@ class Quantizer(Protocol):
     def dry_run(
         self,
         src: str,
+        choice: Choice,
         *,
-        ftype: int,
-        pure: bool,
-        quantize_output: bool,
         has_matrix: bool,
-        tensor_types: Sequence[tuple[str, int]],
     ) -> list[tuple[str, str, str]]:
         """Name, type, and type that it would get of every tensor, in the order of quantize().
 
@@ -45,15 +69,11 @@ class Quantizer(Protocol):
         self,
         src: str,
         dst: str,
+        choice: Choice,
         *,
-        ftype: int,
         n_threads: int,
         allow_requantize: bool,
-        pure: bool,
-        quantize_output: bool,
         matrix: Sequence[tuple[str, NDArray[np.float32]]],
-        tensor_types: Sequence[tuple[str, int]],
-        metadata: Sequence[tuple[str, int | str]],
         unsaid: str,
     ) -> None:
         """Write the quantized model.
@@ -86,36 +106,22 @@ class HereQuantizer:
     def dry_run(
         self,
         src: str,
+        choice: Choice,
         *,
-        ftype: int,
-        pure: bool,
-        quantize_output: bool,
         has_matrix: bool,
-        tensor_types: Sequence[tuple[str, int]],
     ) -> list[tuple[str, str, str]]:
         engine.set_log_level()  # so that the binding finds the package's log to hand on to
-        return quantizer.dry_run(
-            os.fsencode(src),
-            ftype=ftype,
-            pure=pure,
-            quantize_output=quantize_output,
-            has_matrix=has_matrix,
-            tensor_types=tensor_types,
-        )
+        return quantizer.dry_run(os.fsencode(src), **vars(choice), has_matrix=has_matrix)
 
     def quantize(
         self,
         src: str,
         dst: str,
+        choice: Choice,
         *,
-        ftype: int,
         n_threads: int,
         allow_requantize: bool,
-        pure: bool,
-        quantize_output: bool,
         matrix: Sequence[tuple[str, NDArray[np.float32]]],
-        tensor_types: Sequence[tuple[str, int]],
-        metadata: Sequence[tuple[str, int | str]],
         unsaid: str,
     ) -> None:
         engine.set_log_level()  # logging.getLogger("imatrix.engine") may want more by now
@@ -123,14 +129,10 @@ class HereQuantizer:
             self._watch,
             os.fsencode(src),
             os.fsencode(dst),
-            ftype=ftype,
+            **vars(choice),
             n_threads=n_threads,
             allow_requantize=allow_requantize,
-            pure=pure,
-            quantize_output=quantize_output,
             matrix=matrix,
-            tensor_types=tensor_types,
-            metadata=metadata,
             unsaid=unsaid,
         )
 
@@ -159,23 +161,14 @@ class IsolatedQuantizer:
     def dry_run(
         self,
         src: str,
+        choice: Choice,
         *,
-        ftype: int,
-        pure: bool,
-        quantize_output: bool,
         has_matrix: bool,
-        tensor_types: Sequence[tuple[str, int]],
     ) -> list[tuple[str, str, str]]:
         found, _ = self._engine.ask(
             "dry_run",
             src=src,
-            options={
-                "ftype": ftype,
-                "pure": pure,
-                "quantize_output": quantize_output,
-                "has_matrix": has_matrix,
-                "tensor_types": list(tensor_types),
-            },
+            options={**vars(choice), "has_matrix": has_matrix},
             log_level=_log.getEffectiveLevel(),
         )
         return [(name, source, target) for name, source, target in found["tensors"]]
@@ -184,15 +177,11 @@ class IsolatedQuantizer:
         self,
         src: str,
         dst: str,
+        choice: Choice,
         *,
-        ftype: int,
         n_threads: int,
         allow_requantize: bool,
-        pure: bool,
-        quantize_output: bool,
         matrix: Sequence[tuple[str, NDArray[np.float32]]],
-        tensor_types: Sequence[tuple[str, int]],
-        metadata: Sequence[tuple[str, int | str]],
         unsaid: str,
     ) -> None:
         found, _ = self._engine.ask(
@@ -203,13 +192,9 @@ class IsolatedQuantizer:
             dst=dst,
             names=[name for name, _ in matrix],
             options={
-                "ftype": ftype,
+                **vars(choice),
                 "n_threads": n_threads,
                 "allow_requantize": allow_requantize,
-                "pure": pure,
-                "quantize_output": quantize_output,
-                "tensor_types": list(tensor_types),
-                "metadata": list(metadata),
                 "unsaid": unsaid,
             },
             log_level=_log.getEffectiveLevel(),
@@ -227,3 +212,16 @@ class IsolatedQuantizer:
     def _take(self, progress: list[int]) -> None:
         done, total = progress
         self._progress = (done, total)
+
+
+@contextmanager
+def open_quantizer(isolate: bool) -> Iterator[Quantizer]:
+    """The engine's quantizer, here or in a process of its own, which ends with the context."""
+    if not isolate:
+        yield HereQuantizer()
+        return
+    engine = process.Engine()
+    try:
+        yield IsolatedQuantizer(engine)
+    finally:
+        engine.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,17 @@ def rehearse_load(model: Path, *, mtp: bool) -> str | None:
     return words
 
 
-def rehearse_quantizer(model: Path, ftype: int) -> str | None:
+def rehearse_quantizer(model: Path, choice: Mapping[str, Any]) -> str | None:
     """Let the quantizer look through a model in a child process.
 
     Args:
         model: the file, or the first part.
-        ftype: number of the type to quantize to (enum llama_ftype in include/llama.h).
+        choice: the attributes of a Choice (imatrix.engine.quantizing), by their names.
 
     Returns:
         How the engine ended the child, in words; None if it did not.
     """
-    found = _tried({"do": "quantize", "model": str(model), "ftype": ftype}, model)
+    found = _tried({"do": "quantize", "model": str(model), "choice": dict(choice)}, model)
     return None if found is None else found[1]
 
 

@@ -7,11 +7,11 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["clear", "leftovers_of", "replacing"]
+__all__ = ["clear", "leftovers_of", "replacing", "replacing_together"]
 
 # How many characters of a file's name go into the name of its temporary file. With its ending that
 # stays below the usual limit of 255 bytes, at 4 bytes a character at worst.
@@ -60,6 +60,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     if os.name != "nt":  # Windows cannot open a folder; its rename is journaled
         _flush(folder, os.O_RDONLY)
+
+
+@contextmanager
+def replacing_together(
+    paths: Iterable[str | os.PathLike[str]],
+) -> Iterator[tuple[Path, ...]]:
+    """Give a temporary path for each path; on success all of them get their names, one by one.
+
+    None is renamed before the block has ended and all are on the disk. See replacing().
+
+    Raises:
+        OSError: as replacing() does.
+    """
+    with contextlib.ExitStack() as stack:
+        temporaries = tuple(stack.enter_context(replacing(path)) for path in paths)
+        yield temporaries
+        for temporary in temporaries:
+            _flush(temporary, os.O_RDWR)
 
 
 def clear(path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 from imatrix.errors import ModelError
 from imatrix.files.outputs import Input, PathLike
 
-__all__ = ["PartHeader", "model_inputs", "present_parts", "read_parts", "without_part"]
+__all__ = ["PartHeader", "model_inputs", "part_path", "present_parts", "read_parts", "without_part"]
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
 
@@ -121,9 +121,9 @@ def _other_parts(first: Path, count: int) -> Iterator[Path]:
         )
     if int(match[1]) != 1:
         raise ModelError(f"{first}: part {int(match[1])} of {count}; give the first part")
-    stem = first.name[: match.start()]
+    stem = os.fspath(first)[: -len(match[0])]
     for number in range(2, count + 1):
-        part = first.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf")
+        part = part_path(stem, number, count)
         if not part.is_file():
             raise ModelError(f"{part} is missing: {first.name} is the first of {count} parts")
         yield part
@@ -157,6 +157,11 @@ def _check_part(part: PartHeader, number: int, count: int) -> None:
             f"{part.split_no + 1} of {part.split_count} (split.no, split.count); the parts are "
             "mixed up"
         )
+
+
+def part_path(stem: str, number: int, count: int) -> Path:
+    """The path of a part, from 1, of so many (llama_split_path in src/llama-model-loader.cpp)."""
+    return Path(f"{stem}-{number:05d}-of-{count:05d}.gguf")
 
 
 def without_part(name: str) -> str:

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <regex>
 #include <stdexcept>
 #include <string>
@@ -31,7 +32,7 @@ struct Name {
 };
 
 using Data  = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using Value = std::variant<int64_t, Name>;
+using Value = std::variant<bool, int64_t, double, Name>;
 
 py::str text_of(const std::string & bytes) {
     PyObject * text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()),
@@ -283,19 +284,78 @@ std::pair<int64_t, int64_t> tensor_totals(const Name & path) {
     return {bytes, values};
 }
 
-void quantize(Watch & watch, const Name & src, const Name & dst, int ftype, int n_threads,
-              bool allow_requantize, bool pure, bool quantize_output,
-              const std::vector<std::pair<Name, Data>> &         matrix,
-              const std::vector<std::pair<Name, int>> &          tensor_types,
-              const std::vector<std::pair<std::string, Value>> & metadata,
-              const std::string &                                unsaid) {
-    watch.unsaid                       = unsaid;
-    llama_model_quantize_params params = llama_model_quantize_default_params();
-    params.ftype                       = static_cast<llama_ftype>(ftype);
-    params.nthread                     = n_threads;
-    params.allow_requantize            = allow_requantize;
-    params.pure                        = pure;
-    params.quantize_output_tensor      = quantize_output;
+// What the quantizer is asked for, in a dry run and in a real one. It owns what `params` points to.
+struct Request {
+    llama_model_quantize_params              params = llama_model_quantize_default_params();
+    std::vector<std::pair<Name, int>>        rules;
+    std::vector<llama_model_tensor_override> overrides;
+    std::vector<llama_model_kv_override>     keys;
+
+    Request(int ftype, bool pure, bool quantize_output, std::optional<int> output_tensor_type,
+            std::optional<int> token_embedding_type, bool keep_split,
+            std::vector<std::pair<Name, int>>                  tensor_types,
+            const std::vector<std::pair<std::string, Value>> & metadata)
+        : rules(std::move(tensor_types)) {
+        params.ftype                  = static_cast<llama_ftype>(ftype);
+        params.pure                   = pure;
+        params.quantize_output_tensor = quantize_output;
+        params.keep_split             = keep_split;
+        if (output_tensor_type) {
+            params.output_tensor_type = static_cast<ggml_type>(*output_tensor_type);
+        }
+        if (token_embedding_type) {
+            params.token_embedding_type = static_cast<ggml_type>(*token_embedding_type);
+        }
+        for (const auto & [pattern, type] : rules) {
+            overrides.push_back({pattern.bytes.c_str(), static_cast<ggml_type>(type)});
+        }
+        if (!overrides.empty()) {
+            overrides.push_back({nullptr, GGML_TYPE_COUNT});
+            params.tt_overrides = overrides.data();
+        }
+        for (const auto & [key, value] : metadata) {
+            keys.push_back(override_of(key, value));
+        }
+        if (!keys.empty()) {
+            keys.push_back({});
+            params.kv_overrides = keys.data();
+        }
+    }
+    Request(const Request &)             = delete;
+    Request & operator=(const Request &) = delete;
+
+    static llama_model_kv_override override_of(const std::string & key, const Value & value) {
+        llama_model_kv_override override{};
+        key.copy(override.key, sizeof override.key - 1);
+        if (const auto * truth = std::get_if<bool>(&value)) {
+            override.tag      = LLAMA_KV_OVERRIDE_TYPE_BOOL;
+            override.val_bool = *truth;
+        } else if (const auto * whole = std::get_if<int64_t>(&value)) {
+            override.tag     = LLAMA_KV_OVERRIDE_TYPE_INT;
+            override.val_i64 = *whole;
+        } else if (const auto * real = std::get_if<double>(&value)) {
+            override.tag     = LLAMA_KV_OVERRIDE_TYPE_FLOAT;
+            override.val_f64 = *real;
+        } else {
+            override.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
+            std::get<Name>(value).bytes.copy(override.val_str, sizeof override.val_str - 1);
+        }
+        return override;
+    }
+};
+
+void quantize(Watch & watch, const Name & src, const Name & dst, int ftype, bool pure,
+              bool quantize_output, std::optional<int> output_tensor_type,
+              std::optional<int> token_embedding_type, bool keep_split,
+              std::vector<std::pair<Name, int>>                  tensor_types,
+              const std::vector<std::pair<std::string, Value>> & metadata, int n_threads,
+              bool allow_requantize, const std::vector<std::pair<Name, Data>> & matrix,
+              const std::string & unsaid) {
+    watch.unsaid = unsaid;
+    Request request(ftype, pure, quantize_output, output_tensor_type, token_embedding_type,
+                    keep_split, std::move(tensor_types), metadata);
+    request.params.nthread          = n_threads;
+    request.params.allow_requantize = allow_requantize;
 
     // NULL-terminated, as llama-quantize hands them over
     std::vector<llama_model_imatrix_data> data;
@@ -304,39 +364,14 @@ void quantize(Watch & watch, const Name & src, const Name & dst, int ftype, int 
     }
     if (!data.empty()) {
         data.push_back({nullptr, nullptr, 0});
-        params.imatrix = data.data();
-    }
-    std::vector<llama_model_tensor_override> overrides;
-    for (const auto & [pattern, type] : tensor_types) {
-        overrides.push_back({pattern.bytes.c_str(), static_cast<ggml_type>(type)});
-    }
-    if (!overrides.empty()) {
-        overrides.push_back({nullptr, GGML_TYPE_COUNT});
-        params.tt_overrides = overrides.data();
-    }
-    std::vector<llama_model_kv_override> keys;
-    for (const auto & [key, value] : metadata) {
-        llama_model_kv_override override{};
-        key.copy(override.key, sizeof override.key - 1);
-        if (const auto * number = std::get_if<int64_t>(&value)) {
-            override.tag     = LLAMA_KV_OVERRIDE_TYPE_INT;
-            override.val_i64 = *number;
-        } else {
-            override.tag = LLAMA_KV_OVERRIDE_TYPE_STR;
-            std::get<Name>(value).bytes.copy(override.val_str, sizeof override.val_str - 1);
-        }
-        keys.push_back(override);
-    }
-    if (!keys.empty()) {
-        keys.push_back({});
-        params.kv_overrides = keys.data();
+        request.params.imatrix = data.data();
     }
     uint32_t failed;
     {
         const py::gil_scoped_release release;
         listen_to_log();
         const Watching watching(watch);
-        failed = llama_model_quantize(src.bytes.c_str(), dst.bytes.c_str(), &params);
+        failed = llama_model_quantize(src.bytes.c_str(), dst.bytes.c_str(), &request.params);
     }
     if (failed != 0) {
         fail(watch.errors);
@@ -360,28 +395,20 @@ py::dict type_blocks() {
 // (name, type, type it would get) of every tensor, in the order of the quantizer, which reads
 // no weight for it. Types that lack data are given all the same: a dry run does not stop there.
 std::vector<std::tuple<Name, std::string, std::string>> dry_run(
-    const Name & src, int ftype, bool pure, bool quantize_output, bool has_matrix,
-    const std::vector<std::pair<Name, int>> & tensor_types) {
-    llama_model_quantize_params params = llama_model_quantize_default_params();
-    params.ftype                       = static_cast<llama_ftype>(ftype);
-    params.nthread                     = 1;
-    params.pure                        = pure;
-    params.quantize_output_tensor      = quantize_output;
-    params.dry_run                     = true;
+    const Name & src, int ftype, bool pure, bool quantize_output,
+    std::optional<int> output_tensor_type, std::optional<int> token_embedding_type, bool keep_split,
+    std::vector<std::pair<Name, int>>                  tensor_types,
+    const std::vector<std::pair<std::string, Value>> & metadata, bool has_matrix) {
+    Request request(ftype, pure, quantize_output, output_tensor_type, token_embedding_type,
+                    keep_split, std::move(tensor_types), metadata);
+    request.params.nthread = 1;
+    request.params.dry_run = true;
 
     // the mixture depends on whether there is a matrix, not on what is in it
     const float                    one         = 1.0F;
     const llama_model_imatrix_data something[] = {{"", &one, 1}, {nullptr, nullptr, 0}};
     if (has_matrix) {
-        params.imatrix = something;
-    }
-    std::vector<llama_model_tensor_override> overrides;
-    for (const auto & [pattern, type] : tensor_types) {
-        overrides.push_back({pattern.bytes.c_str(), static_cast<ggml_type>(type)});
-    }
-    if (!overrides.empty()) {
-        overrides.push_back({nullptr, GGML_TYPE_COUNT});
-        params.tt_overrides = overrides.data();
+        request.params.imatrix = something;
     }
     DryRun run;
     // the log has one reader, and a Collector made meanwhile in another thread may take it over
@@ -392,7 +419,7 @@ std::vector<std::tuple<Name, std::string, std::string>> dry_run(
             const py::gil_scoped_release release;
             listen_to_log();
             const DryRunning running(run);
-            failed = llama_model_quantize(src.bytes.c_str(), "", &params);
+            failed = llama_model_quantize(src.bytes.c_str(), "", &request.params);
         }
         if (failed != 0) {
             fail(run.errors);
@@ -430,9 +457,12 @@ PYBIND11_MODULE(quantizer, m) {
     m.def("tensor_totals", &tensor_totals, py::arg("path"));
     m.def("type_blocks", &type_blocks);
     m.def("dry_run", &dry_run, py::arg("src"), py::kw_only(), py::arg("ftype"), py::arg("pure"),
-          py::arg("quantize_output"), py::arg("has_matrix"), py::arg("tensor_types"));
+          py::arg("quantize_output"), py::arg("output_tensor_type"),
+          py::arg("token_embedding_type"), py::arg("keep_split"), py::arg("tensor_types"),
+          py::arg("metadata"), py::arg("has_matrix"));
     m.def("quantize", &quantize, py::arg("watch"), py::arg("src"), py::arg("dst"), py::kw_only(),
-          py::arg("ftype"), py::arg("n_threads"), py::arg("allow_requantize"), py::arg("pure"),
-          py::arg("quantize_output"), py::arg("matrix"), py::arg("tensor_types"),
-          py::arg("metadata"), py::arg("unsaid"));
+          py::arg("ftype"), py::arg("pure"), py::arg("quantize_output"),
+          py::arg("output_tensor_type"), py::arg("token_embedding_type"), py::arg("keep_split"),
+          py::arg("tensor_types"), py::arg("metadata"), py::arg("n_threads"),
+          py::arg("allow_requantize"), py::arg("matrix"), py::arg("unsaid"));
 }

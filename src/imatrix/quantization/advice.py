@@ -12,6 +12,7 @@ from imatrix.entries import THIN
 from imatrix.errors import ModelError
 from imatrix.model.architectures import check_trunk
 from imatrix.quantization.cures import Cure, Cures
+from imatrix.quantization.keys import spelled
 from imatrix.quantization.question import Question
 from imatrix.quantization.types import EMBEDDINGS
 from imatrix.quantization.verdicts import TensorCoverage, Verdicts
@@ -92,6 +93,10 @@ class Advice:
         merge = by_cure.get("merge", [])
         never = by_cure.get("another type", [])
         unknown = by_cure.get("find out", [])
+        named = [t for t in missing if question.options.named(t.name) is not None]
+        missing = [t for t in missing if t not in named]
+        never = [t for t in never if t not in named]
+        unknown = [t for t in unknown if t not in named]
         if collect:  # from this model, which makes up for what could be adapted too
             yield self._collect_fix(collect)
         elif adaptable:
@@ -128,11 +133,25 @@ class Advice:
                 "Whether a run reaches them, so that collecting again is better: "
                 f"{self._check_command()} --plan"
             )
+        for tensor in named:
+            yield self._named_fix(tensor)
         # a whole model is not spelled out
-        if (collect or adaptable or merge) and (
-            question.matrix is not None or len(overrides) <= 16
+        if (
+            (collect or adaptable or merge)
+            and missing
+            and (question.matrix is not None or len(overrides) <= 16)
         ):
             yield self._with_paste("Or quantize without the data, at a loss", missing, overrides)
+
+    def _named_fix(self, tensor: TensorCoverage) -> str:
+        """What to do about a tensor whose type is given by an option of its own."""
+        named = self._question.options.named(tensor.name)
+        assert named is not None
+        option, kind = named
+        return (
+            f"{tensor.name} gets {kind.name} from {_flag(option)}, which needs data: name a type "
+            f"that needs none, as {_flag(option)} q4_K."
+        )
 
     def _collect_fix(self, tensors: Sequence[TensorCoverage]) -> str:
         """One command that collects them, and all that the matrix has already."""
@@ -172,9 +191,9 @@ class Advice:
         """
         if overrides is None:
             overrides = self._verdicts.safe_types(t.name for t in tensors)
-        if self._question.rules:
+        if self._question.options.rules:
             words += " (instead of the rules given, which are in it)"
-        pairs = [*overrides.items(), *((r.pattern, r.type) for r in self._question.rules)]
+        pairs = [*overrides.items(), *((r.pattern, r.type) for r in self._question.options.rules)]
         lines = (f"--tensor-type {shlex.quote(f'{p}={t}')}" for p, t in pairs)
         return f"{words}:\n" + " \\\n".join(lines)
 
@@ -198,13 +217,27 @@ class Advice:
         words = ["imatrix", "check", str(question.file.path)]
         if question.matrix is not None:
             words.append(question.matrix_name)
-        words += ["--type", question.ftype]
-        if question.pure:
+        options = question.options
+        words += ["--type", options.ftype]
+        if options.pure:
             words.append("--pure")
-        if question.allow_requantize:
+        if options.allow_requantize:
             words.append("--allow-requantize")
-        if not question.quantize_output:
+        if not options.quantize_output:
             words.append("--leave-output-tensor")
-        for rule in question.rules:
+        if options.output_tensor_type is not None:
+            words += [_flag("output_tensor_type"), options.output_tensor_type.name]
+        if options.token_embedding_type is not None:
+            words += [_flag("token_embedding_type"), options.token_embedding_type.name]
+        if options.keep_split:
+            words.append("--keep-split")
+        for key, value in options.override_kv:
+            words += ["--override-kv", spelled(key, value)]
+        for rule in options.rules:
             words += ["--tensor-type", f"{rule.pattern}={rule.type}"]
         return shlex.join(words)
+
+
+def _flag(option: str) -> str:
+    """An option as the commands call it."""
+    return f"--{option.replace('_', '-')}"

@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix.engine.plan import Plan
-from imatrix.engine.quantizing import HereQuantizer, Quantizer
+from imatrix.engine.quantizing import Quantizer, open_quantizer
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_whole
 from imatrix.model.header import ModelFile
 from imatrix.quantization.advice import Advice
 from imatrix.quantization.cures import Cures
+from imatrix.quantization.keys import Overrides
+from imatrix.quantization.options import Options
 from imatrix.quantization.question import Question
 from imatrix.quantization.rehearsal import rehearse_quantize
-from imatrix.quantization.rules import RuleUse, TensorTypes, near, rules_of, uses
-from imatrix.quantization.types import FTYPES
+from imatrix.quantization.rules import RuleUse, TensorTypes, uses
 from imatrix.quantization.verdicts import Status, TensorCoverage, Verdicts, failing_in_order
 from imatrix.tensors import n_values
 
@@ -130,6 +131,11 @@ def coverage(
     allow_requantize: bool = False,
     pure: bool = False,
     quantize_output: bool = True,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    override_kv: Overrides | None = None,
+    keep_split: bool = False,
+    isolate: bool = False,
     plan: Plan | None = None,
     matrix_name: str | os.PathLike[str] | None = None,
 ) -> Coverage:
@@ -143,42 +149,44 @@ def coverage(
         matrix: importance data, or the path of a file that holds them; None for none.
         ftype: one of llama-quantize's names, such as "IQ2_XXS", in any case.
         tensor_types: exceptions, as imatrix.quantize takes them.
-        allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
+        allow_requantize, pure, quantize_output, output_tensor_type, token_embedding_type,
+            override_kv, keep_split: as imatrix.quantize takes them.
+        isolate: run the engine's quantizer in a process of its own.
         plan: from Collector.plan(mtp=True), for the weights that no run can reach; without it
             only those are known that the header gives away.
         matrix_name: what the commands in `fixes` call the matrix; its path if `matrix` is one.
 
     Raises:
-        ValueError: an unknown type or a bad pattern.
+        ValueError: an unknown type, one whose blocks do not fit, a bad pattern, or a key that the
+            engine cannot take.
         ModelError (a ValueError): `model` is not a model.
         FormatError (a ValueError): `matrix` is not an importance matrix.
         OSError: a file cannot be read.
         EngineError: the engine cannot give the tensors types at all.
+        EngineDiedError: with isolate=True, the process that ran the engine is gone.
     """
-    return examine(
-        HereQuantizer(),
-        model,
-        matrix,
+    options = Options.read(
         ftype,
         tensor_types=tensor_types,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        override_kv=override_kv,
+        has_matrix=matrix is not None,
         allow_requantize=allow_requantize,
         pure=pure,
         quantize_output=quantize_output,
-        plan=plan,
-        matrix_name=matrix_name,
+        keep_split=keep_split,
     )
+    with open_quantizer(isolate) as quantizer:
+        return examine(quantizer, model, matrix, options, plan=plan, matrix_name=matrix_name)
 
 
 def examine(
     quantizer: Quantizer,
     model: str | os.PathLike[str],
     matrix: ImportanceMatrix | str | os.PathLike[str] | None,
-    ftype: str,
+    options: Options,
     *,
-    tensor_types: TensorTypes | None,
-    allow_requantize: bool,
-    pure: bool,
-    quantize_output: bool,
     plan: Plan | None = None,
     matrix_name: str | os.PathLike[str] | None = None,
 ) -> Coverage:
@@ -187,14 +195,10 @@ def examine(
     Raises:
         EngineDiedError: that process is gone.
     """
-    name = ftype.upper()
-    if name not in FTYPES:
-        raise ValueError(
-            f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
-        )
     file = ModelFile.read(model)
     check_whole(file)
-    rehearse_quantize(file)
+    options.check_rows(file.tensors)
+    rehearse_quantize(file, options)
     if isinstance(matrix, (str, os.PathLike)):
         matrix_name = matrix_name or matrix
         matrix = ImportanceMatrix.load(matrix)
@@ -202,11 +206,7 @@ def examine(
         quantizer=quantizer,
         file=file,
         matrix=matrix or None,  # llama-quantize takes one without entries for none
-        ftype=name,
-        rules=rules_of(tensor_types),
-        allow_requantize=allow_requantize,
-        pure=pure,
-        quantize_output=quantize_output,
+        options=options,
         plan=plan,
         matrix_name="MATRIX.gguf" if matrix_name is None else os.fspath(matrix_name),
     )
@@ -220,7 +220,7 @@ def examine(
     return Coverage(
         model=file.path,
         architecture=file.architecture,
-        ftype=name,
+        ftype=options.ftype,
         has_matrix=question.matrix is not None,
         tensors=tensors,
         failing=failing_in_order(tensors, question.matrix is not None),
@@ -247,18 +247,16 @@ def describe_stop(tensor: TensorCoverage, found: Coverage) -> str:
 
 def _rule_uses(question: Question, tensors: Sequence[TensorCoverage]) -> tuple[RuleUse, ...]:
     """What came of the given exceptions."""
-    if not question.rules:
+    options = question.options
+    if not options.rules:
         return ()
     shapes = {tensor.name: question.file.tensors[tensor.name] for tensor in tensors}
     targets = {tensor.name: tensor.target_type for tensor in tensors}
-    return uses(question.rules, shapes, targets, question.of_two_types())
+    named = frozenset(name for name in shapes if options.named(name) is not None)
+    return uses(options.rules, shapes, targets, question.of_two_types(), named)
 
 
 def _warnings(question: Question, used: Sequence[RuleUse]) -> Iterable[str]:
     """Options that do not do what they say."""
     yield from (use.warning for use in used if use.warning)
-    if not question.quantize_output and "output.weight" not in question.file.tensors:
-        yield (
-            "there is no output.weight to leave as it is: the model's output is "
-            "token_embd.weight, which is quantized"
-        )
+    yield from question.options.idle(question.file.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,31 +14,29 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.engine import process
 from imatrix.engine.background import NativeThread, ended_at_exit
 from imatrix.engine.cores import physical_cores
-from imatrix.engine.quantizing import HereQuantizer, IsolatedQuantizer, Quantizer
+from imatrix.engine.quantizing import Choice, Quantizer, open_quantizer
 from imatrix.engine.rehearsal import rehearse_load
 from imatrix.errors import EngineDiedError, EngineError
 from imatrix.files import atomic
 from imatrix.files.names import cut
-from imatrix.files.outputs import check_files
+from imatrix.files.outputs import Output, check_files
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_whole, loads_alone
 from imatrix.model.header import ModelFile
-from imatrix.model.parts import model_inputs
+from imatrix.model.parts import model_inputs, part_path
 from imatrix.quantization.coverage import Coverage, examine
+from imatrix.quantization.keys import MAX_BYTES, Overrides
+from imatrix.quantization.options import Options
+from imatrix.quantization.parts import kept_parts
 from imatrix.quantization.refusals import check_unasked, explained, refuse_early
 from imatrix.quantization.rehearsal import rehearse_quantize
-from imatrix.quantization.rules import RuleUse, TensorTypes, near, request, rules_of
-from imatrix.quantization.types import FTYPES
+from imatrix.quantization.rules import RuleUse, TensorTypes, request
 
 __all__ = ["Quantized", "quantize"]
 
 _log = logging.getLogger("imatrix")
-
-# llama_model_kv_override.val_str holds 128 bytes with its final zero (include/llama.h).
-_MAX_TEXT = 127
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,18 @@ class Quantized:
     """A quantized model.
 
     Attributes:
-        path: where it is.
-        bytes: size of the file.
+        path: where it is; the first part with keep_split.
+        bytes: size of the file, or of all parts.
         bits_per_weight: of its tensors' data, metadata not counted.
         rules: what came of each of `tensor_types`, in order.
+        parts: the files, in order; one without keep_split.
     """
 
     path: Path
     bytes: int
     bits_per_weight: float
     rules: tuple[RuleUse, ...] = ()
+    parts: tuple[Path, ...] = ()
 
 
 def quantize(
@@ -69,16 +69,22 @@ def quantize(
     allow_requantize: bool = False,
     pure: bool = False,
     quantize_output: bool = True,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    override_kv: Overrides | None = None,
+    keep_split: bool = False,
     isolate: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Quantized:
     """Quantize a GGUF model, as llama-quantize does.
 
     Given the same importance matrix file and options the tensors come out the same, to the bit.
-    An existing `dst` is replaced in one step, and only by a whole model.
+    An existing `dst` is replaced in one step, and only by a whole model. For what would become of
+    each tensor, without a file, see imatrix.coverage.
 
     Args:
-        src: the model, or the first part of a multi-part one (the result is one file).
+        src: the model, or the first part of a multi-part one (the result is one file, unless
+            keep_split is true).
         dst: where to write.
         ftype: one of llama-quantize's names, such as "IQ2_XXS" or "Q4_K_M", in any case.
         imatrix: importance data: a matrix, or the path of a file that holds one. A matrix of
@@ -91,6 +97,15 @@ def quantize(
         allow_requantize: go on from weights that are already quantized, at a loss.
         pure: give every weight the type's own format instead of its mixture.
         quantize_output: False leaves output.weight as it is.
+        output_tensor_type: ggml type of output.weight, such as "q6_k". It counts before
+            `tensor_types`.
+        token_embedding_type: ggml type of token_embd.weight, which counts before `tensor_types`, and
+            of per_layer_token_embd.weight unless one of `tensor_types` matches that.
+        override_kv: metadata to write: key -> int, float, bool or str, written as uint32, float32,
+            bool and string. The engine reads the model by them too.
+        keep_split: write a multi-part model in the same parts: with `dst` "out.gguf" these are
+            out-00001-of-0000N.gguf and so on, also for a model in one file (N is 1 then). They get
+            their names once all of them are whole.
         isolate: run the engine's quantizer in a process of its own. Should the engine or the system
             end that one, this one stays: an EngineDiedError names the tensor, and nothing is
             written. The file is the same to the bit.
@@ -98,7 +113,8 @@ def quantize(
             thread. An exception that it raises ends the work.
 
     Raises:
-        ValueError: an unknown type, a bad number, `dst` is one of the files that are read, a matrix that names no weight of
+        ValueError: an unknown type, or one whose blocks do not fit the rows that it is named for, a
+            key that the engine cannot take, a bad number, `dst` is one of the files that are read, a matrix that names no weight of
             this model, or a type that the engine cannot give a weight without data.
         ModelError (a ValueError): `src` is not a model.
         FormatError (a ValueError): `imatrix` is not an importance matrix.
@@ -109,20 +125,31 @@ def quantize(
         MemoryError: out of memory.
         KeyboardInterrupt: Ctrl-C; the work ends after the tensor at hand, with isolate=True at once.
     """
-    name = ftype.upper()
-    if name not in FTYPES:
-        raise ValueError(
-            f"unknown type {ftype!r}{near(name, FTYPES)}. Types: {', '.join(sorted(FTYPES))}"
-        )
+    options = Options.read(
+        ftype,
+        tensor_types=tensor_types,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        override_kv=override_kv,
+        has_matrix=imatrix is not None,
+        allow_requantize=allow_requantize,
+        pure=pure,
+        quantize_output=quantize_output,
+        keep_split=keep_split,
+    )
     threads = physical_cores() if n_threads is None else n_threads
     if threads < 1:
         raise ValueError(f"n_threads must be 1 or more, got {n_threads}")
-    rules = rules_of(tensor_types)
     model = ModelFile.read(src)
     check_whole(model)
-    rehearse_quantize(model)
+    options.check_rows(model.tensors)
+    targets = kept_parts(dst, model) if keep_split else [Path(dst)]
+    rehearse_quantize(model, options)
     read = [imatrix] if isinstance(imatrix, (str, os.PathLike)) else []
-    check_files([dst], [*model_inputs(model.path), *read])
+    check_files(
+        [Output(os.fspath(target), os.fspath(dst) if keep_split else "") for target in targets],
+        [*model_inputs(model.path), *read],
+    )
     matrix = imatrix
     if isinstance(matrix, (str, os.PathLike)):
         matrix = ImportanceMatrix.load(matrix)
@@ -132,43 +159,26 @@ def quantize(
             f"{next(iter(matrix), 'missing')!r}. Was it collected from another model?"
         )
     source = imatrix if isinstance(imatrix, (str, os.PathLike)) else None
-    with _quantizer(isolate) as quantizer, _outlived(dst):
-        found = examine(
-            quantizer,
-            model.path,
-            matrix,
-            name,
-            tensor_types=[(rule.pattern, rule.type) for rule in rules],
-            allow_requantize=allow_requantize,
-            pure=pure,
-            quantize_output=quantize_output,
-            matrix_name=source,
-        )
+    with open_quantizer(isolate) as quantizer, _outlived(dst):
+        found = examine(quantizer, model.path, matrix, options, matrix_name=source)
         _warn(found)
-        check_unasked(found)
+        check_unasked(found, options)
         if matrix is not None:
             refuse_early(found, model, matrix, dst)
-        asked = request(name, rules)
-        metadata = [] if matrix is None else _metadata(matrix, source)
-        if asked.rewritten:
-            metadata.append(("general.file_type", FTYPES[name]))
-        # its own file goes before the interpreter does, too
-        with ended_at_exit("quantization") as work, atomic.replacing(dst) as temporary:
+        choice = options.choice(metadata=[] if matrix is None else _metadata(matrix, source))
+        # its own files go before the interpreter does, too
+        with ended_at_exit("quantization") as work, _written(targets, choice) as written:
             # In a second thread, so that Ctrl-C reaches this one.
             with NativeThread() as thread:
                 running = thread.submit(
                     quantizer.quantize,
                     os.fspath(model.path),
-                    os.fspath(temporary),
-                    ftype=FTYPES[asked.ftype],
+                    os.fspath(written.name),
+                    choice,
                     n_threads=threads,
                     allow_requantize=allow_requantize,
-                    pure=pure,
-                    quantize_output=quantize_output,
                     matrix=[] if matrix is None else _data(matrix),
-                    tensor_types=asked.rules,
-                    metadata=metadata,
-                    unsaid=asked.unsaid,
+                    unsaid=request(options.ftype, options.rules).unsaid,
                 )
                 try:
                     while wait([running], timeout=0.1).not_done:
@@ -183,43 +193,78 @@ def quantize(
                     running.result()
                 except EngineDiedError as error:
                     error.args = (
-                        f"{error.args[0]}, while it quantized {model.path} to {name}"
+                        f"{error.args[0]}, while it quantized {model.path} to {options.ftype}"
                         + _describe_place(*quantizer.progress, found),
                     )
                     raise
                 except RuntimeError as error:
-                    raise explained(str(error), model, dst, name) from None
+                    raise explained(str(error), model, dst, options.ftype) from None
             if progress is not None:
                 progress(*quantizer.progress)
-            try:
-                bytes_, values = quantizer.tensor_totals(os.fspath(temporary))
-            except EngineDiedError as error:
-                error.args = (f"{error.args[0]}, while it read what it had written",)
-                raise
-            except RuntimeError:
-                raise EngineError(
-                    f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
-                    "the model's metadata and its tensors do not go together"
-                ) from None
-            if loads_alone(model) and (why := rehearse_load(temporary, mtp=model.n_nextn > 0)):
+            bits_per_weight = _bits_per_weight(quantizer, written, model)
+            first = written.files[0]
+            if loads_alone(model) and (why := rehearse_load(first, mtp=model.n_nextn > 0)):
                 raise EngineError(
                     f"{model.path}: nothing was written to {os.fspath(dst)}, because the engine "
                     f"would not load it: {why}"
                 )
-    return Quantized(Path(dst), Path(dst).stat().st_size, 8 * bytes_ / values, found.rules)
+    size = sum(target.stat().st_size for target in targets)
+    return Quantized(targets[0], size, bits_per_weight, found.rules, tuple(targets))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Where the engine writes.
+
+    Attributes:
+        name: what it is told.
+        files: what it makes of that, in order.
+    """
+
+    name: Path
+    files: tuple[Path, ...]
 
 
 @contextmanager
-def _quantizer(isolate: bool) -> Iterator[Quantizer]:
-    """The engine's quantizer, here or in a process of its own, which ends with the context."""
-    if not isolate:
-        yield HereQuantizer()
-        return
-    engine = process.Engine()
+def _written(targets: Sequence[Path], choice: Choice) -> Iterator[_Written]:
+    """Give temporary files, which get the names of the targets if the block succeeds."""
+    with atomic.replacing_together(targets) as temporaries:
+        if not choice.keep_split:
+            yield _Written(temporaries[0], temporaries)
+            return
+        # the engine makes the names of parts, and finds the others by that of the first
+        name = temporaries[0].with_suffix(".parts")
+        files = tuple(
+            part_path(os.fspath(name), number, len(targets))
+            for number in range(1, len(targets) + 1)
+        )
+        try:
+            yield _Written(name, files)
+            for file, temporary in zip(files, temporaries, strict=True):
+                file.replace(temporary)
+        except BaseException:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
+
+
+def _bits_per_weight(quantizer: Quantizer, written: _Written, model: ModelFile) -> float:
+    """Of the data of all tensors written.
+
+    Raises:
+        EngineError, EngineDiedError: a file cannot be read again.
+    """
     try:
-        yield IsolatedQuantizer(engine)
-    finally:
-        engine.close()
+        totals = [quantizer.tensor_totals(os.fspath(file)) for file in written.files]
+    except EngineDiedError as error:
+        error.args = (f"{error.args[0]}, while it read what it had written",)
+        raise
+    except RuntimeError:
+        raise EngineError(
+            f"{model.path}: the engine's quantizer wrote a file that it cannot read again; "
+            "the model's metadata and its tensors do not go together"
+        ) from None
+    return 8 * sum(n_bytes for n_bytes, _ in totals) / sum(n_values for _, n_values in totals)
 
 
 @contextmanager
@@ -273,9 +318,9 @@ def _metadata(
     """The keys that llama-quantize writes; no file name if the matrix came from memory."""
     keys: list[tuple[str, int | str]] = []
     if source is not None:
-        keys.append(("quantize.imatrix.file", cut(os.fspath(source), _MAX_TEXT)))
+        keys.append(("quantize.imatrix.file", cut(os.fspath(source), MAX_BYTES)))
     if matrix.datasets:
-        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], _MAX_TEXT)))
+        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], MAX_BYTES)))
     keys.append(("quantize.imatrix.entries_count", len(matrix)))
     if matrix.chunk_count:
         keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from imatrix.engine.plan import Plan
-from imatrix.engine.quantizing import Quantizer
+from imatrix.engine.quantizing import Choice, Quantizer
 from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_head
 from imatrix.model.header import ModelFile
-from imatrix.quantization.rules import Rule, request
-from imatrix.quantization.types import FTYPES
+from imatrix.quantization.options import Options
+from imatrix.quantization.rules import Rule
 from imatrix.tensors import apart_expert
 
 __all__ = ["Assigned", "Question"]
@@ -40,9 +40,7 @@ class Question:
         quantizer: the engine's, which answers.
         file: the model.
         matrix: importance data; None if there are none.
-        ftype: the file type, in upper case.
-        rules: exceptions, in order.
-        allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
+        options: what else is asked for.
         plan: which weights a run can reach; None if it is not known.
         matrix_name: what commands call the matrix.
     """
@@ -50,11 +48,7 @@ class Question:
     quantizer: Quantizer
     file: ModelFile
     matrix: ImportanceMatrix | None
-    ftype: str
-    rules: tuple[Rule, ...]
-    allow_requantize: bool
-    pure: bool
-    quantize_output: bool
+    options: Options
     plan: Plan | None
     matrix_name: str
 
@@ -62,14 +56,17 @@ class Question:
 
     def assigned(self, extra: Sequence[Rule] = ()) -> list[Assigned]:
         """Every tensor in the quantizer's order, with `extra` in front of the exceptions."""
-        return self._dry_run(self.ftype, self.pure, (*extra, *self.rules))
+        return self._dry_run(self.options.choice(rules=(*extra, *self.options.rules)))
 
     def of_two_types(self) -> frozenset[str]:
         """Names of the tensors that become of another type for F16 than for F32.
 
         These are what the quantizer changes at all, and so what an exception can change.
         """
-        f16, f32 = (self._dry_run(ftype, False, ()) for ftype in ("F16", "F32"))
+        f16, f32 = (
+            self._dry_run(self.options.choice(ftype, pure=False, rules=()))
+            for ftype in ("F16", "F32")
+        )
         other = {tensor.name: tensor.target for tensor in f16}
         return frozenset(t.name for t in f32 if t.target != other[t.name])
 
@@ -77,27 +74,23 @@ class Question:
         """Names of the tensors that a quantized type would change."""
         return frozenset(
             tensor.name
-            for tensor in self._dry_run("Q8_0", True, ())
+            for tensor in self._dry_run(self.options.choice("Q8_0", pure=True, rules=()))
             if tensor.source != tensor.target
         )
 
-    def _dry_run(self, ftype: str, pure: bool, rules: Sequence[Rule]) -> list[Assigned]:
-        asked = request(ftype, rules)
+    def _dry_run(self, choice: Choice) -> list[Assigned]:
         try:
             found = self.quantizer.dry_run(
-                str(self.file.path),
-                ftype=FTYPES[asked.ftype],
-                pure=pure,
-                quantize_output=self.quantize_output,
-                has_matrix=self.matrix is not None,
-                tensor_types=asked.rules,
+                str(self.file.path), choice, has_matrix=self.matrix is not None
             )
         except EngineDiedError as error:
             error.args = (f"{error.args[0]}, while its quantizer looked through {self.file.path}",)
             raise
         except RuntimeError as error:
             reason = str(error).rpartition("failed to quantize: ")[2].strip() or str(error)
-            raise EngineError(f"{self.file.path}: cannot quantize to {ftype}: {reason}") from None
+            raise EngineError(
+                f"{self.file.path}: cannot quantize to {self.options.ftype}: {reason}"
+            ) from None
         return [Assigned(*tensor) for tensor in found]
 
     # --- what the model and the matrix are --------------------------------------------------------

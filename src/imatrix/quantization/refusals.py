@@ -9,6 +9,7 @@ from imatrix.errors import EngineError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.header import ModelFile
 from imatrix.quantization.coverage import Coverage
+from imatrix.quantization.options import Options
 from imatrix.quantization.types import UNASKED
 from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.tensors import block_of
@@ -18,7 +19,7 @@ __all__ = ["check_unasked", "explained", "refuse_early"]
 _OFFENDING = re.compile(r"offending tensor: (\S+)\s+- target type: (\S+)")
 
 
-def check_unasked(found: Coverage) -> None:
+def check_unasked(found: Coverage, options: Options) -> None:
     """Refuse what ggml would answer by ending the process (ggml_quantize_chunk in ggml.c).
 
     Raises:
@@ -26,6 +27,16 @@ def check_unasked(found: Coverage) -> None:
     """
     for tensor in sorted(found.missing, key=lambda t: t.name in UNASKED and UNASKED.index(t.name)):
         if tensor.name in UNASKED:
+            if (named := options.named(tensor.name)) is not None:
+                raise ValueError(
+                    f"{named[0]}: {tensor.name} would get {named[1].name}, which needs importance "
+                    "data, and there are none for it. Name a type that needs none, such as 'q4_K'"
+                    + (
+                        " (or collect with process_output)."
+                        if tensor.cure == "collect the output"
+                        else "."
+                    )
+                )
             raise ValueError(
                 f"{tensor.name} would get a type that needs importance data, and there are none "
                 "for it. Leave out pure, or give it a type of its own, as in "

@@ -18,12 +18,24 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from imatrix.native import quantizer
 from imatrix.tensors import parsed_name
 from imatrix.words import few
 
-__all__ = ["Request", "Rule", "RuleUse", "TensorTypes", "read_rules", "request", "rules_of", "uses"]
+__all__ = [
+    "Request",
+    "Rule",
+    "RuleUse",
+    "TensorType",
+    "TensorTypes",
+    "read_rules",
+    "request",
+    "rules_of",
+    "tensor_type",
+    "uses",
+]
 
 TensorTypes = Mapping[str, str] | Iterable[tuple[str, str]]
 """Pattern -> ggml type, or pairs of both: several may have the same pattern, the first counts."""
@@ -40,6 +52,13 @@ _MAX_PATTERN = 10_000
 _MAX_GROUPS = 200
 
 _FEW = 3  # names in a message
+
+
+class TensorType(NamedTuple):
+    """A type of ggml: its name, as the engine spells it, and its number in enum ggml_type."""
+
+    name: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -137,17 +156,32 @@ def _rule(pattern: str, name: str) -> Rule:
         raise ValueError(
             f"tensor_types takes a pattern and a type as text, got {pattern!r} and {name!r}"
         )
-    types = {known.lower(): (known, number) for known, (number, _) in _types().items()}
     if not pattern:
         raise ValueError(f"a pattern for {name!r} is empty; it would match every weight")
+    found = tensor_type(name, f"{pattern!r}")
+    _check_pattern(pattern)
+    return Rule(pattern, found.name, found.number)
+
+
+def tensor_type(name: str, purpose: str) -> TensorType:
+    """A type of ggml by its name, in any case.
+
+    Args:
+        name: the name.
+        purpose: what the type is for, as an error names it.
+
+    Raises:
+        ValueError: the engine cannot quantize to such a type.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{purpose} takes the name of a type as text, as 'q8_0', got {name!r}")
+    types = {known.lower(): (known, number) for known, (number, _) in _types().items()}
     if name.lower() not in types:
         raise ValueError(
-            f"unknown tensor type {name!r} for {pattern!r}{near(name.lower(), types)}. "
+            f"unknown tensor type {name!r} for {purpose}{near(name.lower(), types)}. "
             f"Types: {', '.join(sorted(types))}"
         )
-    _check_pattern(pattern)
-    known, number = types[name.lower()]
-    return Rule(pattern, known, number)
+    return TensorType(*types[name.lower()])
 
 
 def _types() -> dict[str, tuple[int, bool]]:
@@ -236,6 +270,7 @@ def uses(
     shapes: Mapping[str, tuple[int, ...]],
     targets: Mapping[str, str],
     quantized: frozenset[str],
+    named: frozenset[str] = frozenset(),
 ) -> tuple[RuleUse, ...]:
     """What each rule does.
 
@@ -275,7 +310,7 @@ def uses(
                 behind=behind,
                 kept=kept,
                 other_type=other,
-                warning=_warning(rule, names, first, taken, before, kept, other),
+                warning=_warning(rule, names, first, taken, before, kept, other, named),
                 shadowed=len(kept) == len(first) and bool(taken),
                 idle=len(kept) == len(first) and not taken,
             )
@@ -291,6 +326,7 @@ def _warning(
     before: Sequence[str],
     kept: Sequence[str],
     other: Mapping[str, str],
+    named: frozenset[str],
 ) -> str:
     """Say what is wrong with a rule; "" if nothing is.
 
@@ -302,6 +338,7 @@ def _warning(
         before: patterns of the earlier rules.
         kept: those of `first` that the quantizer leaves as they are.
         other: those of `first` that get another type, and that type.
+        named: tensors whose type is given by an option of their own.
     """
     subject = f"the rule {rule.pattern}={rule.type}"
     if not first and not before:
@@ -310,6 +347,11 @@ def _warning(
         return (
             f"{subject} never counts: an earlier rule ({few(before, _FEW)}) matches whatever it could "
             "change"
+        )
+    if kept and len(kept) == len(first) and named.issuperset(kept):
+        return (
+            f"{subject} does nothing: output_tensor_type and token_embedding_type count before the "
+            f"rules ({few(kept, _FEW)})"
         )
     if len(kept) == len(first):
         return (

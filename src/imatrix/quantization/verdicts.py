@@ -138,7 +138,12 @@ class Verdicts:
         """
         extra: dict[str, str] = {}
         for _ in range(8):
-            new = self.safe_types(t.name for t in tensors if t.status == "missing")
+            new = self.safe_types(
+                t.name
+                for t in tensors
+                # a rule does not count for the others
+                if t.status == "missing" and self._question.options.named(t.name) is None
+            )
             if not new or new.keys() <= extra.keys():
                 break
             extra.update(new)
@@ -168,7 +173,7 @@ class Verdicts:
         """Whether the engine asks for data before it makes the type, and reports their lack."""
         if name in UNASKED:
             return False
-        return target in _ASKING or (target == "q2_K" and self._question.ftype == "Q2_K_S")
+        return target in _ASKING or (target == "q2_K" and self._question.options.ftype == "Q2_K_S")
 
     def _tensor(self, assigned: Assigned, asked: bool) -> TensorCoverage:
         name, source, target = assigned
@@ -221,7 +226,7 @@ class Verdicts:
             other_size += "; ignored"
         if entry is None and asks:
             return "missing", ""
-        if self._blocks[source][0] > 1 and not self._question.allow_requantize:
+        if self._blocks[source][0] > 1 and not self._question.options.allow_requantize:
             return "requantize", f"{source} already"
         if source not in self._convertible:
             return "not convertible", f"no values can be read from {source}"
