@@ -19,7 +19,16 @@ from typing import Protocol, TypeVar
 from imatrix.errors import ModelError
 from imatrix.files.outputs import Input, PathLike
 
-__all__ = ["PartHeader", "model_inputs", "part_path", "present_parts", "read_parts", "without_part"]
+__all__ = [
+    "PartHeader",
+    "count_in_name",
+    "model_inputs",
+    "named_parts",
+    "part_path",
+    "present_parts",
+    "read_parts",
+    "without_part",
+]
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.ASCII)
 
@@ -162,6 +171,28 @@ def _check_part(part: PartHeader, number: int, count: int) -> None:
 def part_path(stem: str, number: int, count: int) -> Path:
     """The path of a part, from 1, of so many (llama_split_path in src/llama-model-loader.cpp)."""
     return Path(f"{stem}-{number:05d}-of-{count:05d}.gguf")
+
+
+def named_parts(dst: PathLike, count: int) -> list[Path]:
+    """The parts of a model that is written as `dst`, by the names that llama-quantize gives them.
+
+    Raises:
+        ValueError: `dst` is the name of a part.
+    """
+    whole = Path(without_part(os.fspath(dst)))
+    if os.fspath(whole) != os.fspath(dst):
+        raise ValueError(
+            f"keep_split makes the names of the parts: expected a name such as {whole}, got the "
+            f"name of a part, {os.fspath(dst)}"
+        )
+    stem = os.fspath(dst).removesuffix(".gguf")
+    return [part_path(stem, number, count) for number in range(1, count + 1)]
+
+
+def count_in_name(path: PathLike) -> int:
+    """How many parts a model has by the name of its first part; 1 for any other name."""
+    match = _PART.search(os.fspath(path))
+    return 1 if match is None else max(1, int(match[2]))
 
 
 def without_part(name: str) -> str:

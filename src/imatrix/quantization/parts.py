@@ -7,9 +7,9 @@ from pathlib import Path
 
 from imatrix.errors import ModelError
 from imatrix.model.header import EnginePart, ModelFile
-from imatrix.model.parts import part_path, without_part
+from imatrix.model.parts import named_parts
 
-__all__ = ["kept_parts", "named_parts"]
+__all__ = ["kept_parts"]
 
 
 def kept_parts(dst: str | os.PathLike[str], model: ModelFile) -> list[Path]:
@@ -33,19 +33,3 @@ def kept_parts(dst: str | os.PathLike[str], model: ModelFile) -> list[Path]:
                 "keep_split, so that the result is one file"
             )
     return named_parts(dst, len(filled))
-
-
-def named_parts(dst: str | os.PathLike[str], count: int) -> list[Path]:
-    """The names of so many parts.
-
-    Raises:
-        ValueError: `dst` is the name of a part.
-    """
-    whole = Path(without_part(os.fspath(dst)))
-    if os.fspath(whole) != os.fspath(dst):
-        raise ValueError(
-            f"keep_split makes the names of the parts: expected a name such as {whole}, got the "
-            f"name of a part, {os.fspath(dst)}"
-        )
-    stem = os.fspath(dst).removesuffix(".gguf")
-    return [part_path(stem, number, count) for number in range(1, count + 1)]

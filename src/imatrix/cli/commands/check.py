@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from imatrix.cli.command import Command
+from imatrix.cli.coverages import as_data
 from imatrix.cli.data import write_json
-from imatrix.cli.flags import hub, tensor_types
+from imatrix.cli.flags import hub, quantizing, tensor_types
 from imatrix.cli.flags.common import add_verbose
 from imatrix.cli.outputs import Files
 from imatrix.cli.terminal import Console, Terminal, Text
@@ -38,10 +37,7 @@ def _add_arguments(command: hub.Parser) -> None:
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
     hub.add_to_positional(command)
     add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
-    tensor_types.add_arguments(command)
-    add("--allow-requantize", action="store_true", help="start from quantized weights")
-    add("--pure", action="store_true", help="one format for all weights, no mixture")
-    add("--leave-output-tensor", action="store_true", help="leave output.weight as it is")
+    quantizing.add_arguments(command)
     add(
         "--plan",
         action="store_true",
@@ -54,24 +50,21 @@ def _add_arguments(command: hub.Parser) -> None:
 
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
-    rules = tensor_types.read(args)
+    options = quantizing.options(args)
     args.model, _ = hub.fetch(args.model, args, terminal)
     plan = _plan(args.model) if args.plan else None
     found = coverage(
         args.model,
         matrix,
         args.type,
-        tensor_types=rules,
-        allow_requantize=args.allow_requantize,
-        pure=args.pure,
-        quantize_output=not args.leave_output_tensor,
+        **options,
         plan=plan,
         matrix_name=args.imatrix,
     )
     for text in found.warnings:
         terminal.warn(text)
     if args.json:
-        write_json(_as_data(found, args.imatrix))
+        write_json(as_data(found, args.imatrix))
     else:
         _render(terminal.out, found, args.imatrix, plan=plan, limit=None if args.all else _ROWS)
     return READY if found.ready else WOULD_FAIL
@@ -86,27 +79,6 @@ def _plan(model: str) -> Plan:
             except ModelError:
                 pass  # `coverage` tells why
         return collector.plan()
-
-
-def _as_data(found: Coverage, imatrix: str | None) -> dict[str, Any]:
-    """Everything there is, for `--json`."""
-    return {
-        "model": str(found.model),
-        "imatrix": imatrix,
-        "architecture": found.architecture,
-        "type": found.ftype,
-        "ready": found.ready,
-        "failing": [tensor.name for tensor in found.failing],
-        "source_bytes": found.source_bytes,
-        "target_bytes": found.target_bytes,
-        "bits_per_weight": found.bits_per_weight,
-        "unused": list(found.unused),
-        "fixes": list(found.fixes),
-        "overrides": dict(found.overrides),
-        "rules": [asdict(use) for use in found.rules],
-        "warnings": list(found.warnings),
-        "tensors": [asdict(tensor) for tensor in found.tensors],
-    }
 
 
 def _render(
