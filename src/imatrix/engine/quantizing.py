@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -111,7 +111,7 @@ class HereQuantizer:
         has_matrix: bool,
     ) -> list[tuple[str, str, str]]:
         engine.set_log_level()  # so that the binding finds the package's log to hand on to
-        return quantizer.dry_run(os.fsencode(src), **vars(choice), has_matrix=has_matrix)
+        return quantizer.dry_run(os.fsencode(src), **asdict(choice), has_matrix=has_matrix)
 
     def quantize(
         self,
@@ -129,7 +129,7 @@ class HereQuantizer:
             self._watch,
             os.fsencode(src),
             os.fsencode(dst),
-            **vars(choice),
+            **asdict(choice),
             n_threads=n_threads,
             allow_requantize=allow_requantize,
             matrix=matrix,
@@ -168,7 +168,7 @@ class IsolatedQuantizer:
         found, _ = self._engine.ask(
             "dry_run",
             src=src,
-            options={**vars(choice), "has_matrix": has_matrix},
+            options={**asdict(choice), "has_matrix": has_matrix},
             log_level=_log.getEffectiveLevel(),
         )
         return [(name, source, target) for name, source, target in found["tensors"]]
@@ -192,7 +192,7 @@ class IsolatedQuantizer:
             dst=dst,
             names=[name for name, _ in matrix],
             options={
-                **vars(choice),
+                **asdict(choice),
                 "n_threads": n_threads,
                 "allow_requantize": allow_requantize,
                 "unsaid": unsaid,

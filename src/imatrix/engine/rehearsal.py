@@ -17,12 +17,12 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from imatrix.engine.children import ABORTED, SECONDS, last_words, run_child
+from imatrix.engine.quantizing import Choice
 from imatrix.engine.settings import SessionSettings
 from imatrix.errors import ModelError
 
@@ -119,17 +119,17 @@ def rehearse_load(model: Path, *, mtp: bool) -> str | None:
     return words
 
 
-def rehearse_quantizer(model: Path, choice: Mapping[str, Any]) -> str | None:
+def rehearse_quantizer(model: Path, choice: Choice) -> str | None:
     """Let the quantizer look through a model in a child process.
 
     Args:
         model: the file, or the first part.
-        choice: the attributes of a Choice (imatrix.engine.quantizing), by their names.
+        choice: what the quantizer is asked for.
 
     Returns:
         How the engine ended the child, in words; None if it did not.
     """
-    found = _tried({"do": "quantize", "model": str(model), "choice": dict(choice)}, model)
+    found = _tried({"do": "quantize", "model": str(model), "choice": asdict(choice)}, model)
     return None if found is None else found[1]
 
 

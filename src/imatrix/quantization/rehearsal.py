@@ -38,7 +38,7 @@ def rehearse_quantize(file: ModelFile, options: Options) -> None:
     if key in _quantizable:
         return
     cause = "The given override_kv" if options.override_kv else "Its metadata"
-    if words := rehearse_quantizer(model, vars(choice)):
+    if words := rehearse_quantizer(model, choice):
         raise ModelError(
             f"{model}: the engine's quantizer ends the process on this model: {words}. "
             f"{cause} and its tensors do not go together; convert it again, or report it with "

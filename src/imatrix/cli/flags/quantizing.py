@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TypedDict
 
 from imatrix.cli.flags import tensor_types
 
-__all__ = ["add_arguments", "options"]
+__all__ = ["Options", "add_arguments", "options"]
+
+
+class Options(TypedDict):
+    """Keyword arguments of imatrix.quantize and imatrix.coverage."""
+
+    tensor_types: list[tuple[str, str]]
+    output_tensor_type: str | None
+    token_embedding_type: str | None
+    override_kv: dict[str, bool | int | float | str]
+    allow_requantize: bool
+    pure: bool
+    quantize_output: bool
+    keep_split: bool
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -45,7 +58,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def options(args: argparse.Namespace) -> dict[str, Any]:
+def options(args: argparse.Namespace) -> Options:
     """The flags as keyword arguments of imatrix.quantize and imatrix.coverage.
 
     Raises:
