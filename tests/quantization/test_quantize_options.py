@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from helpers.ggufs import rewritten
 from helpers.running import EngineTool, Forged, Run
 
@@ -303,6 +304,62 @@ def test_parts_are_replaced_together_or_not_at_all(split: list[Path], tmp_path: 
     quantize(split[0], folder / "q.gguf", "Q8_0", n_threads=1, keep_split=True)
     assert sorted(folder.iterdir()) == old
     assert all(path.read_bytes()[:4] == b"GGUF" for path in old)
+
+
+def in_parts(source: Path, folder: Path, shares: list[float]) -> list[Path]:
+    """The model in parts, each of which has that share of the tensors; the first has the keys."""
+    reader = GGUFReader(source)
+    count, start = len(shares), 0.0
+    parts = [folder / f"e-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        writer = GGUFWriter(part, keys_of(source)["general.architecture"][1])
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        end = start + share * len(reader.tensors)
+        for tensor in reader.tensors[round(start) : round(end)]:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        start = end
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("shares", "count"),
+    [([0.0, 0.5, 0.5], 3), ([0.5, 0.5, 0.0], 2)],  # as gguf-split --no-tensor-first-split makes it
+)
+def test_parts_without_tensors_at_an_end(
+    shares: list[float], count: int, model: Path, theirs: Any, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    first = in_parts(model, source, shares)[0]
+    theirs(first, "Q8_0", "--keep-split")
+    done = quantize(first, tmp_path / "ours.gguf", "Q8_0", n_threads=1, keep_split=True)
+    assert len(done.parts) == count
+    assert len(list(tmp_path.glob("theirs-*"))) == len(list(tmp_path.glob("ours-*"))) == count
+    for number, part in enumerate(done.parts, 1):
+        expected = tmp_path / f"theirs-{number:05d}-of-{count:05d}.gguf"
+        assert part.read_bytes() == expected.read_bytes()
+
+
+def test_a_part_without_tensors_in_the_middle(model: Path, tmp_path: Path) -> None:
+    """llama-quantize ends by a signal there: it has no place for such a part."""
+    source = tmp_path / "source"
+    source.mkdir()
+    parts = in_parts(model, source, [0.5, 0.0, 0.5])
+    message = f"{parts[1]}: it has no tensors, and the engine writes no such part"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        quantize(parts[0], tmp_path / "q.gguf", "Q8_0", keep_split=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    done = quantize(parts[0], tmp_path / "q.gguf", "Q8_0", n_threads=1)
+    assert len(GGUFReader(done.path).tensors) == len(GGUFReader(model).tensors)
 
 
 def test_parts_never_go_over_the_model(split: list[Path], run: Run) -> None:
