@@ -301,6 +301,9 @@ def _flags(options: dict[str, Any]) -> list[str]:
     flags = [flag for option, flag in known.items() if options.get(option)]
     if options.get("quantize_output") is False:
         flags.append("--leave-output-tensor")
+    for option in ("output_tensor_type", "token_embedding_type"):
+        if option in options:
+            flags += [f"--{option.replace('_', '-')}", options[option]]
     for pattern, kind in options.get("tensor_types", {}).items():
         flags += ["--tensor-type", f"{pattern}={kind}"]
     return flags
@@ -313,6 +316,8 @@ def _flags(options: dict[str, Any]) -> list[str]:
         {"tensor_types": {"attn_q": "q8_0", r"ffn_(up|gate)_exps": "iq2_xxs"}},
         {"tensor_types": {"ffn_down": "iq3_xxs"}, "quantize_output": False},
         {"pure": True, "tensor_types": {"^(token_embd|output)": "q4_k"}},
+        {"output_tensor_type": "iq4_xs", "token_embedding_type": "iq2_s"},
+        {"output_tensor_type": "iq2_xxs"},  # the engine ends its process at it
         {"pure": True},  # the engine ends its process at output.weight
     ],
     ids=str,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from helpers.forge_any import make_any
 from helpers.ggufs import rewritten
 from helpers.running import EngineTool, Forged, Run
 
@@ -130,6 +131,24 @@ def test_the_options_count_before_a_rule(model: Path, theirs: Any, tmp_path: Pat
         )
     assert tensors_of(ours) == tensors_of(expected)
     assert tensors_of(ours)["output.weight"][0] == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"), [({}, "Q8_0"), ({"^per_layer_token_embd": "q5_0"}, "Q5_0")]
+)
+def test_the_table_of_each_layer(
+    rules: dict[str, str], expected: str, theirs: Any, tmp_path: Path
+) -> None:
+    """It goes with the token embeddings, unless a rule names it."""
+    source = tmp_path / "m.gguf"
+    make_any(source, "gemma4")
+    flags = [word for pair in rules.items() for word in ("--tensor-type", "=".join(pair))]
+    reference = theirs(source, "Q4_0", "--token-embedding-type", "q8_0", *flags)
+    ours = tmp_path / "ours.gguf"
+    quantize(source, ours, "Q4_0", n_threads=1, token_embedding_type="q8_0", tensor_types=rules)
+    assert tensors_of(ours) == tensors_of(reference)
+    assert tensors_of(ours)["token_embd.weight"][0] == "Q8_0"
+    assert tensors_of(ours)["per_layer_token_embd.weight"][0] == expected
 
 
 def test_a_key_of_ours_wins_over_a_float_type_with_rules(model: Path, tmp_path: Path) -> None:
