@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from imatrix.cli.command import Command
 from imatrix.cli.flags.common import add_verbose
@@ -42,6 +42,13 @@ _FLAGS = {
     "statistic": "--statistic",
     "difference": "--difference",
 }
+
+
+class Look(TypedDict):
+    """How a picture of any kind looks."""
+
+    style: Literal["light", "dark"]
+    width: float | None
 
 
 def _add_arguments(command: Parser) -> None:
@@ -114,7 +121,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         )
     check_output(args.output)
     matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
-    look: dict[str, Any] = {"style": args.style, "width": args.width}
+    look: Look = {"style": args.style, "width": args.width}
     name = Path(args.file).name
     if kind == "layers":
         figure = pictures.layers(matrix, statistic=args.statistic or "mean", name=name, **look)
@@ -165,9 +172,7 @@ def _kind(args: argparse.Namespace) -> str:
     return kind
 
 
-def _channels(
-    args: argparse.Namespace, matrix: ImportanceMatrix, name: str, look: dict[str, Any]
-) -> Figure:
+def _channels(args: argparse.Namespace, matrix: ImportanceMatrix, name: str, look: Look) -> Figure:
     from imatrix import pictures
 
     heaviest = 5 if args.heaviest is None else args.heaviest

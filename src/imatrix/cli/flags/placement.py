@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, get_args
 
 import imatrix
 from imatrix.cli.flags.values import at_least, gpu_layers, whole
 from imatrix.cli.terminal import Terminal
-from imatrix.engine.placement import SplitMode, on_cpu, parse_overrides
+from imatrix.engine.placement import Overrides, SplitMode, on_cpu, parse_overrides
 from imatrix.engine.settings import ALL
 from imatrix.words import size
 
@@ -109,7 +109,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def arguments(args: argparse.Namespace) -> dict[str, Any]:
+class PlacementArguments(TypedDict):
+    """Arguments of Collector and of evaluate() that the flags decide."""
+
+    n_gpu_layers: int | Literal["auto"]
+    split_mode: SplitMode
+    tensor_split: Sequence[float] | None
+    main_gpu: int
+    devices: Sequence[str] | None
+    override_tensor: Overrides
+
+
+def arguments(args: argparse.Namespace) -> PlacementArguments:
     """What Collector and evaluate() take."""
     return {
         "n_gpu_layers": "auto" if args.gpu_layers is None else args.gpu_layers,

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import argparse
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict
 
 import imatrix
 from imatrix.cli.flags.values import at_least
 from imatrix.cli.terminal import Terminal
-from imatrix.text.documents import FIELDS
+from imatrix.text.documents import FIELDS, OnBadRecord
 from imatrix.text.inputs import Texts
 from imatrix.text.plain import parsed_json, read_json, read_text
 from imatrix.text.template import DATE
+from imatrix.text.tokens import Packing
 
 __all__ = ["add_arguments", "add_min_expert_rows", "print_report", "run_arguments", "texts"]
 
@@ -141,28 +142,34 @@ def _held(source: imatrix.Source) -> imatrix.Source:
     return imatrix.Source(list(source.documents()), weight=source.weight, name=source.name)
 
 
-def run_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of Collector.run, and of evaluate(), that the flags decide: `packing` and `chat`.
+class TextArguments(TypedDict):
+    """Arguments of Collector.run and of evaluate() that the flags decide."""
+
+    packing: Packing
+    on_bad_record: OnBadRecord
+    chat: imatrix.ChatOptions | None
+
+
+def run_arguments(args: argparse.Namespace) -> TextArguments:
+    """What the flags say of the text.
 
     Raises:
         ValueError, OSError: a file of a flag cannot be read, or does not hold what it should.
     """
-    given: dict[str, Any] = {
-        "template": args.chat_template,
-        "text": None,
-        "system": args.chat_system,
-        "tools": None,
-        "generation_prompt": args.chat_generation_prompt,
-        "variables": args.chat_template_kwargs,
-        "now": args.chat_date,
-    }
+    text = None
     if args.chat_template_file is not None:
         if args.chat_template is not None:
             raise ValueError("--chat-template and --chat-template-file: give one of them")
-        given["text"] = read_text(args.chat_template_file)
-    if args.chat_tools is not None:
-        given["tools"] = _tools(args.chat_tools)
-    options = imatrix.ChatOptions(**given)
+        text = read_text(args.chat_template_file)
+    options = imatrix.ChatOptions(
+        template=args.chat_template,
+        text=text,
+        system=args.chat_system,
+        tools=None if args.chat_tools is None else _tools(args.chat_tools),
+        generation_prompt=args.chat_generation_prompt,
+        variables=args.chat_template_kwargs,
+        now=args.chat_date,
+    )
     return {
         "packing": args.packing,
         "on_bad_record": args.on_bad_record,
