@@ -3,6 +3,7 @@ dies."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -71,6 +72,7 @@ def test_the_same_to_the_bit(headed: ModelSpec, prose: str, tmp_path: Path) -> N
         assert there.tokenize(prose).tolist() == here.tokenize(prose).tolist()
         assert there.n_vocab == here.n_vocab
         assert there.plan(mtp=True) == here.plan(mtp=True)
+        gc.collect()  # what tests before this one have left, in tracebacks above all
         before = native.live_objects()
         reports: tuple[list[Progress], list[Progress]] = ([], [])
         whole = here.run(prose, progress=reports[0].append, **options)

@@ -149,8 +149,8 @@ def coverage(
         matrix: importance data, or the path of a file that holds them; None for none.
         ftype: one of llama-quantize's names, such as "IQ2_XXS", in any case.
         tensor_types: exceptions, as imatrix.quantize takes them.
-        allow_requantize, pure, quantize_output, output_tensor_type, token_embedding_type,
-            override_kv, keep_split: as imatrix.quantize takes them.
+        allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
+        output_tensor_type, token_embedding_type, override_kv, keep_split: likewise.
         isolate: run the engine's quantizer in a process of its own.
         plan: from Collector.plan(mtp=True), for the weights that no run can reach; without it
             only those are known that the header gives away.
