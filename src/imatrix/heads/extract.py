@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,9 +109,8 @@ def extract_mtp(
         key: value for key, value in without_split(source).items() if not source.is_trunk_only(key)
     }
     meter = Meter(progress, sum(t.size for t in (head if trunk_path is None else head + trunk)))
-    with ExitStack() as stack:
-        # Both are complete before either takes its place.
-        temporary = [stack.enter_context(atomic.replacing(path)) for path in outputs]
+    # both are on the disk before either takes its place
+    with atomic.replacing_together(outputs) as temporary:
         head_bytes = write(temporary[0], source.version, source.alignment, head_keys, head, meter)
         trunk_bytes = None
         if trunk_path is not None:
