@@ -28,7 +28,7 @@ LEVELS = (
     ("text",),
     ("engine",),
     ("heads", "quantization", "cluster", "evaluation"),
-    ("collect",),
+    ("collect", "recipes"),
     ("pictures",),
     ("report",),
     ("demo",),
