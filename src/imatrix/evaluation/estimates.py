@@ -67,7 +67,16 @@ class Sample:
         weights = None if where is None else where.astype(np.float64)
         counts = np.bincount(self._chunk, weights, self._n_chunks).astype(np.float64)
         kept = values if where is None else np.where(where, values, 0)
-        sums = np.bincount(self._chunk, kept.astype(np.float64), self._n_chunks)
+        sums = np.bincount(self._chunk, kept.astype(np.float64), self._n_chunks).astype(np.float64)
+        return self.ratios(sums, counts)
+
+    def ratios(self, sums: F64, counts: F64) -> F64:
+        """Sum over chunks / count over chunks, then that of every resample: [1 + resamples]; NaN for
+        nothing by nothing.
+
+        Args:
+            sums, counts: [chunks].
+        """
         out = np.full(1 + RESAMPLES, np.nan)
         n = np.concatenate([[counts.sum()], self._drawn @ counts])
         total = np.concatenate([[sums.sum()], self._drawn @ sums])
