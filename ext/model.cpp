@@ -87,6 +87,10 @@ Status Model::load(const ModelParams & params) {
     engine.n_gpu_layers       = params.n_gpu_layers;
     engine.load_mode          = params.use_mmap ? LLAMA_LOAD_MODE_AUTO : LLAMA_LOAD_MODE_NONE;
     engine.check_tensors      = params.check_tensors;
+    if (params.changeable) {
+        engine.load_mode       = LLAMA_LOAD_MODE_NONE;
+        engine.use_extra_bufts = false; // they keep weights in an order of their own
+    }
     if (params.no_alloc) {
         engine.no_alloc  = true;
         engine.load_mode = LLAMA_LOAD_MODE_NONE;

@@ -26,6 +26,7 @@ struct ModelParams {
     bool        use_mmap      = true;
     bool        check_tensors = false;
     bool        no_alloc      = false; // shapes only: graphs can be built, nothing can run
+    bool        changeable    = false; // its weights can be changed (weights.h): read, not mapped
     Placement   placement;             // of what is put on devices
 };
 

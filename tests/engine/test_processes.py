@@ -71,7 +71,9 @@ def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
 
 
 def test_native_objects_are_counted(headed: ModelSpec) -> None:
-    none = dict.fromkeys(("models", "contexts", "sessions", "sums", "evaluators"), 0)
+    none = dict.fromkeys(
+        ("models", "contexts", "sessions", "sums", "evaluators", "weights", "trials"), 0
+    )
 
     def since(before: dict[str, int]) -> dict[str, int]:
         return {kind: n - before[kind] for kind, n in engine.live_objects().items()}

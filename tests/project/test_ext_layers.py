@@ -15,10 +15,11 @@ LAYERS = (
     ("status", "live", "parallel", "row_kernels", "scores"),
     ("add_rows", "sums", "engine_log", "engine_info", "placement", "graph_check"),
     ("model_header", "engine_context", "wanted_nodes", "device_sums", "staged_rows"),
-    ("model", "graph_plan", "eval_hook"),
-    ("contexts",),
+    ("model", "graph_plan", "graph_start", "eval_hook"),
+    ("contexts", "weights"),
     ("memory_use",),
     ("session", "evaluator"),
+    ("trials",),
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS, 1) for name in layer}
 # A file that a person can read in one go.

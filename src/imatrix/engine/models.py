@@ -398,6 +398,7 @@ class Models:
             "use_mmap": not no_alloc and self._maps(file),
             "check_tensors": not no_alloc and self._options.check_tensors,
             "no_alloc": no_alloc,
+            "changeable": self._options.changeable and not no_alloc,
         }
         self._drop_dead()
         with self._dropping_engine():

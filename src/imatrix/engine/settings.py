@@ -132,6 +132,8 @@ class ModelOptions:
         n_gpu_layers: blocks on the devices, as Collector has it; "auto" for as many as there is
             room for.
         use_mmap, check_tensors, rehearse, isolate: as Collector has them.
+        changeable: its weights can be changed in place (native.engine.Weights), so that the file is
+            read and not mapped.
 
     Raises:
         ValueError: n_gpu_layers is another word than "auto".
@@ -145,6 +147,7 @@ class ModelOptions:
     check_tensors: bool = False
     rehearse: bool = True
     isolate: bool = False
+    changeable: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.n_gpu_layers, str) and self.n_gpu_layers != "auto":

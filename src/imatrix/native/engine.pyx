@@ -20,9 +20,9 @@ from libcpp.vector cimport vector
 
 from imatrix.native cimport ext
 from imatrix.native.ext cimport (
-    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, EvaluatorParams, FirstSlot,
-    ModelHeader, ModelParams, NamedRowKernel, NonFinite, Parallel, Predictions, RowBlock, SessionParams, Status,
-    Sums,
+    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, CTrials, CWeights,
+    EvaluatorParams, FileWeight, FirstSlot, ModelHeader, ModelParams, NamedRowKernel, NonFinite,
+    Parallel, Predictions, RowBlock, SessionParams, Status, Sums, TrialsParams,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -245,6 +245,8 @@ def live_objects():
         "sessions": CSession.live(),
         "sums": Sums.live(),
         "evaluators": CEvaluator.live(),
+        "weights": CWeights.live(),
+        "trials": CTrials.live(),
     }
 
 
@@ -290,7 +292,7 @@ cdef class Model:
             self._model.release()  # a fork's copy, see _claim_process
 
     def __init__(self, str path, *, bint mtp, int n_gpu_layers, bint use_mmap, bint check_tensors,
-                 bint no_alloc=False, placement=None):
+                 bint no_alloc=False, bint changeable=False, placement=None):
         """`placement`: what Placement.as_data() gives; None for the engine's own choice."""
         cdef ModelParams params
         cdef Status status
@@ -303,6 +305,7 @@ cdef class Model:
         params.use_mmap = use_mmap
         params.check_tensors = check_tensors
         params.no_alloc = no_alloc
+        params.changeable = changeable
         if placement is not None:
             params.placement.split_mode = placement["split_mode"].encode("utf-8")
             for share in placement["tensor_split"]:
@@ -731,3 +734,172 @@ cdef class Evaluator:
 
     def clear_cancel(self):
         self._evaluator.get().clear_cancel()
+
+
+cdef class Weights:
+    """The weights of loaded models, changed in place (ext/weights.h)."""
+
+    cdef unique_ptr[CWeights] _weights
+    cdef int _made_in
+    # it refers to both: keep them alive
+    cdef readonly Model model
+    cdef readonly Model head
+
+    def __init__(self, Model model not None, Model head=None):
+        """Both loaded with changeable=True; `head`: the model that holds the head."""
+        cdef const CModel * with_head = NULL
+        self._made_in = imatrix_getpid()
+        self.model = model
+        self.head = head
+        if head is not None:
+            with_head = head._model.get()
+        self._weights.reset(new CWeights(model._model.get()[0], with_head))
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._weights.release()  # a fork's copy, see _claim_process
+
+    def open(self, *, int n_threads):
+        """How many threads quantize."""
+        self._weights.get().set_threads(n_threads)
+
+    def names(self):
+        """Every tensor that was loaded, in the models' order."""
+        return [_name(name) for name in self._weights.get().names()]
+
+    def quantize(self, str name, int type, const unsigned char[::1] source not None,
+                 const float[::1] importance):
+        """Put in place what the type makes of a weight; returns the weighted squared error.
+
+        `source`: the bytes of the weight's file. `importance`: [matrices * values a row], or None.
+        """
+        cdef Status status
+        cdef double error = 0
+        cdef FileWeight weight = _file_weight(name, source, importance)
+        with nogil:
+            status = self._weights.get().quantize(weight, type, error)
+        _check(status)
+        return error
+
+    def error(self, str name, int type, const unsigned char[::1] source not None,
+              const float[::1] importance, *, int64_t every):
+        """The error that quantize() would give, from every so many-th row; changes nothing."""
+        cdef Status status
+        cdef double error = 0
+        cdef FileWeight weight = _file_weight(name, source, importance)
+        with nogil:
+            status = self._weights.get().error_of(weight, type, every, error)
+        _check(status)
+        return error
+
+    def put(self, str name, const unsigned char[::1] source not None):
+        """Put the file's own bytes in place."""
+        cdef Status status
+        cdef FileWeight weight = _file_weight(name, source, None)
+        with nogil:
+            status = self._weights.get().put(weight)
+        _check(status)
+
+    def holds(self, str name, const unsigned char[::1] source not None):
+        """Whether the bytes in place are these, to the bit."""
+        cdef Status status
+        cdef cbool same = False
+        cdef FileWeight weight = _file_weight(name, source, None)
+        with nogil:
+            status = self._weights.get().holds(weight, same)
+        _check(status)
+        return bool(same)
+
+
+cdef FileWeight _file_weight(str name, const unsigned char[::1] source,
+                             const float[::1] importance):
+    cdef FileWeight weight
+    weight.name = encoded(name)
+    weight.data = &source[0] if source.shape[0] else NULL
+    weight.size = source.shape[0]
+    weight.importance = NULL
+    weight.n_importance = 0
+    if importance is not None and importance.shape[0]:
+        weight.importance = &importance[0]
+        weight.n_importance = importance.shape[0]
+    return weight
+
+
+cdef class Trials:
+    """A trunk with changed weights, against what it gave at first (ext/trials.h)."""
+
+    cdef unique_ptr[CTrials] _trials
+    cdef int _made_in
+    cdef readonly Model model
+
+    def __init__(self, Model model not None):
+        self._made_in = imatrix_getpid()
+        self.model = model
+        self._trials.reset(new CTrials(model._model.get()[0]))
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._trials.release()  # a fork's copy, see _claim_process
+
+    def open(self, *, int n_ctx, int n_threads, int top=0):
+        """Make the context. `top`: logits that are kept of a row, the likeliest; 0 for all."""
+        cdef TrialsParams params
+        cdef Status status
+        set_log_level()
+        params.n_ctx = n_ctx
+        params.n_threads = n_threads
+        params.top = top
+        with nogil:
+            status = self._trials.get().open(params)
+        _check(status)
+
+    def keep(self, const int32_t[::1] tokens not None):
+        """Run a chunk as the weights are now, and keep what it gives."""
+        cdef Status status
+        cdef Predictions found
+        cdef int32_t n_tokens = <int32_t>tokens.shape[0]
+        if n_tokens == 0:
+            raise ValueError("no tokens")
+        with nogil:
+            status = self._trials.get().keep(&tokens[0], n_tokens, found)
+        _check(status)
+        return {"nll": _doubles(found.nll), "top": _ints(found.top)}
+
+    def start(self, int block):
+        """Let later runs begin at a block; returns the one at which they do.
+
+        All weights of the blocks before must be as they were when the chunks were kept, now and
+        from then on.
+        """
+        cdef Status status
+        cdef int32_t begins_at = 0
+        with nogil:
+            status = self._trials.get().start(block, begins_at)
+        _check(status)
+        return begins_at
+
+    def run(self, int chunk):
+        """Run a kept chunk as the weights are now: arrays, an entry a scored position."""
+        cdef Status status
+        cdef Predictions found
+        with nogil:
+            status = self._trials.get().run(chunk, found)
+        _check(status)
+        return {"nll": _doubles(found.nll), "top": _ints(found.top), "kl": _doubles(found.kl)}
+
+    @property
+    def count(self):
+        """Chunks that were kept."""
+        return self._trials.get().count()
+
+    @property
+    def kept_bytes(self):
+        """Bytes that keeping them has taken."""
+        return self._trials.get().kept_bytes()
+
+    def cancel(self):
+        """From any thread: end the running call early (it raises InterruptedError)."""
+        self._trials.get().cancel()
+
+    def clear_cancel(self):
+        self._trials.get().clear_cancel()

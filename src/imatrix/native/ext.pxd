@@ -166,6 +166,7 @@ cdef extern from "model.h" namespace "imatrix" nogil:
         cbool use_mmap
         cbool check_tensors
         cbool no_alloc
+        cbool changeable
         Placement placement
 
     cdef cppclass CModel "imatrix::Model":
@@ -280,6 +281,46 @@ cdef extern from "evaluator.h" namespace "imatrix" nogil:
                    const CModel * reference_head)
         Status open(const EvaluatorParams & params)
         Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out)
+        void cancel()
+        void clear_cancel()
+        @staticmethod
+        int64_t live()
+
+
+cdef extern from "weights.h" namespace "imatrix" nogil:
+    cdef cppclass FileWeight:
+        string name
+        const void * data
+        size_t size
+        const float * importance
+        size_t n_importance
+
+    cdef cppclass CWeights "imatrix::Weights":
+        CWeights(const CModel & model, const CModel * head)
+        void set_threads(size_t n)
+        vector[string] names() const
+        Status quantize(const FileWeight & weight, int type, double & error)
+        Status error_of(const FileWeight & weight, int type, int64_t every, double & error)
+        Status put(const FileWeight & weight)
+        Status holds(const FileWeight & weight, cbool & same)
+        @staticmethod
+        int64_t live()
+
+
+cdef extern from "trials.h" namespace "imatrix" nogil:
+    cdef cppclass TrialsParams:
+        int32_t n_ctx
+        int32_t n_threads
+        int32_t top
+
+    cdef cppclass CTrials "imatrix::Trials":
+        CTrials(const CModel & model)
+        Status open(const TrialsParams & params)
+        Status keep(const int32_t * tokens, int32_t n_tokens, Predictions & out)
+        Status start(int32_t block, int32_t & begins_at)
+        Status run(int32_t chunk, Predictions & out)
+        int32_t count() const
+        int64_t kept_bytes() const
         void cancel()
         void clear_cancel()
         @staticmethod
