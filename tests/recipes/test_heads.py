@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import gguf
 import numpy as np
 import pytest
 from helpers.forge_any import make_any
-from helpers.running import Forged, trained_models
+from helpers.heads import agreeing
+from helpers.running import TEXT, Forged, trained_models
 
 import imatrix
-from imatrix.engine.quantizing import HereQuantizer
+from imatrix.cli.program import main
+from imatrix.engine.quantizing import Choice, HereQuantizer
 from imatrix.errors import ModelError
 from imatrix.matrix.importance import ImportanceMatrix
+from imatrix.native import engine, quantizer
+from imatrix.quantization.types import FTYPES
 from imatrix.recipes.head_table import HeadReads, HeadTable, speed_up
 from imatrix.recipes.heads import (
     AS_IT_IS,
@@ -25,7 +30,9 @@ from imatrix.recipes.heads import (
     HeadFiles,
     HeadTrial,
     head_candidates,
+    measure_head,
 )
+from imatrix.text.chunks import chunks as cut_tokens
 
 [TRAINED] = trained_models()
 
@@ -355,3 +362,227 @@ def test_a_trial_goes_through_json() -> None:
     assert HeadTrial.of_data(one.as_data()) == one
     with pytest.raises(ValueError, match="no trial of a head"):
         HeadTrial.of_data({"label": "Q4_K", "judged": [[1]]})
+
+
+# --- measured in the loaded model -----------------------------------------------------------------
+
+N_CTX, DEPTH = 64, 3
+
+
+class Loaded:
+    """Models that can be changed in place, with an evaluator."""
+
+    def __init__(self, trunk: Path, head: Path | None = None) -> None:
+        options: dict[str, Any] = {"n_gpu_layers": 0, "use_mmap": False, "check_tensors": False}
+        self.trunk = engine.Model(str(trunk), mtp=head is None, changeable=True, **options)
+        self.head = self.trunk
+        if head is not None:
+            self.head = engine.Model(str(head), mtp=True, changeable=True, **options)
+        self.evaluator = engine.Evaluator(self.trunk, self.head)
+        self.evaluator.open(n_ctx=N_CTX, n_batch=N_CTX, n_ubatch=N_CTX, n_threads=1, depth=DEPTH)
+        self.weights = engine.Weights(self.head)
+        self.weights.open(n_threads=1)
+
+
+def chunks_of(model: Path, text: str, n: int) -> list[Any]:
+    """As evaluate() cuts them."""
+    vocabulary = engine.Model(
+        str(model), mtp=False, n_gpu_layers=0, use_mmap=False, check_tensors=False, no_alloc=True
+    )
+    return list(cut_tokens([text], vocabulary, N_CTX, max_chunks=n))
+
+
+def counts(found: imatrix.Evaluation, depth: int) -> tuple[Any, Any]:
+    """Judged and accepted drafts by chunk and depth, from the arrays of an evaluation."""
+    return tuple(
+        tuple(
+            tuple(int((values[found.chunk == chunk] >= k).sum()) for k in range(1, depth + 1))
+            for chunk in range(found.n_chunks)
+        )
+        for values in (found.known, found.accepted)
+    )
+
+
+def dequantized(source: Path, out: Path, types: Mapping[str, str], matrix: Any) -> Path:
+    """A file that holds what llama_model_quantize makes of some tensors, as F32 again."""
+    quantized = out.with_suffix(".quantized.gguf")
+    numbers = quantizer.tensor_types()
+    rules = [(f"^{name}$", numbers[kind][0]) for name, kind in types.items()]
+    data = [
+        (name, entry.importance.astype(np.float32).ravel())
+        for name, entry in (matrix or {}).items()
+    ]
+    # Q8_0, because the engine heeds rules for quantized types only; the last one: all others F32
+    f32 = numbers["f32"][0]
+    made = Choice(
+        ftype=FTYPES["Q8_0"],
+        output_tensor_type=numbers[types.get("output.weight", "f32")][0],
+        token_embedding_type=numbers[types.get("token_embd.weight", "f32")][0],
+        tensor_types=(*rules, (".", f32)),
+    )
+    for of, to, choice in (
+        (source, quantized, made),
+        (quantized, out, Choice(ftype=FTYPES["F32"])),
+    ):
+        HereQuantizer().quantize(
+            str(of), str(to), choice, n_threads=1, allow_requantize=True, matrix=data, unsaid=""
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts whose head drafts well. F32: the CPU's own buffers keep F16 in an order of
+    their own, and round otherwise; weights that are changed in place are never kept there, those of
+    evaluate() are."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("mixture") / "m.gguf"
+        return agreeing(path, "glm4moe", patch, blur=0.1, n_nextn=1, seed=7).path
+
+
+@pytest.fixture(scope="module")
+def data(mixture: Path) -> imatrix.ImportanceMatrix:
+    with imatrix.Collector(mixture, n_ctx=N_CTX, rehearse=False) as collector:
+        return collector.run([TEXT[20_000:]], mtp=True, max_chunks=2)
+
+
+def test_the_head_in_place_drafts_as_one_in_a_file(
+    mixture: Path, data: imatrix.ImportanceMatrix, tmp_path: Path
+) -> None:
+    """Also behind a trunk that was changed in place before."""
+    chunks = chunks_of(mixture, TEXT, 3)
+    files = HeadFiles.read(mixture)
+    wanted = ["Q4_K", "Q3_K+Q8_0"]
+    offered = head_candidates(files, data, HereQuantizer(), wanted)
+    loaded = Loaded(mixture)
+    trunk = {"blk.0.attn_q.weight": "q2_K", "blk.1.ffn_down_exps.weight": "q3_K"}
+    numbers = quantizer.tensor_types()
+    for name, kind in trunk.items():
+        tensor = files.trunk.tensors[name]
+        source = np.fromfile(tensor.path, np.uint8, tensor.size, offset=tensor.start)
+        entry = data.get(name)
+        importance = None if entry is None else entry.importance.astype(np.float32).ravel()
+        loaded.weights.quantize(name, numbers[kind][0], source, importance)
+    steps: list[tuple[int, int]] = []
+    made: list[str] = []
+    trials = measure_head(
+        loaded.evaluator, loaded.weights, files, offered.offered, chunks, data, depth=DEPTH,
+        done=lambda each: made.append(each.label), progress=lambda *n: steps.append(n),
+    )  # fmt: skip
+    assert made == list(trials) == [c.label for c in offered.offered]
+    assert steps == [(n, 9) for n in range(1, 10)]
+
+    table = HeadTable(files, offered, trials, trunk, depth=DEPTH)
+    found = {}
+    for candidate in offered.offered:
+        types = trunk | dict(candidate.types)
+        file = dequantized(mixture, tmp_path / f"{candidate.label}.gguf", types, data)
+        found[candidate.label] = imatrix.evaluate(
+            file, [np.concatenate(chunks)], n_ctx=N_CTX, depth=DEPTH, n_threads=1, rehearse=False
+        )
+        trial = trials[candidate.label]
+        assert (trial.judged, trial.accepted) == counts(found[candidate.label], DEPTH)
+        assert table.row(candidate.label).accepted == found[candidate.label].accepted_length
+    compared = found["Q4_K"].compare(found[AS_IT_IS])
+    assert table.row("Q4_K").difference == compared.accepted_length
+    assert trials["Q3_K+Q8_0"].accepted != trials[AS_IT_IS].accepted
+
+    # put back, bit for bit, and the trunk left as it was
+    for name, tensor in files.trunk.tensors.items():
+        source = np.fromfile(tensor.path, np.uint8, tensor.size, offset=tensor.start)
+        assert loaded.weights.holds(name, source) == (name not in trunk)
+
+    # what is known is not measured again
+    again = measure_head(
+        loaded.evaluator, loaded.weights, files, offered.offered, chunks, data, depth=DEPTH,
+        known=trials, done=lambda each: made.append(each.label),
+    )  # fmt: skip
+    assert again == trials
+    assert len(made) == 3
+    with pytest.raises(ValueError, match="not of these 1 at depth 3"):
+        measure_head(
+            loaded.evaluator, loaded.weights, files, offered.offered, chunks[:1], data,
+            depth=DEPTH, known=trials,
+        )  # fmt: skip
+
+
+def test_an_error_leaves_the_head_as_it_was(mixture: Path, data: imatrix.ImportanceMatrix) -> None:
+    chunks = chunks_of(mixture, TEXT, 2)
+    files = HeadFiles.read(mixture)
+    offered = head_candidates(files, data, HereQuantizer(), ["Q2_K"])
+    loaded = Loaded(mixture)
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:  # amid the chunks of Q2_K
+            raise KeyboardInterrupt
+
+    made: dict[str, HeadTrial] = {}
+    with pytest.raises(KeyboardInterrupt):
+        measure_head(
+            loaded.evaluator, loaded.weights, files, offered.offered, chunks, data, depth=DEPTH,
+            done=lambda each: made.update({each.label: each}), progress=stop,
+        )  # fmt: skip
+    for tensor in files.trunk.all():
+        source = np.fromfile(tensor.path, np.uint8, tensor.size, offset=tensor.start)
+        assert loaded.weights.holds(tensor.name, source)
+    assert list(made) == [AS_IT_IS]
+    rest = measure_head(
+        loaded.evaluator, loaded.weights, files, offered.offered, chunks, data, depth=DEPTH,
+        known=made,
+    )  # fmt: skip
+    fresh = Loaded(mixture)
+    assert rest == measure_head(
+        fresh.evaluator, fresh.weights, files, offered.offered, chunks, data, depth=DEPTH
+    )
+
+
+@pytest.mark.parametrize("case", ["own file", "chain", "shares memory"])
+def test_other_heads_in_place(
+    case: str, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head's own file, with its LM head; two heads in a chain; one that shares the trunk's memory."""
+    head: Path | None = None
+    deepest = DEPTH
+    if case == "chain":
+        trunk = agreeing(
+            tmp_path / "m.gguf", "hy_v3", monkeypatch, blur=0.1, n_nextn=2, seed=6
+        ).path
+        deepest = 2
+    elif case == "own file":
+        trunk, head = tmp_path / "trunk.gguf", tmp_path / "head.gguf"
+        imatrix.extract_mtp(mixture, head, trunk_out=trunk)
+    else:
+        trunk = make_any(tmp_path / "g.gguf", "gemma4", n_nextn=0, seed=1, n_embd=512).path
+        head = make_any(tmp_path / "a.gguf", "gemma4-assistant", n_nextn=2, seed=2).path
+    files = HeadFiles.read(trunk, head)
+    offered = head_candidates(files, None, HereQuantizer(), ["Q2_K+Q8_0", "IQ2_XXS"])
+    assert list(offered.left_out) == ["IQ2_XXS"]
+    candidate = offered.offered[1]
+    chunks = chunks_of(trunk, TEXT, 2)
+    loaded = Loaded(trunk, head)
+    trials = measure_head(
+        loaded.evaluator, loaded.weights, files, offered.offered, chunks, None, depth=DEPTH
+    )
+    source = trunk if head is None else head
+    made = dequantized(source, tmp_path / "made.gguf", candidate.types, None)
+    for label, file in ((AS_IT_IS, source), (candidate.label, made)):
+        found = imatrix.evaluate(
+            trunk if head else file, [np.concatenate(chunks)], n_ctx=N_CTX,
+            mtp_model=file if head else None,
+            depth=DEPTH, n_threads=1, rehearse=False,
+        )  # fmt: skip
+        assert found.depth == deepest
+        assert (trials[label].judged, trials[label].accepted) == counts(found, deepest)
+    table = HeadTable(files, offered, trials, {})
+    [*commands] = table.choose(candidate.label).commands()
+    if head is None:
+        assert commands == []
+    else:
+        # the command gives the head's file these types
+        arguments = shlex.split(commands[0])
+        assert arguments[:3] == ["imatrix", "quantize", str(head)]
+        assert main(arguments[1:]) == 0
+        reader = gguf.GGUFReader(arguments[3])
+        got = {t.name: t.tensor_type.name for t in reader.tensors if t.name in candidate.types}
+        assert got == {name: kind.upper() for name, kind in candidate.types.items()}
+        assert table.choose("drop").commands() == []  # without its file there is no head

@@ -97,6 +97,9 @@ class Drafting(Protocol):
     def cancel(self) -> None:
         """End a step early, from any thread."""
 
+    def clear_cancel(self) -> None:
+        """Let steps run again."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadFiles:
@@ -441,7 +444,8 @@ def measure_head(
                     done(trial)
         except BaseException:
             evaluator.cancel()
-            native.submit(in_place.restore).result()
+            native.submit(in_place.restore).result()  # once the step that runs has ended
+            evaluator.clear_cancel()
             work.check()
             raise
         native.submit(in_place.restore).result()
