@@ -40,7 +40,7 @@ int64_t add_columns(const RowBlock & block, size_t first, size_t last) {
             if (both) {
                 std::fill_n(signed_partial, n, 0.0f);
             }
-            best_row_kernel().run(shifted, count, n, partial, both ? signed_partial : nullptr);
+            chosen_row_kernel().run(shifted, count, n, partial, both ? signed_partial : nullptr);
             // A sum of squares is finite only if every one of them is, and then no value is beyond
             // 2^64, so that their sum is finite too.
             for (size_t j = 0; j < n; ++j) {

@@ -1,5 +1,7 @@
 #include "engine_info.h"
 
+#include "backend_modules.h"
+
 #include "ggml-backend.h"
 #include "llama.h"
 
@@ -28,7 +30,7 @@ void keep_graphs_from_reuse() {
 } // namespace
 
 std::vector<std::string> backend_names() {
-    ggml_backend_load_all();
+    load_backends();
     std::vector<std::string> names;
     for (size_t i = 0; i < ggml_backend_reg_count(); ++i) {
         names.emplace_back(ggml_backend_reg_name(ggml_backend_reg_get(i)));
@@ -37,7 +39,7 @@ std::vector<std::string> backend_names() {
 }
 
 std::vector<Device> devices() {
-    ggml_backend_load_all();
+    load_backends();
     std::vector<Device> found;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         const ggml_backend_dev_t dev = ggml_backend_dev_get(i);
@@ -61,7 +63,10 @@ std::vector<Device> devices() {
 Status add_rpc_server(const std::string & endpoint) {
     static std::mutex            mutex;
     static std::set<std::string> known; // registering one again would list its devices twice
-    ggml_backend_load_all();
+    Status                       status = load_backends();
+    if (!status.ok()) {
+        return status;
+    }
     const ggml_backend_reg_t rpc = ggml_backend_reg_by_name("RPC");
     if (rpc == nullptr) {
         return Status::failed(Code::engine_failed, "this build has no RPC backend (GGML_RPC=ON)");

@@ -1,10 +1,10 @@
 #include "model.h"
 
+#include "backend_modules.h"
 #include "engine_context.h"
 #include "engine_log.h"
 #include "live.h"
 
-#include "ggml-backend.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -21,12 +21,13 @@
 namespace imatrix {
 namespace {
 
-void init_backend_once() {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        ggml_backend_load_all();
-        llama_backend_init();
-    });
+Status init_backend_once() {
+    Status status = load_backends();
+    if (status.ok()) {
+        static std::once_flag once;
+        std::call_once(once, [] { llama_backend_init(); });
+    }
+    return status;
 }
 
 // std::regex, which most pre-tokenizers run on (src/unicode.cpp, unicode_regex_split_stl), calls
@@ -81,7 +82,10 @@ void Model::Free::operator()(llama_model * model) const {
 }
 
 Status Model::load(const ModelParams & params) {
-    init_backend_once();
+    Status status = init_backend_once();
+    if (!status.ok()) {
+        return status;
+    }
     clear_error();
     llama_model_params engine = llama_model_default_params();
     engine.n_gpu_layers       = params.n_gpu_layers;
@@ -98,7 +102,7 @@ Status Model::load(const ModelParams & params) {
     // without it the head's tensors are skipped as unused (src/models/*.cpp, mtp_flags)
     engine.load_mtp = params.mtp;
     EnginePlacement placement;
-    Status          status = placement.set(params.placement, params.path, engine);
+    status = placement.set(params.placement, params.path, engine);
     if (!status.ok()) {
         return status;
     }

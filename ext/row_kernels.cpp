@@ -1,5 +1,8 @@
 #include "row_kernels.h"
 
+#include <cstdlib>
+#include <cstring>
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define IMATRIX_X86 1
 #include <immintrin.h>
@@ -250,13 +253,40 @@ size_t row_kernels(NamedRowKernel out[4]) {
     return count;
 }
 
-const NamedRowKernel & best_row_kernel() {
-    static const NamedRowKernel best = [] {
-        NamedRowKernel all[4];
-        row_kernels(all);
-        return all[0];
-    }();
-    return best;
+namespace {
+
+struct Choice {
+    NamedRowKernel kernel;
+    std::string    refusal;
+};
+
+Choice choose() {
+    NamedRowKernel all[4];
+    const size_t   n      = row_kernels(all);
+    const char *   wanted = std::getenv("IMATRIX_KERNEL");
+    if (wanted == nullptr || *wanted == '\0') {
+        return {all[0], ""};
+    }
+    std::string names;
+    for (size_t i = 0; i < n; ++i) {
+        if (std::strcmp(all[i].name, wanted) == 0) {
+            return {all[i], ""};
+        }
+        names += (i == 0 ? "" : ", ") + std::string(all[i].name);
+    }
+    return {all[0], "IMATRIX_KERNEL=" + std::string(wanted) +
+                        ": this processor has no such row kernel. It can run " + names};
 }
+
+const Choice & choice() {
+    static const Choice once = choose();
+    return once;
+}
+
+} // namespace
+
+const NamedRowKernel & chosen_row_kernel() { return choice().kernel; }
+
+std::string row_kernel_refusal() { return choice().refusal; }
 
 } // namespace imatrix

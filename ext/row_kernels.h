@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace imatrix {
 
@@ -22,7 +23,13 @@ struct NamedRowKernel {
 // Returns how many there are (at most 4) and writes them to `out`.
 size_t row_kernels(NamedRowKernel out[4]);
 
-// The best of them, chosen once.
-const NamedRowKernel & best_row_kernel();
+// The one that sums are made with, chosen once: the best, or the one that the environment variable
+// IMATRIX_KERNEL names, by which each can be tried on one machine.
+const NamedRowKernel & chosen_row_kernel();
+
+// Why the kernel that IMATRIX_KERNEL names cannot be had, with those that can; "" if nothing is
+// wrong. Ask before sums are made: the best is
+// taken then.
+std::string row_kernel_refusal();
 
 } // namespace imatrix

@@ -48,10 +48,14 @@ Status status_of(const HookError & error) {
 Session::Session(const Model & trunk, const Model * head)
     : head_model_(head), contexts_(trunk, head, cancelled_) {}
 
-const char * Session::kernel() const { return best_row_kernel().name; }
+const char * Session::kernel() const { return chosen_row_kernel().name; }
 
 Status Session::open(const SessionParams & params) {
     contexts_.close();
+    const std::string refusal = row_kernel_refusal();
+    if (!refusal.empty()) {
+        return Status::failed(Code::bad_argument, refusal);
+    }
     params_ = params;
     hook_.set_device_sums(params.device_sums);
     sums_.keep_signed(params.signed_sums);

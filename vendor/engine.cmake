@@ -3,6 +3,10 @@
 # IMATRIX_LLAMA_CPP (define or environment): "bundled", or a llama.cpp source folder.
 # Engine options (GGML_CUDA, GGML_METAL, GGML_VULKAN, GGML_RPC, GGML_BLAS, ...) are
 # the engine's own cache variables: give them as -DGGML_CUDA=ON and they reach it.
+#
+# IMATRIX_PORTABLE: what a wheel for others needs. Its backends are modules that the package loads
+# when it runs, the CPU's in a variant for each set of instructions, so that nothing in it is
+# compiled for the machine that it was built on.
 
 if(NOT DEFINED IMATRIX_LLAMA_CPP AND DEFINED ENV{IMATRIX_LLAMA_CPP})
   set(IMATRIX_LLAMA_CPP "$ENV{IMATRIX_LLAMA_CPP}")
@@ -51,6 +55,20 @@ else()
   set(LLAMA_BUILD_COMMIT "${IMATRIX_ENGINE_BUILD}")
 endif()
 
+option(IMATRIX_PORTABLE "Build for other machines: every CPU variant as a module, chosen at run time"
+       OFF)
+if(IMATRIX_PORTABLE)
+  set(GGML_NATIVE OFF)
+  set(GGML_BACKEND_DL ON)
+  set(GGML_CPU_ALL_VARIANTS ON)
+  # small, and without a server it does nothing
+  if(NOT DEFINED GGML_RPC)
+    set(GGML_RPC ON)
+  endif()
+  # a module that needs libibverbs only because the machine that built it had it
+  set(GGML_RPC_RDMA OFF)
+endif()
+
 set(BUILD_SHARED_LIBS ON)                 # two extension modules, one set of ggml globals
 set(CMAKE_PLATFORM_NO_VERSIONED_SONAME ON) # a wheel holds no symlinks: one file a library
 set(CMAKE_POSITION_INDEPENDENT_CODE ON)
@@ -77,6 +95,21 @@ add_subdirectory("${IMATRIX_ENGINE_SOURCE}" engine EXCLUDE_FROM_ALL)
 set(ENV{GIT_DIR})
 
 set(IMATRIX_ENGINE_LIBRARIES llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
+
+# A library is found by its name alone if one of that name is loaded already (on Linux its soname, on
+# Windows its file name): the libllama and libggml of another package in the process, such as
+# llama-cpp-python, would take the place of these, or these of theirs. Modules are opened by their
+# path and keep the names that the engine looks for.
+foreach(_library ${IMATRIX_ENGINE_LIBRARIES})
+  get_target_property(_type ${_library} TYPE)
+  if(_type STREQUAL "SHARED_LIBRARY")
+    set_target_properties(${_library} PROPERTIES OUTPUT_NAME "imatrix-${_library}")
+    if(NOT APPLE AND NOT WIN32)
+      # a copy that the whole process sees must not have its objects constructed again by this one
+      target_link_options(${_library} PRIVATE "LINKER:-Bsymbolic")
+    endif()
+  endif()
+endforeach()
 
 # The engine's own programs, for tests and benchmarks only: never installed.
 if(IMATRIX_BUILD_TOOLS)

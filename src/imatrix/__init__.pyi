@@ -13,6 +13,7 @@ from imatrix.collect.collector import (
 from imatrix.engine.devices import (
     Backends,
     Device,
+    UnusableBackend,
     add_rpc_server,
     backends,
 )
@@ -193,6 +194,7 @@ __all__ = [
     "TemplateError",
     "TensorCoverage",
     "TextSource",
+    "UnusableBackend",
     "WeightComparison",
     "WeightStatistics",
     "__version__",

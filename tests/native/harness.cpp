@@ -1,5 +1,6 @@
 #include "harness.h"
 
+#include "backend_modules.h"
 #include "far_device.h"
 
 #include "ggml.h"
@@ -44,7 +45,10 @@ struct Harness::Graph {
 };
 
 Harness::Harness(Where where, const std::string & device) : where_(where) {
-    ggml_backend_load_all();
+    const Status loaded = load_backends();
+    if (!loaded.ok()) {
+        throw std::runtime_error(loaded.message);
+    }
     if (where != Where::host) {
         const ggml_backend_dev_t dev =
             device.empty() ? far_device() : ggml_backend_dev_by_name(device.c_str());

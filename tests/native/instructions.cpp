@@ -158,7 +158,7 @@ int main(int argc, char ** argv) {
         elements = kTokens * kHeads;
     } else if (what == "hook:dense" || what == "hook:experts") {
         measured.chunk = std::make_unique<Chunk>(what == "hook:experts");
-        std::printf("kernel %s\n", best_row_kernel().name);
+        std::printf("kernel %s\n", chosen_row_kernel().name);
     } else {
         std::fprintf(stderr, "usage: %s kernel:NAME|hook:dense|hook:experts\n", argv[0]);
         return 2;

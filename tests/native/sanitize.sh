@@ -12,11 +12,11 @@ source="${IMATRIX_LLAMA_CPP:-bundled}"
 test "$source" != bundled || source=vendor/llama.cpp
 
 engine=
-for found in build/*/bin/libllama.*; do
+for found in build/cp*/bin/libimatrix-llama.*; do
   engine="$(dirname "$found")"
 done
 if [ ! -e "$engine" ]; then
-  echo "no engine libraries in build/*/bin: run 'make dev' first" >&2
+  echo "no engine libraries in build/cp*/bin: run 'make dev' first" >&2
   exit 1
 fi
 

@@ -13,9 +13,16 @@ EXT = ROOT / "ext"
 # From the bottom up; a file here is a header with its source. CONTRIBUTING.md repeats the table.
 LAYERS = (
     ("status", "live", "parallel", "row_kernels", "scores"),
-    ("add_rows", "sums", "engine_log", "engine_info", "placement", "graph_check"),
-    ("model_header", "engine_context", "wanted_nodes", "device_sums", "staged_rows"),
-    ("model", "graph_plan", "graph_start", "eval_hook"),
+    ("add_rows", "sums", "engine_log", "placement", "graph_check"),
+    (
+        "model_header",
+        "backend_modules",
+        "engine_context",
+        "wanted_nodes",
+        "device_sums",
+        "staged_rows",
+    ),
+    ("model", "engine_info", "graph_plan", "graph_start", "eval_hook"),
     ("contexts", "weights"),
     ("memory_use",),
     ("session", "evaluator"),

@@ -87,7 +87,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
 def test_the_engine_is_found_by_a_relative_rpath(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     libraries = sorted((tmp_path / "imatrix/lib").glob("*.so*"))
-    assert {"libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu.so"} <= {
+    assert {f"libimatrix-{name}.so" for name in ("llama", "ggml", "ggml-base", "ggml-cpu")} <= {
         library.name for library in libraries
     }
 
@@ -102,8 +102,8 @@ def test_the_engine_is_found_by_a_relative_rpath(wheel: Path, tmp_path: Path) ->
     for module in (tmp_path / "imatrix").glob("*.so"):
         assert rpath(module) == "$ORIGIN/lib"
     for library in libraries:
-        # libggml-base links no other library of the build, and may have none
-        if library.name != "libggml-base.so":
+        # ggml-base links no other library of the build, and may have none
+        if library.name != "libimatrix-ggml-base.so":
             assert rpath(library) == "$ORIGIN"
 
 

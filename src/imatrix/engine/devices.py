@@ -42,32 +42,65 @@ class Device:
 
 
 @dataclass(frozen=True)
+class UnusableBackend:
+    """A backend that is there as a module, and cannot be used.
+
+    Attributes:
+        file: its name in imatrix/lib.
+        reason: why, in the words of the system's loader: mostly a library that is missing.
+    """
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Backends:
     """What the build has.
 
     Attributes:
         engine: name, version and build of the engine.
         built: backends in this build, with or without a device here.
+        unusable: backends in this build that cannot be loaded here, and why.
         devices: devices found now.
-        row_kernels: kernels for adding squares that this processor can run, best first.
+        cpu_variant: which variant of the CPU's backend was chosen for this processor, such as
+            "haswell"; None if the build has one only, as from source it has.
+        row_kernel: the kernel for adding squares that is used: the best, or the one that the
+            environment variable IMATRIX_KERNEL names.
+        row_kernels: those that this processor can run, best first.
         features: instruction sets and build options, in the engine's words.
     """
 
     engine: str
     built: tuple[str, ...]
+    unusable: tuple[UnusableBackend, ...]
     devices: tuple[Device, ...]
+    cpu_variant: str | None
+    row_kernel: str
     row_kernels: tuple[str, ...]
     features: str
 
 
 def backends() -> Backends:
-    """Ask the engine for its backends and devices."""
+    """Ask the engine for its backends and devices.
+
+    Raises:
+        ValueError: IMATRIX_KERNEL names a row kernel that this processor does not have.
+        EngineError: no backend for the CPU can be loaded, or another copy of ggml is in its way;
+            the message says what to do.
+    """
+    native.load_backends()
     version, build = native.engine()
     built, devices = native.backends()
     return Backends(
         engine=f"llama.cpp {version} ({build})",
         built=tuple(built),
+        unusable=tuple(
+            UnusableBackend(file, reason) for file, reason in native.backend_modules() if reason
+        ),
         devices=tuple(Device(**device) for device in devices),
+        cpu_variant=native.cpu_variant() or None,
+        row_kernel=native.chosen_row_kernel(),
         row_kernels=tuple(native.row_kernel_names()),
         features=native.system_info().strip(),
     )

@@ -130,6 +130,24 @@ def backends():
     return names, devices
 
 
+def load_backends():
+    """Load the engine's backends; EngineError if there is none for the CPU, with what to do."""
+    cdef Status status
+    with nogil:
+        status = ext.load_backends()
+    _check(status)
+
+
+def backend_modules():
+    """(file, problem) of each backend that is a module; the problem is "" if it can be used."""
+    return [(_name(m.file), _name(m.problem)) for m in ext.backend_modules()]
+
+
+def cpu_variant():
+    """Which variant of the CPU's backend was loaded ("haswell"), "" if it is linked in."""
+    return _text(ext.cpu_variant())
+
+
 def add_rpc_server(str endpoint):
     """Make the devices of an RPC server known. A server that does not answer ends the process."""
     cdef string native = endpoint.encode("utf-8")
@@ -158,6 +176,15 @@ def row_kernel_names():
     cdef NamedRowKernel[4] kernels
     cdef size_t n = ext.row_kernels(kernels)
     return [kernels[i].name.decode() for i in range(n)]
+
+
+def chosen_row_kernel():
+    """The row kernel that sums are made with: IMATRIX_KERNEL's, else the best. ValueError if this
+    processor has none of that name."""
+    cdef string refusal = ext.row_kernel_refusal()
+    if not refusal.empty():
+        raise ValueError(_name(refusal))
+    return ext.chosen_row_kernel().name.decode()
 
 
 def add_squares(str kernel, const float[:, :] rows, float[::1] acc, float[::1] signed_acc=None):

@@ -36,6 +36,15 @@ cdef extern from "engine_log.h" namespace "imatrix" nogil:
     void set_log_sink(LogSink sink, int level)
 
 
+cdef extern from "backend_modules.h" namespace "imatrix" nogil:
+    cdef cppclass BackendModule:
+        string file
+        string problem
+    Status load_backends()
+    vector[BackendModule] backend_modules()
+    string cpu_variant()
+
+
 cdef extern from "engine_info.h" namespace "imatrix" nogil:
     cdef cppclass Device:
         string backend
@@ -88,6 +97,8 @@ cdef extern from "row_kernels.h" namespace "imatrix" nogil:
         RowKernel run
 
     size_t row_kernels(NamedRowKernel * out)
+    const NamedRowKernel & chosen_row_kernel()
+    string row_kernel_refusal()
 
 
 cdef extern from "parallel.h" namespace "imatrix" nogil:

@@ -1,0 +1,223 @@
+"""The engine's backends: where they are loaded from, what is said of those that cannot be, other
+copies of ggml in the process, and the row kernel that IMATRIX_KERNEL names.
+
+Each case is a process of its own, with a copy of the package that nothing else of this tree is
+imported with. What only a build with modules for the CPU can show is in tests/wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from helpers.running import NO_GPU, trained_models
+
+from imatrix.native import engine
+
+ROOT = Path(__file__).resolve().parents[2]
+NATIVE = Path(engine.__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="changes names in ELF files")
+
+# A run of a session: what it counted of one chunk.
+COLLECT = """
+import imatrix
+with imatrix.Collector(MODEL, n_ctx=64, isolate=False) as collector:
+    matrix = collector.run("one two three four five six seven " * 40, max_chunks=1)
+print(len(matrix), "weights")
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A folder with a copy of the package, its libraries included, as a wheel would lay it."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.pyx", "*.pxd")
+    copy = tmp_path / "imatrix"
+    shutil.copytree(ROOT / "src/imatrix", copy, ignore=ignored)
+    shutil.copytree(NATIVE.parent / "lib", copy / "lib")
+    for module in NATIVE.glob("*.so"):
+        shutil.copy(module, copy / "native")
+    return tmp_path
+
+
+def run(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    # -S: no .pth files are read, so that an editable install of this tree has no effect
+    paths = [str(folder), sysconfig.get_paths()["purelib"]]
+    return subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **NO_GPU, **variables},
+        timeout=120,
+    )
+
+
+def version(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    code = "import imatrix.cli\nraise SystemExit(imatrix.cli.main(['--version']))"
+    return run(folder, code, **variables)
+
+
+def renamed(library: Path, new: Path, *names: tuple[str, str]) -> None:
+    """Write a library with other names in it: its own and those that it needs. A name lies in the
+    file with a NUL behind it, so a shorter one fits in its place."""
+    content = library.read_bytes()
+    for old, other in names:
+        assert len(other) <= len(old)
+        assert old.encode() + b"\0" in content
+        content = content.replace(
+            old.encode() + b"\0", other.encode().ljust(len(old), b"\0") + b"\0"
+        )
+    new.write_bytes(content)
+
+
+class TestModules:
+    def test_one_that_needs_a_missing_library_is_listed_with_it(self, package: Path) -> None:
+        lib = package / "imatrix/lib"
+        renamed(
+            lib / "libimatrix-ggml.so",
+            lib / "libggml-cuda.so",
+            ("libimatrix-ggml-base.so", "libcuda-of-a-driver.so"),
+        )
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        assert (
+            "unusable    libggml-cuda.so: libcuda-of-a-driver.so: cannot open shared object file"
+            in done.stdout
+        )
+        # the engine's own backends are there as before
+        assert "device      CPU: " in done.stdout
+        # and whoever collects is told as well
+        done = run(package, COLLECT.replace("MODEL", repr(str(trained_models()[0]))))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "32 weights\n"
+        assert "the backend libggml-cuda.so cannot be used here: libcuda-of-a" in done.stderr
+
+    def test_a_damaged_one_is_listed(self, package: Path) -> None:
+        (package / "imatrix/lib/libggml-vulkan.so").write_bytes(b"\x7fELF of no use")
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        assert "unusable    libggml-vulkan.so: " in done.stdout
+        assert "file too short" in done.stdout
+
+    def test_none_is_taken_from_the_current_folder(self, package: Path) -> None:
+        """The engine by itself looks there and beside the interpreter: who starts imatrix in
+        llama.cpp's own build folder would get modules of another engine."""
+        (package / "libggml-vulkan.so").write_bytes(b"\x7fELF of no use")
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        assert "vulkan" not in done.stdout + done.stderr
+
+
+class TestOtherCopies:
+    """A second engine in the process, under the names that llama.cpp gives its libraries."""
+
+    LOAD = """
+import ctypes
+flags = ctypes.RTLD_GLOBAL if GLOBAL else ctypes.RTLD_LOCAL
+def load():
+    other = [ctypes.CDLL(f"{FOLDER}/lib{name}.so", flags) for name in ("ggml-base", "ggml", "llama")]
+    other[2].llama_backend_init()
+    return other
+def check(other):
+    print(other[1].ggml_backend_reg_count(), "backends")
+    libraries = {line.split()[-1].rsplit("/", 1)[-1] for line in open("/proc/self/maps")}
+    # each has its own libraries
+    assert {"libllama.so", "libggml-base.so"} <= libraries
+    assert {"libimatrix-llama.so", "libimatrix-ggml-base.so"} <= libraries
+"""
+
+    def code(self, package: Path, body: str, *, whole_process: bool = False) -> str:
+        others = package / "other"
+        others.mkdir()
+        lib = package / "imatrix/lib"
+        linked = sorted(path.name for path in lib.glob("libimatrix-*.so"))
+        for name in linked:
+            plain = name.replace("imatrix-", "")
+            needs = lib.joinpath(name).read_bytes()
+            renamed(
+                lib / name,
+                others / plain,
+                *((old, old.replace("imatrix-", "")) for old in linked
+                  if old.encode() + b"\0" in needs),
+            )  # fmt: skip
+        load = self.LOAD.replace("GLOBAL else", f"{whole_process} else")
+        return (load + body).replace("{FOLDER}", str(others)).replace(
+            "MODEL", repr(str(trained_models()[0]))
+        )  # fmt: skip
+
+    def test_loaded_before(self, package: Path) -> None:
+        done = run(package, self.code(package, f"other = load()\n{COLLECT}\ncheck(other)"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("32 weights\n")
+
+    def test_loaded_after(self, package: Path) -> None:
+        done = run(package, self.code(package, f"{COLLECT}\nother = load()\ncheck(other)"))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("32 weights\n")
+
+    def test_one_that_the_whole_process_sees_is_refused(self, package: Path) -> None:
+        """Every call of the engine's would go to that copy, of whatever version."""
+        code = self.code(package, f"other = load()\n{COLLECT}", whole_process=True)
+        done = run(package, code)
+        assert done.returncode == 1
+        assert "EngineError: " in done.stderr
+        assert "another copy of ggml, " in done.stderr
+        assert "other/libggml.so, was loaded for the whole process (RTLD_GLOBAL)" in done.stderr
+        assert "Load it without RTLD_GLOBAL" in done.stderr
+
+    def test_one_that_the_whole_process_sees_after_ours(self, package: Path) -> None:
+        code = self.code(package, f"{COLLECT}\nother = load()\ncheck(other)", whole_process=True)
+        done = run(package, code)
+        assert done.returncode == 0, done.stderr
+
+
+class TestKernel:
+    @pytest.mark.parametrize("kernel", engine.row_kernel_names())
+    def test_a_named_one_is_used(self, kernel: str) -> None:
+        code = (
+            "from imatrix.native import engine\n"
+            "import imatrix\n"
+            "print(engine.chosen_row_kernel(), imatrix.backends().row_kernel)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "IMATRIX_KERNEL": kernel},
+        )
+        assert done.stdout.split() == [kernel, kernel], done.stderr
+
+    def test_the_best_is_used_if_none_is_named(self) -> None:
+        # an empty variable names none
+        code = "from imatrix.native import engine\nprint(engine.chosen_row_kernel())"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "IMATRIX_KERNEL": ""},
+        )
+        assert done.stdout.strip() == engine.row_kernel_names()[0], done.stderr
+
+    def test_one_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
+        here = ", ".join(engine.row_kernel_names())
+        refusal = f"IMATRIX_KERNEL=avx3: this processor has no such row kernel. It can run {here}"
+        (tmp_path / "text.txt").write_text("one two three four five " * 40)
+        for command in (
+            ["--version"],
+            ["collect", "-m", trained_models()[0], "-f", tmp_path / "text.txt", "-c", "64",
+             "-o", tmp_path / "out.gguf"],
+        ):  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, "-m", "imatrix", *command],
+                capture_output=True,
+                text=True,
+                env={**os.environ, "IMATRIX_KERNEL": "avx3"},
+            )
+            assert done.returncode == 2, done.stderr
+            assert refusal in " ".join(done.stderr.split())
+        assert not (tmp_path / "out.gguf").exists()
