@@ -5,12 +5,23 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <unordered_map>
 
 namespace imatrix {
 namespace {
+
+// What the engine calls the rows that a block gives to the next one, with the number of one of the
+// two: nearly all its models, those with several streams (src/models/deepseek4.cpp, qwen4exp.cpp),
+// nemotron-h.cpp, and step35.cpp, where the next block names them again.
+struct RowsName {
+    const char * name;
+    bool         of_next;
+};
+constexpr RowsName kBlockRows[] = {
+    {"l_out", false}, {"l_last", false}, {"nemotron_h_block_out", false}, {"attn_norm_in", true}};
 
 // A node that is only another way to look at a tensor.
 bool is_view(int op) {
@@ -27,18 +38,19 @@ const ggml_tensor * root_of(const ggml_tensor * tensor) {
 
 } // namespace
 
-std::string GraphStarter::rows_of(int32_t block) { return "l_out-" + std::to_string(block); }
-
-void GraphStarter::begin(const GraphStart * from, GraphStart * kept, const std::string & keep) {
+void GraphStarter::begin(const GraphStart * from, GraphStart * kept, int32_t block) {
     from_   = from;
     kept_   = kept;
-    keep_   = keep;
     other_  = false;
     failed_ = false;
     nodes_.clear();
+    keep_.clear();
     if (kept_ != nullptr) {
-        *kept_          = {};
-        kept_->cut_name = keep;
+        *kept_ = {};
+        for (const RowsName & rows : kBlockRows) {
+            const int32_t number = rows.of_next ? block : block - 1;
+            keep_.push_back(std::string(rows.name) + "-" + std::to_string(number));
+        }
     }
 }
 
@@ -61,7 +73,7 @@ bool GraphStarter::ask(ggml_tensor * node) {
     }
     const auto number = static_cast<int64_t>(nodes_.size());
     nodes_.push_back({node, static_cast<int>(node->op)});
-    bool stop = kept_ != nullptr && keep_ == node->name;
+    bool stop = std::find(keep_.begin(), keep_.end(), node->name) != keep_.end();
     if (from_ != nullptr && number <= from_->cut) {
         if (number == from_->cut) {
             other_ |= from_->cut_name != node->name || ggml_nbytes(node) != from_->rows.size();
@@ -84,7 +96,8 @@ void GraphStarter::computed(ggml_tensor * node) {
     }
     kept_->rows.resize(ggml_nbytes(node));
     ggml_backend_tensor_get(node, kept_->rows.data(), 0, kept_->rows.size());
-    kept_->cut = number; // the last one of the name
+    kept_->cut      = number; // the last one of the name
+    kept_->cut_name = node->name;
 }
 
 bool GraphStarter::end() {

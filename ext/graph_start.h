@@ -31,15 +31,12 @@ public:
     static bool callback(ggml_tensor * node, bool ask, void * user_data) noexcept;
 
     // Before a decode: its graph begins at `from` (NULL: it runs whole). `kept` (or NULL) is filled
-    // with how the same graph can begin at the block that `keep` rows go into, so that its `cut` is
-    // negative if the graph has no such rows.
-    void begin(const GraphStart * from, GraphStart * kept, const std::string & keep);
+    // with how the same graph can begin at `block`; its `cut` is negative if the graph has no rows
+    // that the engine names as those of the block before.
+    void begin(const GraphStart * from, GraphStart * kept, int32_t block);
     // After it, once nothing runs any more. False: the graph was another one than `from` was made
     // of, and what it gave is worth nothing. May throw bad_alloc.
     bool end();
-
-    // The name that the engine gives the rows of a block, as they go into the next one.
-    static std::string rows_of(int32_t block);
 
 private:
     struct Node {
@@ -51,12 +48,12 @@ private:
     void computed(ggml_tensor * node);
     void find_left_out();
 
-    const GraphStart * from_ = nullptr;
-    GraphStart *       kept_ = nullptr;
-    std::string        keep_;
-    std::vector<Node>  nodes_;
-    bool               other_  = false; // another graph than from_ is of
-    bool               failed_ = false; // out of memory
+    const GraphStart *       from_ = nullptr;
+    GraphStart *             kept_ = nullptr;
+    std::vector<std::string> keep_; // names of the rows that are kept
+    std::vector<Node>        nodes_;
+    bool                     other_  = false; // another graph than from_ is of
+    bool                     failed_ = false; // out of memory
 };
 
 } // namespace imatrix

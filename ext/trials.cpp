@@ -56,10 +56,10 @@ int64_t Trials::kept_bytes() const {
     return static_cast<int64_t>(bytes);
 }
 
-// One pass over a chunk, from where its passes begin. `look` is called of each scored row, on any
-// thread.
-Status Trials::pass(Chunk & chunk, const std::string & keep_name, std::vector<GraphStart> * kept,
-                    Look look, Predictions & out) {
+// One pass over a chunk, from where its passes begin. `kept` (or NULL) is filled with how they can
+// begin at `block`. `look` is called of each scored row, on any thread.
+Status Trials::pass(Chunk & chunk, int32_t block, std::vector<GraphStart> * kept, Look look,
+                    Predictions & out) {
     clear_error();
     const auto    n_tokens = static_cast<int32_t>(chunk.tokens.size());
     const int32_t begin    = first_scored(n_tokens);
@@ -74,7 +74,7 @@ Status Trials::pass(Chunk & chunk, const std::string & keep_name, std::vector<Gr
             row.output = row.pos >= begin;
         }
         starter_.begin(whole ? nullptr : &chunk.starts[d], kept == nullptr ? nullptr : &(*kept)[d],
-                       keep_name);
+                       block);
         Status status = contexts_.decode_trunk(decode);
         contexts_.synchronize();
         const bool same = starter_.end();
@@ -193,7 +193,7 @@ Status Trials::keep(const int32_t * tokens, int32_t n_tokens, Predictions & out)
         chunk.logits.resize(n_scored * each);
         chunk.ids.resize(params_.top > 0 ? n_scored * each : 0);
         out.resize(n_scored, /*with_reference=*/false);
-        Status status = pass(chunk, "", nullptr, &Trials::keep_row, out);
+        Status status = pass(chunk, 0, nullptr, &Trials::keep_row, out);
         if (status.ok()) {
             chunks_.push_back(std::move(chunk));
         }
@@ -211,7 +211,7 @@ Status Trials::run(int32_t chunk, Predictions & out) {
         Chunk & kept = chunks_[static_cast<size_t>(chunk)];
         out.resize(kept.rows.size(), /*with_reference=*/false);
         out.kl.assign(kept.rows.size(), 0.0);
-        return pass(kept, "", nullptr, &Trials::compare_row, out);
+        return pass(kept, 0, nullptr, &Trials::compare_row, out);
     });
 }
 
@@ -254,8 +254,7 @@ Status Trials::start(int32_t block, int32_t & begins_at) {
             Predictions unused;
             unused.resize(chunk.rows.size(), /*with_reference=*/false);
             unused.kl.assign(chunk.rows.size(), 0.0);
-            const Status status = pass(chunk, GraphStarter::rows_of(block - 1), &starts[i],
-                                       &Trials::compare_row, unused);
+            const Status status = pass(chunk, block, &starts[i], &Trials::compare_row, unused);
             if (!status.ok()) {
                 return status;
             }

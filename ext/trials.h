@@ -69,8 +69,8 @@ private:
     using Look = void (Trials::*)(Chunk & chunk, size_t row, const float * logits,
                                   Predictions & out);
 
-    Status pass(Chunk & chunk, const std::string & keep_name, std::vector<GraphStart> * kept,
-                Look look, Predictions & out);
+    Status pass(Chunk & chunk, int32_t block, std::vector<GraphStart> * kept, Look look,
+                Predictions & out);
     void   keep_row(Chunk & chunk, size_t row, const float * logits, Predictions & out);
     void   compare_row(Chunk & chunk, size_t row, const float * logits, Predictions & out);
     double divergence(const Chunk & chunk, size_t row, const float * logits,
