@@ -109,6 +109,10 @@ from imatrix.quantization.quantizer import (
     Quantized,
     quantize,
 )
+from imatrix.quantization.recipe import (
+    HeadChoice,
+    Recipe,
+)
 from imatrix.quantization.rules import (
     RuleUse,
 )
@@ -166,6 +170,7 @@ __all__ = [
     "ExtractReport",
     "FormatError",
     "GraftReport",
+    "HeadChoice",
     "ImatrixError",
     "ImportanceMatrix",
     "LayerActivations",
@@ -186,6 +191,7 @@ __all__ = [
     "Progress",
     "Provenance",
     "Quantized",
+    "Recipe",
     "Report",
     "RowsMissingError",
     "RuleUse",

@@ -16,9 +16,11 @@ from imatrix.quantization.keys import spelled
 from imatrix.quantization.question import Question
 from imatrix.quantization.types import EMBEDDINGS
 from imatrix.quantization.verdicts import TensorCoverage, Verdicts
-from imatrix.words import plural
+from imatrix.words import few, plural
 
 __all__ = ["Advice"]
+
+_FEW = 3  # names in a sentence
 
 _COLLECT: tuple[Cure, ...] = ("collect", "collect the head", "collect the output")
 
@@ -189,6 +191,9 @@ class Advice:
         Args:
             overrides: the exceptions; None for one for each of the tensors.
         """
+        if self._question.options.recipe is not None:
+            names = few([tensor.name for tensor in tensors], _FEW)
+            return f"{words}. With this matrix the recipe has to be made again ({names})."
         if overrides is None:
             overrides = self._verdicts.safe_types(t.name for t in tensors)
         if self._question.options.rules:
@@ -233,6 +238,8 @@ class Advice:
             words.append("--keep-split")
         for key, value in options.override_kv:
             words += ["--override-kv", spelled(key, value)]
+        if options.recipe is not None:
+            return shlex.join([*words, "--recipe", options.recipe_name or "RECIPE.json"])
         for rule in options.rules:
             words += ["--tensor-type", f"{rule.pattern}={rule.type}"]
         return shlex.join(words)

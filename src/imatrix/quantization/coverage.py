@@ -26,6 +26,7 @@ from imatrix.quantization.cures import Cures
 from imatrix.quantization.keys import Overrides
 from imatrix.quantization.options import Options
 from imatrix.quantization.question import Question
+from imatrix.quantization.recipe import Recipe
 from imatrix.quantization.rehearsal import rehearse_quantize
 from imatrix.quantization.rules import RuleUse, TensorTypes, uses
 from imatrix.quantization.verdicts import Status, TensorCoverage, Verdicts, failing_in_order
@@ -125,9 +126,10 @@ class Coverage:
 def coverage(
     model: str | os.PathLike[str],
     matrix: ImportanceMatrix | str | os.PathLike[str] | None,
-    ftype: str,
+    ftype: str | None = None,
     *,
     tensor_types: TensorTypes | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     allow_requantize: bool = False,
     pure: bool = False,
     quantize_output: bool = True,
@@ -147,8 +149,9 @@ def coverage(
     Args:
         model: the model, or the first part of a multi-part one.
         matrix: importance data, or the path of a file that holds them; None for none.
-        ftype: one of llama-quantize's names, such as "IQ2_XXS", in any case.
+        ftype: one of llama-quantize's names, such as "IQ2_XXS", in any case; None for the recipe's.
         tensor_types: exceptions, as imatrix.quantize takes them.
+        recipe: a recipe, as imatrix.quantize takes it.
         allow_requantize, pure, quantize_output: as imatrix.quantize takes them.
         output_tensor_type, token_embedding_type, override_kv, keep_split: likewise.
         isolate: run the engine's quantizer in a process of its own.
@@ -157,10 +160,10 @@ def coverage(
         matrix_name: what the commands in `fixes` call the matrix; its path if `matrix` is one.
 
     Raises:
-        ValueError: an unknown type, one whose blocks do not fit, a bad pattern, or a key that the
-            engine cannot take.
+        ValueError: an unknown type, one whose blocks do not fit, a bad pattern, a key that the
+            engine cannot take, or a recipe for another model.
         ModelError (a ValueError): `model` is not a model.
-        FormatError (a ValueError): `matrix` is not an importance matrix.
+        FormatError (a ValueError): `matrix` is not an importance matrix, or `recipe` no recipe.
         OSError: a file cannot be read.
         EngineError: the engine cannot give the tensors types at all.
         EngineDiedError: with isolate=True, the process that ran the engine is gone.
@@ -171,6 +174,7 @@ def coverage(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         override_kv=override_kv,
+        recipe=recipe,
         has_matrix=matrix is not None,
         allow_requantize=allow_requantize,
         pure=pure,
@@ -198,6 +202,8 @@ def examine(
     file = ModelFile.read(model)
     check_whole(file)
     options.check_rows(file.tensors)
+    if options.recipe is not None:
+        options.recipe.check_model(file)
     rehearse_quantize(file, options)
     if isinstance(matrix, (str, os.PathLike)):
         matrix_name = matrix_name or matrix
@@ -213,6 +219,8 @@ def examine(
     cures = Cures(question)
     verdicts = Verdicts(question, cures)
     tensors = verdicts.tensors()
+    if options.recipe is not None:
+        _check_followed(options.recipe, tensors, question.of_two_types())
     overrides = verdicts.overrides(tensors)
     used = _rule_uses(question, tensors)
     unused = tuple(entry for entry in question.matrix or () if entry not in file.tensors)
@@ -248,12 +256,38 @@ def describe_stop(tensor: TensorCoverage, found: Coverage) -> str:
 def _rule_uses(question: Question, tensors: Sequence[TensorCoverage]) -> tuple[RuleUse, ...]:
     """What came of the given exceptions."""
     options = question.options
-    if not options.rules:
+    if not options.rules or options.recipe is not None:  # each of a recipe's counts for its tensor
         return ()
     shapes = {tensor.name: question.file.tensors[tensor.name] for tensor in tensors}
     targets = {tensor.name: tensor.target_type for tensor in tensors}
     named = frozenset(name for name in shapes if options.named(name) is not None)
     return uses(options.rules, shapes, targets, question.of_two_types(), named)
+
+
+def _check_followed(
+    recipe: Recipe, tensors: Sequence[TensorCoverage], changeable: frozenset[str]
+) -> None:
+    """Refuse a recipe that would not be followed to the letter.
+
+    Args:
+        tensors: what would become of each.
+        changeable: names of those that the quantizer can change.
+
+    Raises:
+        ValueError: the first tensor that the recipe leaves open, or that gets another type.
+    """
+    again = "make the recipe again (imatrix recipe)"
+    for tensor in tensors:
+        wanted = recipe.types.get(tensor.name)
+        if wanted is None and tensor.name in changeable:
+            raise ValueError(
+                f"the recipe has no type for {tensor.name}, which the quantizer would change; {again}"
+            )
+        if wanted is not None and wanted != tensor.target_type.lower():
+            raise ValueError(
+                f"the recipe wants {wanted} for {tensor.name}, but this engine's quantizer makes "
+                f"it {tensor.target_type}; {again}"
+            )
 
 
 def _warnings(question: Question, used: Sequence[RuleUse]) -> Iterable[str]:

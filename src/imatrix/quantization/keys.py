@@ -9,10 +9,22 @@ src/llama-quant.cpp), and reads the model by them too.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 
-__all__ = ["MAX_BYTES", "Override", "Overrides", "overrides_of", "parse_override", "spelled"]
+from imatrix.files.names import cut
+from imatrix.matrix.importance import ImportanceMatrix
+
+__all__ = [
+    "MAX_BYTES",
+    "Override",
+    "Overrides",
+    "matrix_keys",
+    "overrides_of",
+    "parse_override",
+    "spelled",
+]
 
 Override = bool | int | float | str
 """The value of a key: its Python type gives the type of the key."""
@@ -138,3 +150,24 @@ def spelled(key: str, value: Override) -> str:
     if isinstance(value, bool):
         return f"{key}=bool:{str(value).lower()}"
     return f"{key}={type(value).__name__}:{value}"
+
+
+def matrix_keys(
+    matrix: ImportanceMatrix, source: str | os.PathLike[str] | None
+) -> list[tuple[str, int | str]]:
+    """The keys that llama-quantize writes beside what a matrix was used for.
+
+    Args:
+        matrix: the matrix.
+        source: its file, by the name that it is given by; None for a matrix from memory, of which
+            no name is written.
+    """
+    keys: list[tuple[str, int | str]] = []
+    if source is not None:
+        keys.append(("quantize.imatrix.file", cut(os.fspath(source), MAX_BYTES)))
+    if matrix.datasets:
+        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], MAX_BYTES)))
+    keys.append(("quantize.imatrix.entries_count", len(matrix)))
+    if matrix.chunk_count:
+        keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))
+    return keys

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imatrix.engine.quantizing import Choice
 from imatrix.native import quantizer
 from imatrix.quantization.keys import Override, Overrides, overrides_of
+from imatrix.quantization.recipe import Recipe
 from imatrix.quantization.rules import (
     Rule,
     TensorType,
@@ -34,6 +36,8 @@ class Options:
         output_tensor_type: the type of output.weight; None for the file type's.
         token_embedding_type: the type of the token embeddings; None for the file type's.
         override_kv: keys to write, in order.
+        recipe: what gives every tensor its type; `rules` say the same then. None for none.
+        recipe_name: its file, as it was given; None if it came from memory.
         allow_requantize, pure, quantize_output, keep_split: as imatrix.quantize takes them.
     """
 
@@ -42,6 +46,8 @@ class Options:
     output_tensor_type: TensorType | None = None
     token_embedding_type: TensorType | None = None
     override_kv: tuple[tuple[str, Override], ...] = ()
+    recipe: Recipe | None = None
+    recipe_name: str | None = None
     allow_requantize: bool = False
     pure: bool = False
     quantize_output: bool = True
@@ -50,7 +56,7 @@ class Options:
     @classmethod
     def read(
         cls,
-        ftype: str,
+        ftype: str | None,
         *,
         tensor_types: TensorTypes | None,
         output_tensor_type: str | None,
@@ -61,12 +67,33 @@ class Options:
         pure: bool,
         quantize_output: bool,
         keep_split: bool,
+        recipe: Recipe | str | os.PathLike[str] | None = None,
     ) -> Options:
         """Read the arguments of imatrix.quantize.
 
         Raises:
-            ValueError: an unknown type, a bad pattern, or a key that the engine cannot take.
+            ValueError: an unknown type, or none; a bad pattern; a key that the engine cannot take;
+                or an option that does not go with a recipe.
+            FormatError (a ValueError): `recipe` is the path of something else.
+            OSError: it cannot be read.
         """
+        recipe_name = os.fspath(recipe) if isinstance(recipe, (str, os.PathLike)) else None
+        if isinstance(recipe, (str, os.PathLike)):
+            recipe = Recipe.load(recipe)
+        if recipe is not None:
+            _check_alone(
+                tensor_types=bool(tensor_types),
+                output_tensor_type=output_tensor_type is not None,
+                token_embedding_type=token_embedding_type is not None,
+                pure=pure,
+                quantize_output=not quantize_output,
+            )
+            tensor_types = recipe.tensor_types()
+            ftype = recipe.ftype if ftype is None else ftype
+        if ftype is None:
+            raise ValueError(
+                f"no type to quantize to; only a recipe brings one. Types: {', '.join(sorted(FTYPES))}"
+            )
         name = ftype.upper()
         if name not in FTYPES:
             raise ValueError(
@@ -78,6 +105,8 @@ class Options:
             output_tensor_type=_named("output_tensor_type", output_tensor_type),
             token_embedding_type=_named("token_embedding_type", token_embedding_type),
             override_kv=overrides_of(override_kv, has_matrix=has_matrix),
+            recipe=recipe,
+            recipe_name=recipe_name,
             allow_requantize=allow_requantize,
             pure=pure,
             quantize_output=quantize_output,
@@ -99,9 +128,10 @@ class Options:
         """
         ftype = self.ftype if ftype is None else ftype
         asked = request(ftype, self.rules if rules is None else rules)
-        keys = [*self.override_kv, *metadata]
+        keys = list(self.override_kv)
         if asked.rewritten and "general.file_type" not in dict(self.override_kv):
             keys.append(("general.file_type", FTYPES[ftype]))
+        keys += metadata
         output, embedding = self.output_tensor_type, self.token_embedding_type
         return Choice(
             ftype=FTYPES[asked.ftype],
@@ -180,3 +210,17 @@ class Options:
 
 def _named(option: str, name: str | None) -> TensorType | None:
     return None if name is None else tensor_type(name, option)
+
+
+def _check_alone(**given: bool) -> None:
+    """Refuse what a recipe leaves nothing to.
+
+    Args:
+        given: each option, and whether it was given.
+    """
+    for option, is_given in given.items():
+        if is_given:
+            raise ValueError(
+                f"{option} does not go with a recipe, which gives every tensor its type; leave out "
+                "one of them"
+            )

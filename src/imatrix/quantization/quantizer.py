@@ -20,16 +20,16 @@ from imatrix.engine.quantizing import Choice, Quantizer, open_quantizer
 from imatrix.engine.rehearsal import rehearse_load
 from imatrix.errors import EngineDiedError, EngineError
 from imatrix.files import atomic
-from imatrix.files.names import cut
 from imatrix.files.outputs import Output, check_files
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.architectures import check_whole, loads_alone
 from imatrix.model.header import ModelFile
 from imatrix.model.parts import model_inputs, part_path
 from imatrix.quantization.coverage import Coverage, examine
-from imatrix.quantization.keys import MAX_BYTES, Overrides
+from imatrix.quantization.keys import Overrides, matrix_keys
 from imatrix.quantization.options import Options
 from imatrix.quantization.parts import kept_parts
+from imatrix.quantization.recipe import Recipe
 from imatrix.quantization.refusals import check_unasked, explained, refuse_early
 from imatrix.quantization.rehearsal import rehearse_quantize
 from imatrix.quantization.rules import RuleUse, TensorTypes, request
@@ -61,9 +61,10 @@ class Quantized:
 def quantize(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    ftype: str,
+    ftype: str | None = None,
     *,
     imatrix: ImportanceMatrix | str | os.PathLike[str] | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     tensor_types: TensorTypes | None = None,
     n_threads: int | None = None,
     allow_requantize: bool = False,
@@ -86,9 +87,13 @@ def quantize(
         src: the model, or the first part of a multi-part one (the result is one file, unless
             keep_split is true).
         dst: where to write.
-        ftype: one of llama-quantize's names, such as "IQ2_XXS" or "Q4_K_M", in any case.
+        ftype: one of llama-quantize's names, such as "IQ2_XXS" or "Q4_K_M", in any case. With a
+            recipe it is the general.file_type that is written, and None stands for the recipe's.
         imatrix: importance data: a matrix, or the path of a file that holds one. A matrix of
             one expert or dense weight that saw no rows weighs every column the same.
+        recipe: what gives every tensor its type, or the path of a file that holds it. tensor_types,
+            output_tensor_type, token_embedding_type, pure and quantize_output=False do not go with
+            it. If it cannot be followed for every tensor, nothing is written.
         tensor_types: exceptions: regular expression (std::regex, searched for in the weights'
             names, the first that matches counts) -> ggml type, such as "q8_0"; or pairs of both.
             Unlike llama-quantize this heeds them for F32, F16 and BF16 too. One that matches no
@@ -114,10 +119,11 @@ def quantize(
 
     Raises:
         ValueError: an unknown type, or one whose blocks do not fit the rows that it is named for, a
-            key that the engine cannot take, a bad number, `dst` is one of the files that are read, a matrix that names no weight of
-            this model, or a type that the engine cannot give a weight without data.
+            key that the engine cannot take, a bad number, `dst` is one of the files that are read,
+            a matrix that names no weight of this model, a type that the engine cannot give a weight
+            without data, or a recipe for another model.
         ModelError (a ValueError): `src` is not a model.
-        FormatError (a ValueError): `imatrix` is not an importance matrix.
+        FormatError (a ValueError): `imatrix` is not an importance matrix, or `recipe` no recipe.
         OSError: a file cannot be read or written.
         EngineError: the engine refused, or would (the preflight runs first, imatrix.coverage);
             its reason is in the message.
@@ -131,6 +137,7 @@ def quantize(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         override_kv=override_kv,
+        recipe=recipe,
         has_matrix=imatrix is not None,
         allow_requantize=allow_requantize,
         pure=pure,
@@ -143,9 +150,11 @@ def quantize(
     model = ModelFile.read(src)
     check_whole(model)
     options.check_rows(model.tensors)
+    if options.recipe is not None:
+        options.recipe.check_model(model)
     targets = kept_parts(dst, model) if keep_split else [Path(dst)]
     rehearse_quantize(model, options)
-    read = [imatrix] if isinstance(imatrix, (str, os.PathLike)) else []
+    read = [given for given in (imatrix, recipe) if isinstance(given, (str, os.PathLike))]
     check_files(
         [Output(os.fspath(target), os.fspath(dst) if keep_split else "") for target in targets],
         [*model_inputs(model.path), *read],
@@ -165,7 +174,7 @@ def quantize(
         check_unasked(found, options)
         if matrix is not None:
             refuse_early(found, model, matrix, dst)
-        choice = options.choice(metadata=[] if matrix is None else _metadata(matrix, source))
+        choice = options.choice(metadata=[] if matrix is None else matrix_keys(matrix, source))
         # its own files go before the interpreter does, too
         with ended_at_exit("quantization") as work, _written(targets, choice) as written:
             # In a second thread, so that Ctrl-C reaches this one.
@@ -178,7 +187,7 @@ def quantize(
                     n_threads=threads,
                     allow_requantize=allow_requantize,
                     matrix=[] if matrix is None else _data(matrix),
-                    unsaid=request(options.ftype, options.rules).unsaid,
+                    unsaid=_unsaid(options),
                 )
                 try:
                     while wait([running], timeout=0.1).not_done:
@@ -210,6 +219,13 @@ def quantize(
                 )
     size = sum(target.stat().st_size for target in targets)
     return Quantized(targets[0], size, bits_per_weight, found.rules, tuple(targets))
+
+
+def _unsaid(options: Options) -> str:
+    """Lines of the engine's log to leave out: of rules that nobody gave."""
+    if options.recipe is not None:
+        return "applying manual override"
+    return request(options.ftype, options.rules).unsaid
 
 
 @dataclass(frozen=True)
@@ -310,18 +326,3 @@ def _data(matrix: ImportanceMatrix) -> list[tuple[str, NDArray[np.float32]]]:
             (name, entry.importance.astype(np.float32).reshape(-1))
             for name, entry in matrix.items()
         ]
-
-
-def _metadata(
-    matrix: ImportanceMatrix, source: str | os.PathLike[str] | None
-) -> list[tuple[str, int | str]]:
-    """The keys that llama-quantize writes; no file name if the matrix came from memory."""
-    keys: list[tuple[str, int | str]] = []
-    if source is not None:
-        keys.append(("quantize.imatrix.file", cut(os.fspath(source), MAX_BYTES)))
-    if matrix.datasets:
-        keys.append(("quantize.imatrix.dataset", cut(matrix.datasets[0], MAX_BYTES)))
-    keys.append(("quantize.imatrix.entries_count", len(matrix)))
-    if matrix.chunk_count:
-        keys.append(("quantize.imatrix.chunks_count", matrix.chunk_count))
-    return keys

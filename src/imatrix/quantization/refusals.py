@@ -37,6 +37,11 @@ def check_unasked(found: Coverage, options: Options) -> None:
                         else "."
                     )
                 )
+            if options.recipe is not None:
+                raise ValueError(
+                    f"the recipe wants {tensor.target_type} for {tensor.name}, which needs importance "
+                    "data, and there are none for it; make the recipe again with this matrix"
+                )
             raise ValueError(
                 f"{tensor.name} would get a type that needs importance data, and there are none "
                 "for it. Leave out pure, or give it a type of its own, as in "

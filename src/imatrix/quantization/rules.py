@@ -25,6 +25,7 @@ from imatrix.tensors import parsed_name
 from imatrix.words import few
 
 __all__ = [
+    "FLOATS",
     "Request",
     "Rule",
     "RuleUse",
@@ -41,7 +42,7 @@ TensorTypes = Mapping[str, str] | Iterable[tuple[str, str]]
 """Pattern -> ggml type, or pairs of both: several may have the same pattern, the first counts."""
 
 # llama_ftype_get_default_type in src/llama-quant.cpp: file types whose weights are not quantized
-_FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # A quantized type whose mixture asks for no data. What it would give to a weight never counts,
 # since the last rule matches every name.
 _BASE = "Q8_0"
@@ -125,9 +126,9 @@ class Request:
 def request(ftype: str, rules: Sequence[Rule]) -> Request:
     """How to ask the engine for a file type with exceptions, so that it heeds them."""
     pairs = tuple((rule.pattern, rule.number) for rule in rules)
-    if not rules or ftype not in _FLOATS:
+    if not rules or ftype not in FLOATS:
         return Request(ftype, pairs)
-    other = _FLOATS[ftype]
+    other = FLOATS[ftype]
     number = quantizer.tensor_types()[other][0]
     unsaid = f"applying manual override: {_BASE.lower()} -> {other}"
     return Request(_BASE, (*pairs, (_EVERY_NAME, number)), rewritten=True, unsaid=unsaid)

@@ -36,7 +36,11 @@ def _add_arguments(command: hub.Parser) -> None:
     add("model", metavar="MODEL", help="GGUF model; the first part of a multi-part one")
     add("imatrix", metavar="IMATRIX", nargs="?", help="importance matrix (default: none)")
     hub.add_to_positional(command)
-    add("--type", metavar="TYPE", required=True, help="what to quantize to: IQ2_XXS, Q4_K_M, ...")
+    add(
+        "--type",
+        metavar="TYPE",
+        help="what to quantize to: IQ2_XXS, Q4_K_M, ...; may be left out with --recipe",
+    )
     quantizing.add_arguments(command)
     add(
         "--plan",
@@ -49,6 +53,8 @@ def _add_arguments(command: hub.Parser) -> None:
 
 
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
+    if args.type is None and args.recipe is None:
+        raise ValueError("the following arguments are required: --type, or --recipe")
     matrix = None if args.imatrix is None else ImportanceMatrix.load(args.imatrix)
     options = quantizing.options(args)
     args.model, _ = hub.fetch(args.model, args, terminal)
@@ -277,6 +283,6 @@ COMMAND = Command(
     "tensors stop it, which are quantized without data, and what to do about them. Exit "
     "status: 0 ready, 1 it would fail, 2 wrong usage or bad input.",
     add_arguments=_add_arguments,
-    files=Files(models=("model",), files=("imatrix",), reads=tensor_types.rule_files),
+    files=Files(models=("model",), files=("imatrix", "recipe"), reads=tensor_types.rule_files),
     run=_run,
 )

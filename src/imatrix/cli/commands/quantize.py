@@ -144,7 +144,7 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     files=Files(
         models=("src",),
-        files=("imatrix",),
+        files=("imatrix", "recipe"),
         outputs=_outputs,
         reads=tensor_types.rule_files,
     ),

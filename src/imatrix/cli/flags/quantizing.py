@@ -14,6 +14,7 @@ class Options(TypedDict):
     """Keyword arguments of imatrix.quantize and imatrix.coverage."""
 
     tensor_types: list[tuple[str, str]]
+    recipe: str | None
     output_tensor_type: str | None
     token_embedding_type: str | None
     override_kv: dict[str, bool | int | float | str]
@@ -26,6 +27,11 @@ class Options(TypedDict):
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The flags of llama-quantize; see `options`."""
     add = command.add_argument
+    add(
+        "--recipe",
+        metavar="FILE",
+        help="what imatrix recipe wrote: it gives every tensor its type",
+    )
     tensor_types.add_arguments(command)
     add(
         "--output-tensor-type",
@@ -70,6 +76,7 @@ def options(args: argparse.Namespace) -> Options:
         raise ValueError(f"--override-kv sets {twice[0]} twice; give each key once")
     return {
         "tensor_types": tensor_types.read(args),
+        "recipe": args.recipe,
         "output_tensor_type": args.output_tensor_type,
         "token_embedding_type": args.token_embedding_type,
         "override_kv": dict(args.override_kv),
