@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -338,8 +338,8 @@ class Recipe:
             head[name] = getattr(self, name)
         for name in ("bits_per_weight", "predicted_kl", "text", "chunks", "n_ctx"):
             head[name] = getattr(self, name)
-        head["measured_kl"] = None if self.measured_kl is None else _plain(vars(self.measured_kl))
-        head["head"] = None if self.head is None else _plain(vars(self.head))
+        head["measured_kl"] = None if self.measured_kl is None else _plain(asdict(self.measured_kl))
+        head["head"] = None if self.head is None else _plain(asdict(self.head))
         head["frontier"] = None if self.frontier is None else self.frontier.as_data()
         source = {name: [tensor.type, list(tensor.shape)] for name, tensor in self.source.items()}
         parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
