@@ -119,6 +119,12 @@ from imatrix.quantization.rules import (
 from imatrix.quantization.verdicts import (
     TensorCoverage,
 )
+from imatrix.recipes.making import (
+    recipe,
+)
+from imatrix.recipes.measuring import (
+    RecipeProgress,
+)
 from imatrix.report.page import (
     report_page,
 )
@@ -192,6 +198,7 @@ __all__ = [
     "Provenance",
     "Quantized",
     "Recipe",
+    "RecipeProgress",
     "Report",
     "RowsMissingError",
     "RuleUse",
@@ -218,6 +225,7 @@ __all__ = [
     "graft_mtp",
     "merge",
     "quantize",
+    "recipe",
     "report_page",
     "statistics",
 ]

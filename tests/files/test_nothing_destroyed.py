@@ -65,6 +65,22 @@ CASES = {
     "quantize": Case(
         ("quantize", _PARTS[0], OUT, "Q4_K", "--imatrix", "a.gguf"), (*_PARTS, "a.gguf")
     ),
+    "recipe": Case(
+        (
+            *("recipe", _PARTS[0], "a.gguf", "-f", "texts", "-f", "text.txt", "--size", "1M"),
+            *("--chat-template-file", "chat.jinja", "--chat-tools", "tools.json", "-o", OUT),
+        ),
+        (*_PARTS, "a.gguf", *_TEXTS, "chat.jinja", "tools.json"),
+        ("{}", "{}.measured", "{}.measured.lock"),
+    ),
+    "recipe, several": Case(
+        (
+            *("recipe", "model.gguf", "a.gguf", "-f", "text.txt", "--size", "1M,2M"),
+            *("--kl", "0.1", "-o", OUT),
+        ),
+        ("model.gguf", "a.gguf", "text.txt"),
+        ("{}", "{}-1M", "{}-2M", "{}-kl0.1", "{}.measured", "{}.measured.lock"),
+    ),
     "drop-mtp": Case(("drop-mtp", _PARTS[0], "-o", OUT), _PARTS),
     "quantize, rules of a file": Case(
         ("quantize", "model.gguf", OUT, "Q4_K", "--tensor-type-file", "rules.txt"),
@@ -433,7 +449,7 @@ def _arguments() -> Iterator[tuple[str, argparse.Action]]:
 
 def test_every_argument_that_may_be_a_file_is_declared() -> None:
     """An argument that is not declared would be compared with nothing."""
-    written = {"output", "dst", "trunk_out", "dir"}
+    written = {"output", "dst", "trunk_out", "dir", "measured"}
     values = {"type", "tensor_type", "dask", "weight"}  # only the completion treats these as files
     commands = set()
     for command, action in _arguments():

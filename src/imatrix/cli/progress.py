@@ -9,9 +9,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 import imatrix
 from imatrix.cli.terminal import Terminal
+from imatrix.recipes.measuring import Cost, RecipeProgress
 from imatrix.words import duration, plural, printable, size
 
-__all__ = ["CollectProgress", "StepProgress", "describe_bytes", "describe_tensors"]
+__all__ = ["CollectProgress", "RecipeBar", "StepProgress", "describe_bytes", "describe_tensors"]
 
 
 class CollectProgress:
@@ -103,6 +104,62 @@ class StepProgress:
             self._bar.update(
                 self._task, total=total, completed=done, info=self._describe(done, total)
             )
+
+
+class RecipeBar:
+    """Progress of a measurement: a bar on a terminal, a line now and then elsewhere; and what it
+    takes, before it begins."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._bar = _bar(terminal) if terminal.err.is_terminal else None
+        self._tasks: dict[str, TaskID] = {}
+        self._shown: dict[str, int] = {}
+
+    def __enter__(self) -> RecipeBar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, progress: RecipeProgress) -> None:
+        """Show where it stands."""
+        if progress.cost is not None:
+            self._terminal.note(_describe_cost(progress.what, progress.cost))
+        if not progress.total:
+            return
+        info = f"{progress.done}/{progress.total}"
+        if progress.seconds_left:
+            info += f", ETA {duration(progress.seconds_left)}"
+        if self._bar is not None:
+            if progress.what not in self._tasks:
+                self._tasks[progress.what] = self._bar.add_task(
+                    progress.what, total=progress.total, info=info
+                )
+            self._bar.update(
+                self._tasks[progress.what],
+                total=progress.total,
+                completed=progress.done,
+                info=info,
+            )
+            return
+        tenth = 10 * progress.done // progress.total
+        if tenth != self._shown.get(progress.what) and progress.done:
+            self._shown[progress.what] = tenth
+            self._terminal.note(f"{progress.what}: {info}")
+
+
+def _describe_cost(what: str, cost: Cost) -> str:
+    """What a stage takes, in a line."""
+    kept = "all logits" if cost.top == 0 else f"the {cost.top} likeliest logits"
+    return (
+        f"{what}: {plural(cost.trials, 'trial')} that come to {cost.passes:.1f} passes over "
+        f"{cost.tokens} tokens, about {duration(cost.seconds)} without quantizing; "
+        f"{size(cost.kept_bytes)} for {kept} of the unchanged model"
+    )
 
 
 def describe_tensors(done: int, total: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["EMBEDDINGS", "FTYPES", "UNASKED"]
+__all__ = ["ASKING", "EMBEDDINGS", "FTYPES", "UNASKED"]
 
 # llama-quantize's names (tools/quantize/quantize.cpp) -> enum llama_ftype (include/llama.h).
 # COPY, which is no type, is left out.
@@ -54,3 +54,7 @@ EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 # The engine asks for data for the other weights and reports their lack. For these it does not ask
 # (tensor_requires_imatrix in src/llama-quant.cpp), and ggml then ends the process.
 UNASKED = (*EMBEDDINGS, "output.weight")
+
+# Types that tensor_requires_imatrix in src/llama-quant.cpp refuses to make without data, and
+# q2_K if the file type is Q2_K_S. It never asks for token_embd, per_layer_token_embd and output.
+ASKING = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})

@@ -18,7 +18,7 @@ from imatrix.native import quantizer
 from imatrix.quantization.cures import Cure, Cures
 from imatrix.quantization.question import Assigned, Question
 from imatrix.quantization.rules import rules_of
-from imatrix.quantization.types import EMBEDDINGS, UNASKED
+from imatrix.quantization.types import ASKING, EMBEDDINGS, UNASKED
 from imatrix.tensors import n_entry_values, n_values
 
 __all__ = ["Status", "TensorCoverage", "Verdicts", "failing_in_order"]
@@ -36,10 +36,6 @@ Status = Literal[
 
 # Statuses that stop the quantizer.
 _STOPS: frozenset[Status] = frozenset({"missing", "wrong size", "requantize", "not convertible"})
-
-# Types that tensor_requires_imatrix in src/llama-quant.cpp refuses to make without data, and
-# q2_K if the file type is Q2_K_S. It never asks for token_embd, per_layer_token_embd and output.
-_ASKING = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"})
 
 # Types whose quantizer takes importance data and leaves them aside (ggml-quants.c,
 # ggml_quantize_chunk in ggml.c).
@@ -173,7 +169,7 @@ class Verdicts:
         """Whether the engine asks for data before it makes the type, and reports their lack."""
         if name in UNASKED:
             return False
-        return target in _ASKING or (target == "q2_K" and self._question.options.ftype == "Q2_K_S")
+        return target in ASKING or (target == "q2_K" and self._question.options.ftype == "Q2_K_S")
 
     def _tensor(self, assigned: Assigned, asked: bool) -> TensorCoverage:
         name, source, target = assigned

@@ -21,15 +21,20 @@ SHELLS = ("bash", "zsh", "fish")
 
 # Values that a person spells out; every other argument that is plain text is a file.
 NO_FILES = {
+    "bpw",
     "chat_system",
     "chat_template",
+    "head",
     "hf_file",
     "hf_repo",
     "hf_token",
+    "kl",
     "prompt",
     "rpc",
+    "size",
     "sort",
     "text_field",
+    "types",
 }
 
 
