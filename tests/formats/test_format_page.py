@@ -4,6 +4,7 @@ alone, without the package or gguf-py, are compared with those of the package an
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from helpers.running import EngineTool, Forged, run_tool
 from numpy.typing import NDArray
 
@@ -424,3 +426,58 @@ def test_a_checkpoint_by_the_page(model: Path, prose_file: Path, tmp_path: Path)
         assert (sums.dtype, counts.dtype) == (np.dtype("<f8"), np.dtype("<i8"))
         assert np.array_equal(sums, matrix[name].sums)
         assert np.array_equal(counts.ravel(), matrix[name].counts)
+
+
+def test_a_recipe_by_the_page(model: Path, tmp_path: Path) -> None:
+    """The keys that the page names are those of the file, and one made by the page alone is read."""
+    told = [
+        re.findall(r"^\| (`.+?`(?:, `.+?`)*) \|", table, re.MULTILINE) for table in tables("Recipe")
+    ]
+    keys, of_head, of_frontier = [re.findall("`([a-z_]+)`", " ".join(rows)) for rows in told]
+    shapes = {t.name: [int(n) for n in t.shape] for t in GGUFReader(model).tensors}
+    kinds = {t.name: t.tensor_type.name.lower() for t in GGUFReader(model).tensors}
+    lines = [
+        f"{name}\t{kinds[name]}{''.join(f' {n}' for n in shapes[name])}\n"
+        for name in sorted(shapes)
+    ]
+    curve = {"predicted": {"bytes": [5, 9], "kl": [0.2, 0.1]}, "measured": [], "mixtures": [],
+             "chosen": [9]}  # fmt: skip
+    head = {"label": "Q4_K", "bytes": 3, "accepted": 1.5, "accepted_low": 1.25, "depth": 3,
+            "accepted_high": 1.75, "speed_up": None}  # fmt: skip
+    data = {
+        "format": "imatrix-recipe", "version": 1, "architecture": "glm4moe", "model": "m.gguf",
+        "tensors_digest": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        "source": {name: [kinds[name], shapes[name]] for name in shapes}, "head_blocks": [3],
+        "types": {name: "q8_0" for name in shapes if is_changed(name, shapes[name])},
+        "ftype": "Q8_0", "bytes": 9, "bits_per_weight": 8.5, "predicted_kl": None,
+        "measured_kl": {"value": 0.1, "error": None, "positions": 64}, "head": head,
+        "text": "a.txt", "chunks": 2, "n_ctx": 64, "frontier": curve,
+    }  # fmt: skip
+    assert set(keys) == set(data)
+    assert set(of_head) == set(head) - {"accepted_low", "accepted_high"}
+    assert set(of_frontier) == set(curve)
+
+    path, again = tmp_path / "r.json", tmp_path / "again.json"
+    path.write_text(json.dumps(data), encoding="ascii")
+    recipe = imatrix.Recipe.load(path)
+    recipe.save(again)
+    assert json.loads(again.read_text("ascii")) == data
+    imatrix.quantize(model, tmp_path / "q.gguf", recipe=path, n_threads=1)
+    types = {t.name: t.tensor_type.name.lower() for t in GGUFReader(tmp_path / "q.gguf").tensors}
+    assert types == {**kinds, **data["types"]}
+
+    # as rules
+    recipe.write_rules(tmp_path / "rules.txt")
+    rules = (tmp_path / "rules.txt").read_text("ascii")
+    assert r"^blk\.0\.attn_q\.weight$=q8_0" in rules.splitlines()
+
+
+def is_changed(name: str, shape: list[int]) -> bool:
+    """Neither norms, biases nor routers (tensor_allows_quantization in src/llama-quant.cpp)."""
+    return len(shape) > 1 and "norm" not in name and "ffn_gate_inp" not in name
+
+
+def tables(title: str) -> list[str]:
+    """The tables of a section, as text."""
+    found = section(title).split("\n\n")
+    return [paragraph for paragraph in found if paragraph.startswith("|")]
