@@ -96,6 +96,23 @@ set(ENV{GIT_DIR})
 
 set(IMATRIX_ENGINE_LIBRARIES llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
 
+# GCC's _tile_loadconfig says of the 64 bytes that it reads only that it reads the first 8
+# (amxtileintrin.h), so the rows and columns that ggml_tile_config_init writes are left out
+# (ggml-cpu/amx/mmq.cpp), and the first product of a quantized type on AMX ends the process with
+# SIGILL. F16 and BF16 use no tiles, and without AMX the variant that would have it is zen4's.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-mno-amx-tile IMATRIX_HAS_NO_AMX)
+  if(IMATRIX_HAS_NO_AMX AND TARGET ggml-cpu)
+    target_compile_options(ggml-cpu PRIVATE -mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+  endif()
+  if(TARGET ggml-cpu-sapphirerapids) # not installed, so next to nothing of it is compiled
+    list(REMOVE_ITEM IMATRIX_ENGINE_LIBRARIES ggml-cpu-sapphirerapids)
+    set_target_properties(ggml-cpu-sapphirerapids PROPERTIES
+      SOURCES "${IMATRIX_ENGINE_SOURCE}/ggml/src/ggml-cpu/hbm.cpp")
+  endif()
+endif()
+
 # A library is found by its name alone if one of that name is loaded already (on Linux its soname, on
 # Windows its file name): the libllama and libggml of another package in the process, such as
 # llama-cpp-python, would take the place of these, or these of theirs. Modules are opened by their
