@@ -10,7 +10,7 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test engine-check dev tools lint format types docs bench quality sanitize fuzz dist clean
+.PHONY: help demo test engine-check dev tools lint format types docs bench quality sanitize fuzz dist try-dist workflows clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
@@ -22,7 +22,8 @@ help:
 	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
 	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
 	@echo "make fuzz      coverage-guided fuzzing of the readers, and of what opens models; RUNS=N each"
-	@echo "make dist      sdist and wheel into dist/"
+	@echo "make dist      the release's sdist and wheel into dist/, and what is in them checked"
+	@echo "make try-dist  installs what is in dist/ in empty environments, and tries it"
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +54,11 @@ test: lint types tools
 # ENGINE_ARGS=--record notes these files once all pass
 engine-check: tools
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/helpers/engine_check.py $(ENGINE_ARGS)
+
+# the workflows by what is known of GitHub's; it asks nobody
+workflows: $(STAMP)
+	$(BIN)/python -m pip install --quiet --group release
+	$(BIN)/zizmor --offline .github/workflows
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -91,8 +97,23 @@ fuzz: tools
 	  $(BIN)/python tests/fuzz/run.py $$target --runs $(RUNS) || exit 1; done
 	$(BIN)/python tests/fuzz/engine.py build/fuzz --runs $(RUNS)
 
+# the release's files, from a build folder of their own: every CPU variant, then the libraries that
+# not every Linux has are put beside them (libgomp)
+RELEASE := build/release
 dist: $(STAMP)
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m pip install --quiet --group release
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist
+	$(BIN)/python -m build --no-isolation --wheel --outdir $(RELEASE) \
+	  -C cmake.define.IMATRIX_PORTABLE=ON -C "build-dir=build/release-{wheel_tag}"
+	if [ "$$(uname)" = Linux ]; then $(BIN)/python -m auditwheel repair -w dist $(RELEASE)/*.whl; \
+	  else cp $(RELEASE)/*.whl dist; fi
+	$(BIN)/python tests/wheel/check_dist.py dist
+
+# each file of dist/ installed in an empty environment: the wheel for the README's commands and a
+# short suite, the sdist without a network, which compiles the engine; TRY_ARGS="--only wheel"
+try-dist: $(STAMP)
+	$(BIN)/python tests/wheel/try_dist.py dist $(TRY_ARGS)
 
 clean:
 	rm -rf build dist

@@ -142,10 +142,11 @@ def options(name: str, size: str = "full") -> dict[str, Any]:
     return found
 
 
-def model(name: str, size: str = "full") -> Path:
-    """The GGUF file of one of MODELS, made where it is not there yet."""
-    given = options(name, size)
+def model(name: str, size: str = "full", *, dtype: str = "F16") -> Path:
+    """The GGUF file of one of MODELS, with weights of a type, made where it is not there yet."""
+    given = {**options(name, size), "dtype": dtype}
     stem = name if size == "full" else f"{name}-{size}"
+    stem += "" if dtype == "F16" else f"-{dtype}"
     path = ROOT / "build" / "benchmarks" / f"{stem}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

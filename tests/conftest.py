@@ -35,6 +35,7 @@ settings.load_profile("busy")
 # What a test may need and a machine or build may lack, for the mark `needs`.
 HAS = {
     "gpu": lambda: any(device.gpu for device in imatrix.backends().devices),
+    "modules": lambda: imatrix.backends().cpu_variant is not None,
     "no rpc": lambda: "RPC" not in imatrix.backends().built,
 }
 

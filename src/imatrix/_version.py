@@ -1,10 +1,6 @@
-"""The version, from the package's own metadata: pyproject.toml is the one place it is written."""
+"""The version: this is the one place where it is written. pyproject.toml reads it from here for the
+wheel and the sdist, and CHANGELOG.md has an entry for it (tests/wheel/check_dist.py)."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    __version__ = version("imatrix")
-except PackageNotFoundError:  # a source tree on the path that was never installed
-    __version__ = "0+uninstalled"
+__version__ = "0.1.0"

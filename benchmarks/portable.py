@@ -1,0 +1,390 @@
+"""The portable wheel: as other processors than this one, on arm64, and its speed beside a build for
+this machine.
+
+    python benchmarks/portable.py processors dist/imatrix-*.whl    # qemu-x86_64 (Debian: qemu-user)
+    python benchmarks/portable.py arm64                            # and g++-aarch64-linux-gnu
+    python benchmarks/portable.py speed dist/imatrix-*.whl         # on a quiet machine
+
+Each puts its part into results/portable.json, of which results/portable.md is made again.
+
+processors: the wheel is installed in an environment of its own, and the package's small model is
+collected, checked and quantized there under qemu as processors with fewer and fewer instructions.
+Expected: the variant that is made for the processor, the counts of this machine's run, and its sums
+within the rounding of a forward pass.
+
+arm64: the engine and the native core are cross-compiled, and the core's own tests run under
+qemu-aarch64: every row kernel against sums in double, the hook, and whole sessions.
+
+speed: sessions of the wheel and of this interpreter's imatrix, which has to be a build for this
+machine (make dev), take turns chunk by chunk; the median of the pairs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import imatrix
+from imatrix.demo import CALIBRATION, MODEL
+from imatrix.engine.cores import physical_cores
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+# As qemu 7.2 knows them, with the variant of the engine's backend that each must get. Its emulation
+# has no AVX-512. NumPy's wheels need SSE4.2, so there is no older one.
+PROCESSORS = {
+    "Nehalem": "sse42",
+    "SandyBridge": "sandybridge",
+    "IvyBridge": "ivybridge",
+    "Opteron_G5": "piledriver",
+    "Haswell": "haswell",
+    "EPYC": "haswell",
+}
+# What separates two processors' forward passes: products of F16 weights and float32 rows, summed in
+# another order, through 5 blocks; where an expert's choice is close, one row may go to another.
+# Of an entry's sums, the median and the largest difference relative to the entry's largest sum.
+MOST_APART = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name in ("processors", "speed"):
+        parts.add_parser(name).add_argument("wheel", type=Path)
+    parts.choices["processors"].add_argument("--only", help="one processor")
+    parts.choices["speed"].add_argument("--pairs", type=int, default=16)
+    parts.choices["speed"].add_argument("--size", choices=("full", "half"), default="full")
+    parts.add_parser("arm64")
+    args = parser.parse_args()
+    kept = RESULTS / "portable.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    if args.part == "processors":
+        results["processors"] = try_processors(args.wheel.resolve(), args.only)
+    elif args.part == "speed":
+        results["speed"] = measure(args.wheel.resolve(), args.pairs, args.size)
+    else:
+        results["arm64"] = try_arm64()
+    results[args.part]["date"] = str(datetime.date.today())
+    kept.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "portable.md").write_text(page(results))
+    print(page(results))
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The interpreter of a new environment with the wheel."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    return python
+
+
+# --- other processors -------------------------------------------------------------------------------
+
+
+def try_processors(wheel: Path, only: str | None) -> dict[str, Any]:
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None:
+        sys.exit("there is no qemu-x86_64: apt-get install qemu-user")
+    version = subprocess.run([qemu, "--version"], capture_output=True, text=True).stdout.split()[2]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        python = installed(wheel, folder / "venv")
+        (folder / "text.txt").write_text(CALIBRATION.read_text("utf-8")[:4000], "utf-8")
+        first = steps(python, folder, "this machine", [])
+        rows = [first[0]]
+        for name, variant in PROCESSORS.items():
+            if only in (None, name):
+                row, matrix = steps(python, folder, name, [qemu, "-cpu", name])
+                compare(row, matrix, first[1])
+                assert row["variant"] == variant, (name, row["variant"], variant)
+                rows.append(row)
+    return {"wheel": wheel.name, "qemu": version, "rows": rows}
+
+
+def steps(
+    python: Path, folder: Path, name: str, emulator: list[str]
+) -> tuple[dict[str, Any], imatrix.ImportanceMatrix]:
+    """Collect, check and quantize; what was chosen, and the matrix."""
+    # The engine runs in children, which are started by sys.executable: under the emulator too.
+    place = folder / name.replace(" ", "-")
+    place.mkdir()
+    start = place / "python"
+    start.write_text("#!/bin/sh\nexec " + " ".join([*emulator, str(python)]) + ' "$@"\n')
+    start.chmod(0o755)
+    (place / "sitecustomize.py").write_text(f"import sys\nsys.executable = {str(start)!r}\n")
+    env = {**os.environ, "PYTHONPATH": str(place), "OPENBLAS_NUM_THREADS": "1"}
+
+    def run(*arguments: object) -> str:
+        done = subprocess.run(
+            [start, *map(str, arguments)], capture_output=True, text=True, env=env, cwd=place
+        )
+        if done.returncode != 0:
+            sys.exit(f"{name}: {arguments}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def command(*arguments: object) -> str:
+        return run("-m", "imatrix", *arguments)
+
+    # asked in a child, as the engine is
+    code = "import subprocess, sys; print(subprocess.check_output([sys.executable, '-m', 'imatrix', '--version'], text=True))"
+    told = run("-c", code)
+    command("collect", "-m", MODEL, "-f", "../text.txt", "-o", "m.gguf", "--mtp", "-c", 64,
+            "--chunks", 4, "-t", 2)  # fmt: skip
+    command("check", MODEL, "m.gguf", "--type", "IQ3_S")
+    command("quantize", MODEL, "q.gguf", "IQ3_S", "--imatrix", "m.gguf")
+    row = {
+        "name": name,
+        "variant": find(r"^CPU variant (.+)$", told),
+        "kernel": find(r"^row kernel  (\S+)", told),
+        "quantized": (place / "q.gguf").stat().st_size,
+    }
+    print(row, file=sys.stderr, flush=True)
+    return row, imatrix.ImportanceMatrix.load(place / "m.gguf")
+
+
+def find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.M)
+    assert found is not None, (pattern, text)
+    return found[1]
+
+
+def compare(
+    row: dict[str, Any], matrix: imatrix.ImportanceMatrix, first: imatrix.ImportanceMatrix
+) -> None:
+    """Adds to the row how far the matrix is from this machine's."""
+    assert list(matrix) == list(first)
+    apart = []
+    moved = 0
+    rows = 0
+    for name, entry in matrix.items():
+        other = first[name]
+        rows += int(other.counts.sum())
+        moved += int(np.abs(entry.counts - other.counts).sum()) // 2
+        if len(entry.counts) == 1:
+            assert entry.counts.tolist() == other.counts.tolist(), name
+        difference = np.abs(np.asarray(entry.sums) - np.asarray(other.sums))
+        apart.append(float(difference.max() / np.asarray(other.sums).max()))
+    row["moved"], row["rows"] = moved, rows
+    row["apart"] = [float(np.median(apart)), max(apart)]
+    assert max(apart) <= MOST_APART, row
+
+
+# --- arm64 ------------------------------------------------------------------------------------------
+
+TOOLCHAIN = """set(CMAKE_SYSTEM_NAME Linux)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
+set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
+set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
+"""
+
+
+def try_arm64() -> dict[str, Any]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers.forge import make_model
+
+    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(program) is None:
+            sys.exit(f"there is no {program}: apt-get install g++-aarch64-linux-gnu qemu-user")
+    folder = ROOT / "build/arm64"
+    folder.mkdir(parents=True, exist_ok=True)
+    toolchain = folder / "toolchain.cmake"
+    toolchain.write_text(TOOLCHAIN)
+    configure = [
+        "-S", ROOT, "-B", folder, f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",
+        f"-DPython_EXECUTABLE={sys.executable}", "-DIMATRIX_BUILD_TOOLS=ON", "-DGGML_NATIVE=OFF",
+        # the build asks Python for things, which is this machine's: CMake wants to hear how it runs
+        "-DCMAKE_CROSSCOMPILING_EMULATOR=/usr/bin/env",
+    ]  # fmt: skip
+    subprocess.run(["cmake", "-G", "Ninja", *map(str, configure)], check=True)
+    targets = ["imatrix-core-tests", "imatrix-instructions"]
+    subprocess.run(["cmake", "--build", folder, "--target", *targets], check=True)
+    make_model(folder / "dense.gguf", "llama")
+    make_model(folder / "head.gguf", "qwen35moe", n_nextn=1)
+    emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+    tests = find_one(folder, "imatrix-core-tests")
+    instructions = find_one(folder, "imatrix-instructions")
+    rows = []
+    for cpu in ("cortex-a72", "max"):
+        started = time.monotonic()
+        done = subprocess.run(
+            [*emulator, "-cpu", cpu, tests, folder / "dense.gguf", folder / "head.gguf"],
+            capture_output=True,
+            text=True,
+        )
+        print(cpu, done.stdout, done.stderr, file=sys.stderr)
+        if done.returncode != 0:
+            sys.exit(f"the core's tests failed as {cpu}")
+        kernels = [
+            name
+            for name in ("neon", "plain")
+            if subprocess.run([*emulator, "-cpu", cpu, instructions, f"kernel:{name}"],
+                              capture_output=True).returncode == 0
+        ]  # fmt: skip
+        assert kernels == ["neon", "plain"], kernels
+        rows.append({"cpu": cpu, "said": done.stdout.split()[-1], "kernels": kernels,
+                     "seconds": round(time.monotonic() - started)})  # fmt: skip
+    compiler = subprocess.run(
+        ["aarch64-linux-gnu-g++", "-dumpfullversion"], capture_output=True, text=True
+    ).stdout.strip()
+    return {"compiler": compiler, "rows": rows}
+
+
+def find_one(folder: Path, name: str) -> Path:
+    return next(path for path in folder.rglob(name) if path.is_file())
+
+
+# --- speed ------------------------------------------------------------------------------------------
+
+
+def measure(wheel: Path, n_pairs: int, size: str) -> dict[str, Any]:
+    import models
+    from hook_cost import interval
+    from store import machine
+
+    if imatrix.backends().cpu_variant is not None:
+        sys.exit(
+            "this interpreter's imatrix is portable itself: run it in a build for this machine"
+        )
+    cells = []
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        pythons = {"native": Path(sys.executable), "wheel": installed(wheel, Path(temporary) / "v")}
+        told = subprocess.run(
+            [pythons["wheel"], "-m", "imatrix", "--version"], capture_output=True, text=True
+        ).stdout
+        for dtype in ("F16", "BF16"):
+            work = {
+                "model": str(models.model("dense", size, dtype=dtype)),
+                "text": str(CALIBRATION),
+                "n_ctx": 512,
+                "n_ubatch": 512,
+                "n_chunks": 1,
+                "n_threads": physical_cores(),
+                "mtp": True,
+                "perplexity": False,
+            }
+            running = {name: Worker(python, work) for name, python in pythons.items()}
+            pairs = []
+            for i in range(n_pairs):
+                order = ("native", "wheel") if i % 2 == 0 else ("wheel", "native")
+                seconds = {name: running[name].chunk() for name in order}
+                pairs.append((seconds["native"], seconds["wheel"]))
+            for worker in running.values():
+                worker.close()
+            ratio = interval([wheel / native for native, wheel in pairs])
+            native = float(np.median([native for native, _ in pairs]))
+            cells.append({"dtype": dtype, "pairs": n_pairs, "native": native, "ratio": ratio})
+            print(cells[-1], file=sys.stderr, flush=True)
+    variant = find(r"^CPU variant (.+)$", told)
+    return {"machine": machine(), "load": load, "variant": variant, "size": size, "cells": cells}
+
+
+class Worker:
+    """A session of worker.py in a given interpreter."""
+
+    def __init__(self, python: Path, work: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [python, Path(__file__).parent / "worker.py", json.dumps(work)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def chunk(self) -> float:
+        """Seconds for a chunk, with the hook."""
+        assert self._process.stdin is not None
+        print("on", file=self._process.stdin, flush=True)
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"a session ended with status {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+# --- the page ---------------------------------------------------------------------------------------
+
+
+def page(results: dict[str, Any]) -> str:
+    lines = ["# The portable wheel", "", "Made by benchmarks/portable.py."]
+    if found := results.get("processors"):
+        lines += [
+            "", "## As other processors", "",
+            f"{found['date']}, {found['wheel']} under qemu-x86_64 {found['qemu']}: the package's "
+            "small model, 4 chunks of 64 tokens, trunk and head, then check and quantize to IQ3_S. "
+            "Every dense weight has the same count. Rows of experts that go to another expert than "
+            "on this machine are counted as moved. Apart: the largest difference of a weight's sums, "
+            "relative to its largest sum; median and largest of the weights. qemu 7.2 emulates no "
+            "AVX-512, which the first row stands for.",
+            "",
+            "| processor | variant | row kernel | rows moved | sums apart, median | largest |",
+            "|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in found["rows"]:
+            apart = ["", "", ""]
+            if "apart" in row:
+                apart = [f"{row['moved']} of {row['rows']}", *(f"{a:.1e}" for a in row["apart"])]
+            lines.append(
+                f"| {row['name']} | {row['variant']} | {row['kernel']} | "
+                + " | ".join(apart)
+                + " |"
+            )
+    if found := results.get("arm64"):
+        lines += [
+            "", "## arm64", "",
+            f"{found['date']}, cross-compiled by GCC {found['compiler']}, run under qemu-aarch64: "
+            "imatrix-core-tests, which compares every row kernel with sums in double, the hook with "
+            "a naive reference, and runs whole sessions of a dense model and of one with experts "
+            "and a head.",
+            "",
+            "| processor | kernels | tests |",
+            "|---|---|---|",
+        ]  # fmt: skip
+        lines += [
+            f"| {row['cpu']} | {', '.join(row['kernels'])} | {row['said']} |"
+            for row in found["rows"]
+        ]
+    if found := results.get("speed"):
+        lines += [
+            "", "## Speed beside a build for the machine", "",
+            f"{found['date']}, {found['machine']}, load average before {found['load']:.1f}, variant "
+            f"{found['variant']}. The dense model of benchmarks/models.py ({found['size']}), trunk "
+            "and head, chunks of 512 tokens that take turns; median of the pairs' ratios [95 % "
+            "interval].",
+            "",
+            "| source | pairs | s/chunk, native | wheel, of it |",
+            "|---|---|---|---|",
+        ]  # fmt: skip
+        for cell in found["cells"]:
+            middle, low, high = cell["ratio"]
+            lines.append(
+                f"| {cell['dtype']} | {cell['pairs']} | {cell['native']:.2f} "
+                f"| {middle:.3f} [{low:.3f}, {high:.3f}] |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
