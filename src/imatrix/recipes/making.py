@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 
 from imatrix.engine.placement import Overrides, Placement, SplitMode
 from imatrix.engine.quantizing import open_quantizer
+from imatrix.errors import ModelError
 from imatrix.files.outputs import check_files
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.parts import model_inputs
@@ -239,10 +240,16 @@ class _Making:
         options, bench = self._options, self._bench
         path = bench.source.path
         changed = quantizable(path)
+        self._in_head = {
+            t.name: ggml_name(t.kind)
+            for t in bench.source.all()
+            if t.name in changed and bench.source.header.in_head(t.name)
+        }
         refuse_quantized([t for t in bench.source.all() if t.name in changed], path)
         heads = self._head_candidates()
-        bench.load(with_head=self._measures_head)
+        self._load()
         groups, kept = self._groups(changed)
+        self._check_possible(groups, kept, None if heads is None else heads[1])
         if told := bench.read(self._texts):
             warnings.warn(told, stacklevel=4)
         self._warn_of_own_text()
@@ -355,6 +362,59 @@ class _Making:
                 stacklevel=5,
             )
 
+    def _load(self) -> None:
+        if not self._measures_head:
+            self._bench.load(with_head=False)
+            return
+        try:
+            self._bench.load(with_head=True)
+        except ModelError as error:
+            error.args = (
+                f"{error}. If it is the head that cannot be run: name its type (head, --head TYPE), or "
+                "leave it as it is (head='keep', --head keep), so that it is not measured",
+            )
+            raise
+
+    def _check_possible(
+        self, groups: Sequence[Group], kept: Mapping[str, str], candidates: Candidates | None
+    ) -> None:
+        """Refuse a target that no measurement can make possible.
+
+        Raises:
+            ValueError: it is below the smallest choice or above the model; with both ends.
+        """
+        heads: list[dict[str, str]] = (
+            [{}] if candidates is None else [dict(c.types) for c in candidates.offered]
+        )
+        if candidates is not None and not self._measures_head:
+            heads = heads[-1:]
+        ends = []
+        for choose, at in ((min, -1), (max, 0)):
+            types = {
+                group.name: choose(group.bytes, key=group.bytes.__getitem__) for group in groups
+            }
+            if choose is max:
+                types = {group.name: group.source for group in groups}
+            ends.append(self._all_types(types, groups, {**kept, **self._in_head, **heads[at]}))
+        for target in self._options.targets:
+            if target.kind == "size":
+                low, high = map(self._file_bytes, ends)
+                if not low <= target.value <= high:
+                    self._refuse(target, f"{_told(low)} to {_told(high)}", target.value < low)
+            elif target.kind == "bpw":
+                least, most = map(self._bits_per_weight, ends)
+                if not least <= target.value <= most:
+                    self._refuse(
+                        target, f"{least:.4f} to {most:.4f} bits per weight", target.value < least
+                    )
+
+    def _refuse(self, target: Target, ends: str, below: bool) -> NoReturn:
+        what = "below the smallest" if below else "above the largest"
+        raise ValueError(
+            f"{target} is {what} that a recipe can be for {self._bench.source.path.name} with these "
+            f"types: {ends}"
+        )
+
     # --- a target --------------------------------------------------------------------------------
 
     def _recipe(
@@ -369,15 +429,8 @@ class _Making:
     ) -> _One:
         smallest, largest = refiner.frontier.smallest, refiner.frontier.largest
         table = decision = choice = None
-        head_types: dict[str, str] = {}
-        header = self._bench.source.header
-        if self._with_head:
-            # a recipe names every tensor that the quantizer changes
-            head_types = {
-                name: ggml_name(self._bench.source.tensors[name].kind)
-                for name in quantizable(self._bench.source.path)
-                if header.in_head(name)
-            }
+        # a recipe names every tensor that the quantizer changes
+        head_types = dict(self._in_head)
         if heads is not None:
             files, candidates = heads
             if trials:
@@ -474,18 +527,10 @@ class _Making:
         if target.kind == "size":
             # what is no group's data is the same in all
             rest = int(target.value) - budget
-            ends = f"{least + rest} bytes ({describe_size(least + rest)}) to {most + rest} bytes "
-            ends += f"({describe_size(most + rest)})"
-            given = f"{int(target.value)} bytes"
-        else:
-            weights = sum(n_values(tensor.shape) for tensor in self._bench.source.all())
-            low, high = (target.value + 8 * (each - budget) / weights for each in (least, most))
-            ends, given = f"{low:.4f} to {high:.4f} bits per weight", f"{target.value:g}"
-        what = "below the smallest" if budget < least else "above the largest"
-        raise ValueError(
-            f"{target.kind} {given} is {what} that a recipe can be for {self._bench.source.path.name} "
-            f"with these types: {ends}"
-        )
+            self._refuse(target, f"{_told(least + rest)} to {_told(most + rest)}", budget < least)
+        weights = sum(n_values(tensor.shape) for tensor in self._bench.source.all())
+        low, high = (target.value + 8 * (each - budget) / weights for each in (least, most))
+        self._refuse(target, f"{low:.4f} to {high:.4f} bits per weight", budget < least)
 
     def _all_types(
         self, chosen: Mapping[str, str], groups: Sequence[Group], fixed: Mapping[str, str]
@@ -503,6 +548,10 @@ class _Making:
         tensors = list(self._bench.source.all())
         data = sum(bytes_as(tensor, types) for tensor in tensors)
         return 8 * data / sum(n_values(tensor.shape) for tensor in tensors)
+
+
+def _told(n_bytes: int) -> str:
+    return f"{n_bytes} bytes ({describe_size(n_bytes)})"
 
 
 def _nearest_ftype(bits: float, has_matrix: bool) -> str:
