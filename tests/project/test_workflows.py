@@ -20,7 +20,10 @@ WORKFLOWS = {
 
 def steps() -> list[dict[str, Any]]:
     return [
-        step for flow in WORKFLOWS.values() for job in flow["jobs"].values() for step in job["steps"]
+        step
+        for flow in WORKFLOWS.values()
+        for job in flow["jobs"].values()
+        for step in job["steps"]
     ]
 
 

@@ -394,3 +394,17 @@ def test_without_a_matrix_only_types_that_need_none(run: Run, tmp_path: Path) ->
     recipe = Recipe.load(out)
     assert "iq3_xxs" not in recipe.types.values()
     assert f"--recipe {out}" in done.err
+    assert recipe.text == "held-out.txt"
+    # several sizes: a file for each, from what is there already
+    before = out.with_name("recipe.json.measured").read_bytes()
+    done = run(
+        *("recipe", MODEL, "-f", HELD_OUT, "--bpw", "8,8.0", "--size", "7M,7168K", "--kl", "0.5"),
+        *("--effort", "quick", "--head", "q8_0", "--types", "iq3_xxs,q6_k", "--chunks", CHUNKS),
+        *("-c", N_CTX, "-t", "1", "-o", out),
+    )
+    assert done.status == 0, done.err
+    assert out.with_name("recipe.json.measured").read_bytes().startswith(before)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        *("recipe-7M.json", "recipe-8bpw.json", "recipe-kl0.5.json", "recipe.json")
+    ]
+    assert Recipe.load(tmp_path / "recipe-8bpw.json") == recipe

@@ -484,7 +484,7 @@ class _Making:
                 predicted_kl=found.predicted,
                 measured_kl=_measured(found.trial, measurement),
                 head=choice,
-                text=few(self._facts.datasets, _FEW) or "a text without a name",
+                text=few([_short(name) for name in self._facts.datasets], _FEW),
                 chunks=len(self._bench.chunks),
                 n_ctx=self._options.n_ctx,
                 frontier=FrontierCurve(
@@ -548,6 +548,11 @@ class _Making:
         tensors = list(self._bench.source.all())
         data = sum(bytes_as(tensor, types) for tensor in tensors)
         return 8 * data / sum(n_values(tensor.shape) for tensor in tensors)
+
+
+def _short(name: str) -> str:
+    """What a text is called, without the folders that it lies in."""
+    return name if name.startswith("hf:") else Path(name).name
 
 
 def _told(n_bytes: int) -> str:

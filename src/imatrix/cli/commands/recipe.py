@@ -25,6 +25,7 @@ from imatrix.cli.flags.values import at_least, chunks
 from imatrix.cli.head_table import print_head_table
 from imatrix.cli.outputs import Files, check_output
 from imatrix.cli.progress import RecipeBar
+from imatrix.cli.signals import catch_signals
 from imatrix.cli.status import OK
 from imatrix.cli.terminal import Terminal, Text
 from imatrix.engine.placement import Placement
@@ -32,7 +33,7 @@ from imatrix.files.outputs import Output
 from imatrix.quantization.source import data_bytes
 from imatrix.recipes.groups import wanted_types
 from imatrix.recipes.making import make
-from imatrix.recipes.options import Effort, RecipeOptions, Target, targets_of
+from imatrix.recipes.options import Effort, RecipeOptions, Target, parse_size
 from imatrix.tensors import kind_of, n_values
 from imatrix.words import size
 
@@ -122,7 +123,7 @@ def _add_arguments(command: hub.Parser) -> None:
 
 
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
-    targets = _targets(args)
+    targets = tuple(_targets(args))
     for output in _outputs(args):
         check_output(output.path)
     text = sources.texts(args)
@@ -164,8 +165,15 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         measured=_measured(args),
         restart=args.restart,
     )
-    with RecipeBar(terminal) as bar:
-        made = make(options, args.imatrix, text, progress=bar)
+    try:
+        with catch_signals(terminal), RecipeBar(terminal) as bar:
+            made = make(options, args.imatrix, text, progress=bar)
+    except (KeyboardInterrupt, imatrix.EngineError, imatrix.NonFiniteError, MemoryError, OSError):
+        if Path(_measured(args)).exists():
+            terminal.note(
+                f"what was measured is in {_measured(args)}; the same command goes on from it"
+            )
+        raise
     paths = _paths(args)
     for number, (recipe, path) in enumerate(zip(made.recipes, paths, strict=True)):
         recipe.save(path)
@@ -176,8 +184,18 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     return OK
 
 
-def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
-    return targets_of(_split(args.size), _numbers(args.bpw, "--bpw"), _numbers(args.kl, "--kl"))
+def _targets(args: argparse.Namespace) -> dict[Target, str]:
+    """What is wanted, with what its file is called by, in the order of imatrix.recipe."""
+    found: dict[Target, str] = {}
+    for each in _split(args.size):
+        found.setdefault(Target("size", parse_size(each)), each.replace(" ", ""))
+    for number in _numbers(args.bpw, "--bpw"):
+        found.setdefault(Target("bpw", number), f"{number:g}bpw")
+    for number in _numbers(args.kl, "--kl"):
+        found.setdefault(Target("kl", number), f"kl{number:g}")
+    if not found:
+        raise ValueError("nothing to choose for: give --size, --bpw or --kl")
+    return found
 
 
 def _split(given: list[str]) -> list[str]:
@@ -200,12 +218,7 @@ def _measured(args: argparse.Namespace) -> str:
 
 def _paths(args: argparse.Namespace) -> list[str]:
     """A file for each target: OUT, or OUT with what it is for."""
-    labels = [
-        *_split(args.size),
-        *(f"{each}bpw" for each in _split(args.bpw)),
-        *(f"kl{each}" for each in _split(args.kl)),
-    ]
-    labels = list(dict.fromkeys(labels))
+    labels = _targets(args).values()
     if len(labels) < 2:
         return [args.output]
     out = Path(args.output)
