@@ -12,6 +12,10 @@ import numpy as np
 
 import imatrix
 from imatrix import Collector, Entry, ImportanceMatrix, LeftOut, Provenance, TextSource, report_page
+from imatrix.model.header import ModelFile
+from imatrix.quantization.frontier import FrontierCurve, FrontierPoint
+from imatrix.quantization.recipe import HeadChoice, Measured, Recipe
+from imatrix.quantization.source import source_tensors
 
 DATA = Path(imatrix.__file__).parent / "data"
 MODEL = DATA / "tiny-glm4moe-mtp.gguf"
@@ -26,11 +30,63 @@ def shipped(folder: Path) -> dict[str, str]:
     whole.save(old, format="dat")
     return {
         "whole": report_page(whole, name="whole.gguf", model=MODEL, against=other),
+        "recipe": report_page(
+            whole, name="whole.gguf", model=MODEL, types=["Q4_K_M"], recipe=made_up_recipe()
+        ),
         "trunk": report_page(
             whole.trunk, name="trunk.gguf", model=MODEL, types=["IQ2_XXS", "Q4_K_M"]
         ),
         "dat": report_page(old),
     }
+
+
+def made_up_recipe() -> Recipe:
+    """A recipe of the package's model with many types, a head and mixtures."""
+    file = ModelFile.read(MODEL)
+    source = source_tensors(file)
+    kinds = ("q2_k", "iq3_xxs", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+    rng = np.random.default_rng(2)
+    names = [name for name, tensor in source.items() if tensor.type == "f16"]
+    types = {
+        name: kinds[n]
+        for name, n in zip(names, rng.integers(len(kinds), size=len(names)), strict=True)
+    }
+    sizes = np.arange(1_500_000, 5_000_000, 20_000)
+    kl = 0.05 * np.exp((3_000_000 - sizes) / 600_000)
+    points = {"IQ2_XXS": 2.0, "Q2_K": 2.3, "Q3_K_S": 2.6, "Q3_K_M": 2.9, "Q4_K_S": 3.2}
+    return Recipe.for_model(
+        file,
+        types,
+        ftype="Q3_K_M",
+        bytes=3_000_000,
+        predicted_kl=0.05,
+        measured_kl=Measured(0.053, 0.002, 3060),
+        head=HeadChoice(
+            label="Q4_K", bytes=400_000, accepted=1.31, accepted_low=1.28, accepted_high=1.34,
+            depth=3, speed_up=1.62,
+        ),
+        text="held-out.txt",
+        chunks=12,
+        n_ctx=512,
+        frontier=FrontierCurve(
+            bytes=sizes,
+            kl=kl,
+            measured=tuple(
+                FrontierPoint(bytes=size, kl=float(np.interp(size, sizes, kl)) * 1.06, error=0.002)
+                for size in (2_400_000, 3_000_000)
+            ),
+            mixtures=tuple(
+                FrontierPoint(
+                    bytes=int(1e6 * size),
+                    kl=float(np.interp(1e6 * size, sizes, kl)) * 1.8,
+                    error=0.003,
+                    name=name,
+                )
+                for name, size in points.items()
+            ),
+            chosen=(2_400_000, 3_000_000),
+        ),
+    )  # fmt: skip
 
 
 def large() -> str:

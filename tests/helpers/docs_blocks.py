@@ -413,12 +413,46 @@ def stand_ins(cache: Path) -> dict[str, Callable[[Path], None]]:
 
         ImportanceMatrix.load(cached("imatrix.gguf")).trunk.save(to)
 
+    def recipe(to: Path) -> None:
+        import numpy as np
+
+        from imatrix.model.header import ModelFile
+        from imatrix.quantization.frontier import FrontierCurve, FrontierPoint
+        from imatrix.quantization.recipe import Measured, Recipe
+        from imatrix.quantization.source import source_tensors
+
+        file = ModelFile.read(cached("model-BF16.gguf"))
+        types = {
+            name: "q4_k" if "ffn" in name else "q6_k"
+            for name, tensor in source_tensors(file).items()
+            if tensor.type == "f16"
+        }
+        sizes = np.arange(2_000_000, 5_000_000, 100_000)
+        Recipe.for_model(
+            file,
+            types,
+            ftype="Q4_K_M",
+            bytes=3_000_000,
+            predicted_kl=0.02,
+            measured_kl=Measured(0.021, 0.001, 3060),
+            text="held-out.txt",
+            chunks=12,
+            n_ctx=512,
+            frontier=FrontierCurve(
+                bytes=sizes,
+                kl=0.02 * np.exp((3_000_000 - sizes) / 1_000_000),
+                measured=(FrontierPoint(bytes=3_000_000, kl=0.021, error=0.001),),
+                chosen=(3_000_000,),
+            ),
+        ).save(to)
+
     made |= {
         "imatrix.gguf": collected(slice(12_000)),
         "imatrix.dat": collected(slice(12_000), "dat"),
         "a.gguf": collected(slice(8_000)),
         "b.gguf": collected(slice(8_000, 16_000)),
         "c.gguf": collected(slice(16_000, 24_000)),
+        "recipe.json": recipe,
         "trunk-only.gguf": trunk_only,
         "mtp-model-BF16.gguf": lambda to: extract_mtp(cached("model-BF16.gguf"), to),
         "trunk-BF16.gguf": lambda to: extract_mtp(

@@ -1,4 +1,4 @@
-"""Pictures of importance matrices: layers, experts, channels, two matrices side by side.
+"""Pictures of importance matrices (layers, experts, channels, two of them side by side) and of recipes.
 
 from imatrix import ImportanceMatrix, pictures
 
@@ -18,6 +18,7 @@ from imatrix.pictures.layer_map import layers
 from imatrix.pictures.looks import Style
 from imatrix.pictures.numbers import Difference, Statistic
 from imatrix.pictures.profiles import channels
+from imatrix.pictures.recipe_pictures import bits, frontier, recipe
 from imatrix.pictures.side_by_side import compare
 from imatrix.pictures.writing import DPI, FORMATS, png, save, svg
 
@@ -27,11 +28,14 @@ __all__ = [
     "Difference",
     "Statistic",
     "Style",
+    "bits",
     "channels",
     "compare",
     "experts",
+    "frontier",
     "layers",
     "png",
+    "recipe",
     "save",
     "svg",
 ]

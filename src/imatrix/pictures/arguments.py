@@ -14,6 +14,7 @@ from imatrix.words import plural
 
 __all__ = [
     "check_kinds",
+    "check_look",
     "check_matrix",
     "choose",
     "describe_matrix",
@@ -47,6 +48,15 @@ def check_matrix(matrix: ImportanceMatrix, style: str, width: float | None) -> N
     """
     if not len(matrix):
         raise ValueError("there is nothing to draw: the matrix is empty")
+    check_look(style, width)
+
+
+def check_look(style: str, width: float | None) -> None:
+    """Refuse an unknown style and a width that cannot be drawn.
+
+    Raises:
+        ValueError: one of these.
+    """
     choose("style", style, LOOKS)
     if width is not None and not _LIMITS[0] <= width <= _LIMITS[1]:
         low, high = _LIMITS

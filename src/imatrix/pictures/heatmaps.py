@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ROW",
     "block_ticks",
+    "cell_width",
     "draw_grid",
     "has_room",
     "part_boxes",
@@ -33,6 +35,10 @@ __all__ = [
 
 # inches of a row of cells
 ROW = 0.21
+# inches of a row with room for text
+_LEAST_ROW = 0.18
+# points of that text
+_IN_CELL = 7.0
 
 
 def draw_grid(
@@ -46,19 +52,23 @@ def draw_grid(
     prefix: str = "",
     labels: bool = True,
     describe: Callable[[float], str] = short,
+    texts: Sequence[NDArray[np.str_]] | None = None,
 ) -> list[Axes]:
     """A heat map, an axes a part.
 
     Args:
         xlabel: what the columns are; None for no ticks and no label below.
         describe: gives the text of a value, for cells that are large enough.
+        texts: of the cells of each part [n_rows, n_columns], instead of what `describe` gives; a
+            part whose cells are too small for its texts has none.
     """
     left, top, width, height = box
     row = height / len(grid.rows)
     drawn = []
-    boxes = part_boxes(grid, left, width)
+    needed = [] if texts is None else [cell_width(each.ravel()) for each in texts]
+    boxes = part_boxes(grid, left, width, needed)
     roomy = has_room(grid, width, row)
-    for part, (x, w) in zip(grid.parts, boxes, strict=True):
+    for n, (part, (x, w)) in enumerate(zip(grid.parts, boxes, strict=True)):
         axes = page.axes((x, top, w, height), prefix + part.label)
         drawn.append(axes)
         axes.imshow(part.values, cmap=cmap, norm=norm, aspect="auto", interpolation="none")
@@ -67,8 +77,11 @@ def draw_grid(
         for state in HATCHES:
             if state != State.NO_ROWS or xlabel is not None:  # experts are marked otherwise
                 _hatch(page, axes, part, state)
-        if roomy:
-            _write_values(axes, part, cmap, norm, describe)
+        if texts is not None:
+            if row >= _LEAST_ROW and cell >= needed[n]:
+                _write(axes, part, cmap, norm, partial(_text_at, texts[n]))
+        elif roomy:
+            _write(axes, part, cmap, norm, lambda _, value: describe(value))
         page.text(x + w / 2, top - 0.05, part.label, SMALL, ha="center", va="bottom",
                   color=page.look.muted)  # fmt: skip
         block_ticks(axes, part, cell, shown=xlabel is not None)
@@ -79,8 +92,20 @@ def draw_grid(
     return drawn
 
 
-def part_boxes(grid: Grid, left: float, width: float) -> list[tuple[float, float]]:
-    """(left, width) of each part: in proportion to its columns, but room for its label."""
+def cell_width(texts: Iterable[str]) -> float:
+    """Inches that a cell needs for the widest of these texts."""
+    return max((width_of(text, _IN_CELL) for text in set(texts)), default=0.0) + 0.06
+
+
+def part_boxes(
+    grid: Grid, left: float, width: float, needed: Sequence[float] = ()
+) -> list[tuple[float, float]]:
+    """(left, width) of each part: in proportion to its columns, but room for its label.
+
+    Args:
+        needed: inches that a cell of each part would like to have; parts of one or two columns get
+            them.
+    """
     gap = 0.09
     free = width - gap * (len(grid.parts) - 1)
     total = sum(len(part.columns) for part in grid.parts)
@@ -88,6 +113,9 @@ def part_boxes(grid: Grid, left: float, width: float) -> list[tuple[float, float
     least = [
         width_of(part.label, SMALL) + 0.04 if len(grid.parts) > 1 else 0.0 for part in grid.parts
     ]
+    for n, part in enumerate(grid.parts):
+        if needed and len(part.columns) <= 2:
+            least[n] = max(least[n], needed[n] * len(part.columns))
     lacking = [max(0.0, need - have) for need, have in zip(least, widths, strict=True)]
     spare = [max(0.0, have - need) for need, have in zip(least, widths, strict=True)]
     share = min(1.0, sum(lacking) / sum(spare)) if sum(spare) else 0.0
@@ -129,12 +157,21 @@ def runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 def has_room(grid: Grid, width: float, row: float) -> bool:
     """Whether there is room for a number in each cell."""
     boxes = zip(grid.parts, part_boxes(grid, 0.0, width), strict=True)
-    return row >= 0.18 and all(w / len(part.columns) >= 0.44 for part, (_, w) in boxes)
+    return row >= _LEAST_ROW and all(w / len(part.columns) >= 0.44 for part, (_, w) in boxes)
 
 
-def _write_values(
-    axes: Axes, part: Part, cmap: Colormap, norm: Normalize, describe: Callable[[float], str]
+def _text_at(texts: NDArray[np.str_], place: tuple[int, int], _value: float) -> str:
+    return str(texts[place])
+
+
+def _write(
+    axes: Axes,
+    part: Part,
+    cmap: Colormap,
+    norm: Normalize,
+    text_of: Callable[[tuple[int, int], float], str],
 ) -> None:
+    """Write into each cell that has a value, in black or in white, the text of (place, value)."""
     for (row, column), value in np.ndenumerate(part.values):
         if not np.isfinite(value):
             continue
@@ -143,8 +180,8 @@ def _write_values(
         axes.text(
             column,
             row,
-            describe(float(value)),
-            size=7,
+            text_of((row, column), float(value)),
+            size=_IN_CELL,
             ha="center",
             va="center_baseline",
             color="#000000" if light else "#ffffff",

@@ -24,6 +24,7 @@ class Look:
     muted: str
     frame: str
     absent: str
+    whole: str
     first: str
     second: str
     line: str
@@ -38,6 +39,7 @@ LOOKS = {
         muted="#555c64",
         frame="#aab1b9",
         absent="#d8dce1",
+        whole="#fbe9d0",
         first="#0072b2",
         second="#b34700",
         line="#0072b2",
@@ -50,6 +52,7 @@ LOOKS = {
         muted="#a9b0b9",
         frame="#505862",
         absent="#2a2f36",
+        whole="#fbe9d0",
         first="#56b4e9",
         second="#e69f00",
         line="#56b4e9",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from imatrix.pictures.grids import State
@@ -16,7 +17,10 @@ __all__ = [
     "THINNEST",
     "UNSEEN",
     "WHITE",
+    "add_items",
     "add_legend",
+    "draw_line",
+    "draw_swatch",
     "hatched",
     "mark_style",
 ]
@@ -96,45 +100,79 @@ def add_legend(
         if state in states
     ]
     items += [(mark, {UNSEEN: "no rows", THINNEST: "fewest rows"}[mark]) for mark in marks]
+    add_items(
+        page,
+        start,
+        page.width - MARGIN,
+        [(partial(_draw_mark, page, item, row), text) for item, text in items],
+    )
+
+
+def add_items(
+    page: Page,
+    start: float,
+    end: float,
+    items: Sequence[tuple[Callable[[float, float], object], str]],
+) -> None:
+    """Marks and what they mean, one behind the other, in as many lines as they need.
+
+    Args:
+        start, end: between which they stand, in inches from the left.
+        items: what draws the mark, 0.24 inches wide and 0.12 high, with its top left corner at a
+            place; and the words for it.
+    """
     if not items:
         return
     places = []
     left, top = start, page.take(0.3) + 0.1
-    for item, text in items:
-        text = fitted(text, page.width - MARGIN - start - 0.3, SMALL)
+    for draw_mark, text in items:
+        text = fitted(text, end - start - 0.3, SMALL)
         width = 0.3 + width_of(text, SMALL) + 0.2
-        if left + width - 0.2 > page.width - MARGIN and left > start:
+        if left + width - 0.2 > end and left > start:
             left, top = start, page.take(0.2)
-        places.append((item, text, left, top))
+        places.append((draw_mark, text, left, top))
         left += width
 
     def draw() -> None:
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Rectangle
-
-        inches = page.figure.dpi_scale_trans
-        how: dict[str, Any]
-        for item, text, x, y in places:
-            if isinstance(item, State):
-                how = (
-                    {"facecolor": page.look.absent, "lw": 0}
-                    if item == State.ABSENT
-                    else hatched(page.look, item)
-                )
-                page.figure.add_artist(
-                    Rectangle((x, page.y - y - 0.12), 0.24, 0.13, transform=inches, **how)
-                )
-            else:
-                if item == UNSEEN and row >= LOW:
-                    page.figure.add_artist(
-                        Rectangle((x, page.y - y - 0.12), 0.24, 0.13, transform=inches, **WHITE)
-                    )
-                page.figure.add_artist(
-                    Line2D(
-                        [x + 0.12], [page.y - y - 0.055], transform=inches, linestyle="",
-                        **mark_style(item, row),
-                    )
-                )  # fmt: skip
+        for draw_mark, text, x, y in places:
+            draw_mark(x, y)
             page.text(x + 0.3, y, text, SMALL, color=page.look.muted)
 
     page.add(draw)
+
+
+def draw_swatch(page: Page, left: float, top: float, how: Mapping[str, Any]) -> None:
+    """A patch of a legend; how: keyword arguments of matplotlib's."""
+    from matplotlib.patches import Rectangle
+
+    page.figure.add_artist(
+        Rectangle(
+            (left, page.y - top - 0.12), 0.24, 0.13, transform=page.figure.dpi_scale_trans, **how
+        )
+    )
+
+
+def draw_line(page: Page, left: float, top: float, how: Mapping[str, Any]) -> None:
+    """A line of a legend, with a marker in its middle; how: keyword arguments of matplotlib's."""
+    from matplotlib.lines import Line2D
+
+    page.figure.add_artist(
+        Line2D(
+            [left, left + 0.12, left + 0.24],
+            [page.y - top - 0.055] * 3,
+            markevery=[1],
+            transform=page.figure.dpi_scale_trans,
+            **how,
+        )
+    )
+
+
+def _draw_mark(page: Page, item: State | str, row: float, left: float, top: float) -> None:
+    if item == State.ABSENT:
+        draw_swatch(page, left, top, {"facecolor": page.look.absent, "lw": 0})
+    elif isinstance(item, State):
+        draw_swatch(page, left, top, hatched(page.look, item))
+    else:
+        if item == UNSEEN and row >= LOW:
+            draw_swatch(page, left, top, WHITE)
+        draw_line(page, left, top, {"linestyle": "", **mark_style(item, row)})

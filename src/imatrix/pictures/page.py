@@ -89,6 +89,7 @@ class Page:
     """A figure that is filled from the top, in inches; made when its height is known."""
 
     def __init__(self, style: Style, width: float, title: str, notes: Sequence[str]) -> None:
+        self.style: Style = style
         self.look = LOOKS[style]
         self.width = width
         self.title = title

@@ -14,7 +14,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FrontierCurve", "FrontierPoint"]
+__all__ = ["NORMAL_95", "FrontierCurve", "FrontierPoint"]
+
+NORMAL_95 = 1.96
+"""Of a normal distribution this many standard errors to each side of the mean hold 95 %."""
 
 # Points of the curve that a file keeps. The choice may have thousands of steps; a picture of a
 # thousand pixels shows no more than this.

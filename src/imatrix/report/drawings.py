@@ -15,7 +15,9 @@ from imatrix.report.thin import Thin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_pictures"]
+    from imatrix.quantization.recipe import Recipe
+
+__all__ = ["draw_pictures", "draw_recipe"]
 
 _STYLES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 _PARTS: tuple[Part, ...] = ("trunk", "head")
@@ -82,6 +84,28 @@ def draw_pictures(
             f"matrix and in the other, and how far apart they are. {_NUMBERS}",
             "1 - cosine similarity of the channels' importance, on a logarithmic scale: 0.01 "
             "is close, 1 is nothing in common.",
+        )
+    return found
+
+
+def draw_recipe(recipe: Recipe) -> Mapping[str, Picture]:
+    """The pictures of a recipe, by the names that the template has for them."""
+    found = {
+        "bits": _draw(
+            partial(pictures.bits, recipe),
+            "Map: the type that each tensor gets, coloured by bits a weight, kinds of tensors "
+            f"against blocks. {_NUMBERS}",
+            "Types by block and kind, coloured by bits a weight, on a scale that is the same in all "
+            "pictures.",
+        )
+    }
+    if recipe.frontier is not None:
+        found["frontier"] = _draw(
+            partial(pictures.frontier, recipe),
+            "Curve: the KL divergence from the unchanged model at each size of the file, as "
+            "predicted for the best recipe, with the recipes and mixtures that were measured.",
+            "KL divergence by size, on a logarithmic scale. Lines through points: 95 % intervals. "
+            "Dashed: the sizes that were chosen.",
         )
     return found
 

@@ -27,6 +27,7 @@ from imatrix.report.checks import describe_stop, fixes, has_details, without_dat
 from imatrix.report.html import FOLDER, content_hash, make_environment
 from imatrix.report.origin import made_facts, text_sources, tiles
 from imatrix.report.parts import Fact, Heavy, Part, Picture, Source, Verdict
+from imatrix.report.recipe import RecipeView, check_matrix, load_recipe, recipe_view
 from imatrix.report.subject import Subject
 from imatrix.report.tables import part_tables, weight_table
 from imatrix.report.thin import Thin
@@ -35,6 +36,7 @@ from imatrix.report.verdicts import verdicts
 if TYPE_CHECKING:
     from imatrix.matrix.comparison import MatrixComparison
     from imatrix.quantization.coverage import Coverage
+    from imatrix.quantization.recipe import Recipe
 
 __all__ = ["COMMON_TYPES", "report_page"]
 
@@ -55,6 +57,7 @@ class Page:
     Attributes:
         subject: the matrix, with its name and format.
         checks: what each type would come to; none without a model.
+        recipe: which tensor gets which type; None for none.
         tiles: the figures at the top.
         verdicts: what there is to judge, in the order of its weight.
         facts: how the matrix was made.
@@ -69,6 +72,7 @@ class Page:
 
     subject: Subject
     checks: Sequence[Coverage]
+    recipe: RecipeView | None
     tiles: Sequence[Fact]
     verdicts: Sequence[Verdict]
     facts: Sequence[Fact]
@@ -88,6 +92,7 @@ def report_page(
     model: str | os.PathLike[str] | None = None,
     types: Sequence[str] = (),
     against: ImportanceMatrix | str | os.PathLike[str] | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
     pictures: bool = True,
     chunk_size: int = 512,
 ) -> str:
@@ -99,6 +104,8 @@ def report_page(
         model: its model; the page then tells whether it would quantize, see imatrix.coverage.
         types: what to quantize it to, llama-quantize's names; none for COMMON_TYPES.
         against: another matrix of the model, or the path of one, to compare with.
+        recipe: a recipe for the model, or the path of one, to show: what each size costs, and
+            which types the tensors get.
         pictures: whether to draw; needs matplotlib, which the extra `plot` installs.
         chunk_size: tokens a chunk of .dat files, see imatrix.formats.dat.read.
 
@@ -106,7 +113,8 @@ def report_page(
         The page. Encode it as UTF-8. The same arguments give the same page.
 
     Raises:
-        ValueError: an unknown type, types without a model, or a matrix without entries.
+        ValueError: an unknown type, types without a model, a matrix without entries, a file that is
+            no recipe, or a recipe for another model.
         ModelError (a ValueError): `model` is not a model.
         FormatError (a ValueError): a file is not an importance matrix.
         OSError: a file cannot be read.
@@ -119,6 +127,7 @@ def report_page(
     subject = _load(matrix, name, chunk_size)
     if not subject.matrix:
         raise ValueError(f"{subject.name}: nothing to report, the matrix has no entries")
+    view = None if recipe is None else _recipe(recipe, subject, model)
     checks = [] if model is None else _check(subject.matrix, model, types or COMMON_TYPES)
     comparison, other = None, None
     if against is not None:
@@ -130,8 +139,9 @@ def report_page(
     page = Page(
         subject=subject,
         checks=checks,
+        recipe=view,
         tiles=tiles(subject, thin),
-        verdicts=verdicts(subject, thin, checks),
+        verdicts=verdicts(subject, thin, checks, view),
         facts=made_facts(subject),
         sources=text_sources(subject),
         thin=thin,
@@ -139,7 +149,7 @@ def report_page(
         weights=weight_table(subject, found, thin),
         comparison=comparison,
         against="" if other is None else other.name,
-        pictures=_draw(subject, thin, other) if pictures else {},
+        pictures=_draw(subject, thin, other, view) if pictures else {},
     )
     return _render(page)
 
@@ -165,16 +175,36 @@ def _check(
     ]
 
 
+def _recipe(
+    recipe: Recipe | str | os.PathLike[str], subject: Subject, model: str | os.PathLike[str] | None
+) -> RecipeView:
+    """The recipe, after a look whether it is for the model, or at least may be for the matrix."""
+    found, called = load_recipe(recipe)
+    if model is None:
+        check_matrix(found, called, subject.matrix, subject.name)
+    else:
+        from imatrix.model.header import ModelFile  # here: it needs the native part
+
+        found.check_model(ModelFile.read(model))
+    return recipe_view(found, called)
+
+
 def _compare(matrix: ImportanceMatrix, other: ImportanceMatrix) -> MatrixComparison:
     from imatrix.matrix.comparison import compare_matrices
 
     return compare_matrices(matrix, other)
 
 
-def _draw(subject: Subject, thin: Thin, other: Subject | None) -> Mapping[str, Picture]:
-    from imatrix.report.drawings import draw_pictures  # here: only pictures need it
+def _draw(
+    subject: Subject, thin: Thin, other: Subject | None, recipe: RecipeView | None
+) -> Mapping[str, Picture]:
+    # here: only pictures need it
+    from imatrix.report.drawings import draw_pictures, draw_recipe
 
-    return draw_pictures(subject, thin, other)
+    found = {**draw_pictures(subject, thin, other)}
+    if recipe is not None:
+        found |= draw_recipe(recipe.recipe)
+    return found
 
 
 def _render(page: Page) -> str:

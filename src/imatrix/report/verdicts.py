@@ -9,9 +9,11 @@ from imatrix.entries import THIN
 from imatrix.matrix.summary import describe_left_out
 from imatrix.report.checks import describe_stop
 from imatrix.report.parts import Verdict
+from imatrix.report.recipe import RecipeView
 from imatrix.report.subject import Subject
 from imatrix.report.thin import Thin
 from imatrix.report.words import count
+from imatrix.words import size
 
 if TYPE_CHECKING:
     from imatrix.quantization.coverage import Coverage
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["verdicts"]
 
 
-def verdicts(subject: Subject, thin: Thin, checks: Sequence[Coverage]) -> list[Verdict]:
+def verdicts(
+    subject: Subject, thin: Thin, checks: Sequence[Coverage], recipe: RecipeView | None = None
+) -> list[Verdict]:
     """What there is to judge, in the order of its weight."""
     found = [_quantizing(checks)]
     if checks and checks[0].head and not subject.matrix.head_blocks:
@@ -52,7 +56,19 @@ def verdicts(subject: Subject, thin: Thin, checks: Sequence[Coverage]) -> list[V
                 "of the model.",
             )
         )
+    if recipe is not None:
+        found.append(Verdict("note", "recipe", _describe_recipe(recipe)))
     return found
+
+
+def _describe_recipe(view: RecipeView) -> str:
+    recipe = view.recipe
+    text = f"{view.name}: {size(recipe.bytes)}, {recipe.bits_per_weight:.2f} bits a weight"
+    if recipe.measured_kl is not None:
+        text += f", KL {recipe.measured_kl.value:.4g} nats a token measured"
+    elif recipe.predicted_kl is not None:
+        text += f", KL {recipe.predicted_kl:.4g} nats a token predicted"
+    return f"{text}."
 
 
 def _quantizing(checks: Sequence[Coverage]) -> Verdict:

@@ -1,4 +1,4 @@
-"""`imatrix plot`: pictures of importance matrices."""
+"""`imatrix plot`: pictures of importance matrices and of recipes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMAND"]
 
 # The choices are spelled out: asking imatrix.pictures for them would make every command slower.
-_KINDS = ("layers", "experts", "channels", "compare")
+_KINDS = ("layers", "experts", "channels", "compare", "recipe", "bits", "frontier")
 _STATISTICS = ("mean", "top", "peak", "coverage", "rows")
 _DIFFERENCES = ("ratio", "cosine")
 _STYLES = ("light", "dark")
@@ -33,7 +33,11 @@ _USES = {
     "experts": set[str](),
     "channels": {"weight", "expert", "heaviest"},
     "compare": {"other", "statistic", "difference"},
+    "recipe": set[str](),
+    "bits": set[str](),
+    "frontier": set[str](),
 }
+_OF_RECIPES = ("recipe", "bits", "frontier")
 _FLAGS = {
     "other": "--with",
     "weight": "--weight",
@@ -53,7 +57,7 @@ class Look(TypedDict):
 
 def _add_arguments(command: Parser) -> None:
     add = command.add_argument
-    add("file", metavar="MATRIX", help="importance matrix")
+    add("file", metavar="MATRIX", help="importance matrix, or a recipe's JSON file")
     add(
         "-o",
         "--output",
@@ -65,7 +69,8 @@ def _add_arguments(command: Parser) -> None:
         "--kind",
         choices=_KINDS,
         help="what to draw (default: compare where --with is given, channels where --weight is, "
-        "else layers)",
+        "else layers; of a recipe: recipe, which is frontier and bits, size against KL divergence "
+        "and the types by block)",
     )
     add("--with", dest="other", metavar="OTHER", help="compare: the second matrix")
     add(
@@ -114,43 +119,82 @@ def _add_arguments(command: Parser) -> None:
 def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     from imatrix import pictures
 
-    kind = _kind(args)
+    kind = _kind(args, recipe=_is_recipe(args.file))
     if Path(args.output).suffix.lower() not in pictures.FORMATS:
         raise ValueError(
             f"cannot write {args.output}: a picture's name ends in {' or '.join(pictures.FORMATS)}"
         )
     check_output(args.output)
-    matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
     look: Look = {"style": args.style, "width": args.width}
-    name = Path(args.file).name
-    if kind == "layers":
-        figure = pictures.layers(matrix, statistic=args.statistic or "mean", name=name, **look)
-    elif kind == "experts":
-        figure = pictures.experts(matrix, name=name, **look)
-    elif kind == "channels":
-        figure = _channels(args, matrix, name, look)
-    else:
-        other = ImportanceMatrix.load(args.other, chunk_size=args.ctx_size)
-        figure = pictures.compare(
-            matrix,
-            other,
-            names=_names(args.file, args.other),
-            statistic=args.statistic or "mean",
-            difference=args.difference or "ratio",
-            **look,
-        )
+    figure = _of_recipe(args, kind, look) if kind in _OF_RECIPES else _of_matrix(args, kind, look)
     pictures.save(figure, args.output, dpi=args.dpi or pictures.DPI)
     terminal.note(f"wrote {args.output}: {figure.get_label()}")
     return OK
 
 
-def _kind(args: argparse.Namespace) -> str:
-    """The kind of picture, after a check that the flags go with it.
+def _of_recipe(args: argparse.Namespace, kind: str, look: Look) -> Figure:
+    from imatrix import pictures
+    from imatrix.quantization.recipe import Recipe
+
+    draw = {"recipe": pictures.recipe, "bits": pictures.bits, "frontier": pictures.frontier}[kind]
+    found = Recipe.load(args.file)
+    try:
+        return draw(found, **look)
+    except ValueError as error:
+        raise ValueError(f"{args.file}: {error}") from error
+
+
+def _of_matrix(args: argparse.Namespace, kind: str, look: Look) -> Figure:
+    from imatrix import pictures
+
+    matrix = ImportanceMatrix.load(args.file, chunk_size=args.ctx_size)
+    name = Path(args.file).name
+    if kind == "layers":
+        return pictures.layers(matrix, statistic=args.statistic or "mean", name=name, **look)
+    if kind == "experts":
+        return pictures.experts(matrix, name=name, **look)
+    if kind == "channels":
+        return _channels(args, matrix, name, look)
+    other = ImportanceMatrix.load(args.other, chunk_size=args.ctx_size)
+    return pictures.compare(
+        matrix,
+        other,
+        names=_names(args.file, args.other),
+        statistic=args.statistic or "mean",
+        difference=args.difference or "ratio",
+        **look,
+    )
+
+
+def _is_recipe(path: str) -> bool:
+    """Whether a file is JSON, as recipes are and no importance matrix is.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(64)
+    # A .dat file may begin with "{", the number of its entries, and has a zero byte behind it.
+    return start.lstrip().startswith(b"{") and b"\0" not in start
+
+
+def _kind(args: argparse.Namespace, *, recipe: bool) -> str:
+    """The kind of picture, after a check that the file and the flags go with it.
 
     Raises:
         ValueError: they do not.
     """
-    kind: str = args.kind or ("compare" if args.other else "channels" if args.weight else "layers")
+    asked = "compare" if args.other else "channels" if args.weight else ""
+    kind: str = args.kind or asked or ("recipe" if recipe else "layers")
+    if recipe and kind not in _OF_RECIPES:
+        raise ValueError(
+            f"{args.file} is no importance matrix but JSON, as a recipe is; of a recipe there are "
+            f"the pictures {', '.join(_OF_RECIPES)} (--kind)"
+        )
+    if not recipe and kind in _OF_RECIPES:
+        raise ValueError(
+            f"--kind {kind} needs a recipe, and {args.file} is none: imatrix recipe writes one"
+        )
     idle = [
         flag
         for name, flag in _FLAGS.items()
@@ -215,10 +259,10 @@ def _dpi(text: str) -> int:
 
 COMMAND = Command(
     name="plot",
-    help="pictures: layers, experts, channels, two matrices side by side",
+    help="pictures: layers, experts, channels, two matrices side by side, recipes",
     description="Draw an importance matrix as PNG or SVG: weight kinds against blocks; rows by "
     "expert and block; one weight's channels, the heaviest named; two matrices and their "
-    "difference. Needs matplotlib: pip install 'imatrix[plot]'.",
+    "difference. Or a recipe: size against KL divergence, and types by block. Needs matplotlib: pip install 'imatrix[plot]'.",
     add_arguments=_add_arguments,
     files=Files(files=("file", "other"), outputs=named_outputs("output")),
     run=_run,

@@ -31,6 +31,12 @@ def _add_arguments(command: Parser) -> None:
     )
     add("--against", metavar="OTHER", help="another matrix of the model, to compare with")
     add(
+        "--recipe",
+        metavar="FILE",
+        help="a recipe of the model: also show what each size costs, and which types the tensors "
+        "get",
+    )
+    add(
         "-o",
         "--output",
         metavar="OUT",
@@ -51,6 +57,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         model=args.model,
         types=args.type,
         against=args.against,
+        recipe=args.recipe,
         pictures=not args.no_pictures,
         chunk_size=args.ctx_size,
     ).encode()
@@ -67,6 +74,8 @@ COMMAND = Command(
     "was collected, what is thin and, given the model, whether it would quantize. The page "
     "stands alone: it can be mailed, and read on a phone.",
     add_arguments=_add_arguments,
-    files=Files(models=("model",), files=("file", "against"), outputs=named_outputs("output")),
+    files=Files(
+        models=("model",), files=("file", "against", "recipe"), outputs=named_outputs("output")
+    ),
     run=_run,
 )
