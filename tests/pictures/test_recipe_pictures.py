@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers.recipes import BITS, recipe_data, small_source
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -125,6 +126,21 @@ class TestBits:
         norms = [axes_of(figure, "trunk").images[0].norm for figure in figures]
         assert (norms[0].vmin, norms[0].vmax) == (norms[1].vmin, norms[1].vmax)
 
+    @pytest.mark.parametrize("style", ["light", "dark"])
+    def test_names_can_be_read(self, write: Write, style: Any) -> None:
+        """Black or white, whichever has the contrast of 4.5 that WCAG 2.2 asks for (AA)."""
+        figure = pictures.bits(Recipe.load(write()), style=style)
+        seen = set()
+        for part in PARTS:
+            axes = axes_of(figure, part)
+            image = axes.images[0]
+            for text in axes.texts:
+                column, row = map(round, text.get_position())
+                colour = image.cmap(image.norm(image.get_array()[row, column]))
+                assert contrast(to_rgb(text.get_color()), to_rgb(colour)) >= 4.5, text
+                seen.add(text.get_color())
+        assert seen == {"#000000", "#ffffff"}
+
     def test_many_blocks(self, write: Write) -> None:
         """The trunk's names have no room; those of the head and of the embeddings do."""
         source = small_source(60)
@@ -146,6 +162,17 @@ class TestBits:
         source = {"blk.0.attn_norm.weight": ("f32", (256,))}
         with pytest.raises(ValueError, match="has a type for no tensor"):
             pictures.bits(Recipe.load(write(source=source)))
+
+
+def contrast(one: Sequence[float], other: Sequence[float]) -> float:
+    """The ratio of two colours' luminances, as WCAG 2 defines it (w3.org/TR/WCAG21)."""
+    light, dark = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: Sequence[float]) -> float:
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def drawn_image(figure: Figure, part: str) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from imatrix.pictures.arguments import check_kinds
 from imatrix.pictures.bit_grid import bit_grid
 from imatrix.pictures.grids import State
-from imatrix.pictures.heatmaps import ROW, cell_width, draw_grid
+from imatrix.pictures.heatmaps import ROW, cell_width, draw_grid, wanted_width
 from imatrix.pictures.looks import LOOKS, Style
 from imatrix.pictures.marks import add_items, draw_swatch
 from imatrix.pictures.page import LEAST_PLOT, Page, within
@@ -46,10 +46,10 @@ class BitMap:
 
     def wanted(self) -> float:
         """Inches that it would like to have: with room for the types' names if there are few blocks."""
-        parts = zip(self._found.grid.parts, self._found.texts, strict=True)
-        named = sum(len(part.columns) * cell_width(texts.ravel()) for part, texts in parts) + 0.4
+        needed = [cell_width(texts.ravel()) for texts in self._found.texts]
+        named = wanted_width(self._found.grid, needed)
         if named <= 7.0:
-            return self._labels + within(named, 2.6, 7.0)
+            return self._labels + max(named, 2.6)
         n_columns = sum(len(part.columns) for part in self._found.grid.parts)
         return self._labels + within(0.26 * n_columns + 0.4, 3.4, 8.4)
 

@@ -31,14 +31,19 @@ __all__ = [
     "row_ticks",
     "runs",
     "value_scale",
+    "wanted_width",
 ]
 
 # inches of a row of cells
 ROW = 0.21
+# inches between two parts
+_GAP = 0.09
 # inches of a row with room for text
 _LEAST_ROW = 0.18
 # points of that text
 _IN_CELL = 7.0
+# Luminance that black and white have the same contrast with, 4.6: (L + 0.05) / 0.05 = 1.05 / (L + 0.05)
+_MIDDLE = 1.05**0.5 * 0.05**0.5 - 0.05
 
 
 def draw_grid(
@@ -78,7 +83,8 @@ def draw_grid(
             if state != State.NO_ROWS or xlabel is not None:  # experts are marked otherwise
                 _hatch(page, axes, part, state)
         if texts is not None:
-            if row >= _LEAST_ROW and cell >= needed[n]:
+            # a width that was made to fit may be less by a rounding
+            if row >= _LEAST_ROW and cell >= needed[n] - 1e-6:
                 _write(axes, part, cmap, norm, partial(_text_at, texts[n]))
         elif roomy:
             _write(axes, part, cmap, norm, lambda _, value: describe(value))
@@ -103,27 +109,45 @@ def part_boxes(
     """(left, width) of each part: in proportion to its columns, but room for its label.
 
     Args:
-        needed: inches that a cell of each part would like to have; parts of one or two columns get
-            them.
+        needed: inches that a cell of each part would like to have. If there is not enough room for
+            all of them, parts of one or two columns get them.
     """
-    gap = 0.09
-    free = width - gap * (len(grid.parts) - 1)
+    free = width - _GAP * (len(grid.parts) - 1)
     total = sum(len(part.columns) for part in grid.parts)
     widths = [free * len(part.columns) / total for part in grid.parts]
-    least = [
-        width_of(part.label, SMALL) + 0.04 if len(grid.parts) > 1 else 0.0 for part in grid.parts
-    ]
-    for n, part in enumerate(grid.parts):
-        if needed and len(part.columns) <= 2:
-            least[n] = max(least[n], needed[n] * len(part.columns))
+    least = _least_widths(grid, needed)
+    if sum(least) > free:
+        few = [each if len(part.columns) <= 2 else 0.0 for part, each in _each(grid, needed)]
+        least = _least_widths(grid, few)
     lacking = [max(0.0, need - have) for need, have in zip(least, widths, strict=True)]
     spare = [max(0.0, have - need) for need, have in zip(least, widths, strict=True)]
     share = min(1.0, sum(lacking) / sum(spare)) if sum(spare) else 0.0
     boxes = []
     for have, more, less in zip(widths, lacking, spare, strict=True):
         boxes.append((left, have + more - share * less))
-        left += boxes[-1][1] + gap
+        left += boxes[-1][1] + _GAP
     return boxes
+
+
+def _least_widths(grid: Grid, needed: Sequence[float] = ()) -> list[float]:
+    """Inches that each part needs for its label, and for cells of these widths."""
+    labels = [
+        width_of(part.label, SMALL) + 0.04 if len(grid.parts) > 1 else 0.0 for part in grid.parts
+    ]
+    return [
+        max(label, len(part.columns) * cell)
+        for label, (part, cell) in zip(labels, _each(grid, needed), strict=True)
+    ]
+
+
+def wanted_width(grid: Grid, needed: Sequence[float]) -> float:
+    """Inches of all parts side by side, with cells of these widths."""
+    return sum(_least_widths(grid, needed)) + _GAP * (len(grid.parts) - 1)
+
+
+def _each(grid: Grid, needed: Sequence[float]) -> list[tuple[Part, float]]:
+    """Each part, and the width that its cells need, 0 for none."""
+    return list(zip(grid.parts, needed or [0.0] * len(grid.parts), strict=True))
 
 
 def _rule(page: Page, axes: Axes, part: Part, cell: float, row: float) -> None:
@@ -160,6 +184,13 @@ def has_room(grid: Grid, width: float, row: float) -> bool:
     return row >= _LEAST_ROW and all(w / len(part.columns) >= 0.44 for part, (_, w) in boxes)
 
 
+def _luminance(colour: Sequence[float]) -> float:
+    """The relative luminance of a colour in sRGB, as WCAG 2 defines it (w3.org/TR/WCAG21)."""
+    parts = np.asarray(colour)
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
 def _text_at(texts: NDArray[np.str_], place: tuple[int, int], _value: float) -> str:
     return str(texts[place])
 
@@ -175,8 +206,7 @@ def _write(
     for (row, column), value in np.ndenumerate(part.values):
         if not np.isfinite(value):
             continue
-        red, green, blue, _ = cmap(norm(value))
-        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        light = _luminance(cmap(norm(value))[:3]) > _MIDDLE
         axes.text(
             column,
             row,

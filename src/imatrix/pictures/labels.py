@@ -14,7 +14,7 @@ _APART = 0.07
 # Half of the side of a mark, and of a place along a line.
 _MARK, _LINE = 0.05, 0.02
 # Square inches that a text may cover for being one step nearer to its mark.
-_NEAR = 0.004
+_NEAR = 0.006
 
 _Box = tuple[float, float, float, float]
 

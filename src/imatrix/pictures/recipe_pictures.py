@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bits", "frontier", "recipe"]
 
-_BETWEEN = 0.3  # inches between curve and map
+# inches: between curve and map, and what a curve is high at least
+_BETWEEN = 0.3
+_LEAST_CURVE = 2.4
 
 
 def bits(recipe: Recipe, *, style: Style = "light", width: float | None = None) -> Figure:
@@ -112,7 +114,7 @@ def recipe(recipe: Recipe, *, style: Style = "light", width: float | None = None
         start = page.y
         map_.add(page, MARGIN + free - share, share)
         below, page.y = page.y, start
-        curve.add(page, MARGIN, free - share - _BETWEEN, map_.height)
+        curve.add(page, MARGIN, free - share - _BETWEEN, max(map_.height, _LEAST_CURVE))
         page.y = max(below, page.y)
         return page.finish()
 
