@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SizeCurve"]
 
-# How far the axis reaches beyond the sizes that have a mark, as a factor.
-_BEYOND = 1.15
+# How far the axis reaches beyond the sizes that have a mark, as a factor, and the least factor from
+# its start to its end.
+_BEYOND, _SPAN = 1.15, 2.2
 # An interval that reaches down to 0 or below ends at this share of the value: a logarithmic axis
 # has no place for it.
 _LOWEST = 0.1
@@ -59,7 +60,11 @@ class SizeCurve:
         """(least, most) of the sizes and of the KL that are shown."""
         points = [*self._measured, *self._mixtures, *([self._own] if self._own else [])]
         marked = [*(float(point.bytes) for point in points), *map(float, self._chosen)]
-        low, high = (min(marked) / _BEYOND, max(marked) * _BEYOND) if marked else (0.0, math.inf)
+        low, high = 0.0, math.inf
+        if marked:
+            low, high = min(marked) / _BEYOND, max(marked) * _BEYOND
+            more = math.sqrt(max(1.0, _SPAN * low / high))
+            low, high = low / more, high * more
         inside = (self._sizes >= low) & (self._sizes <= high)
         sizes = [*self._sizes[inside].tolist(), *marked]
         values = [*self._kl[inside].tolist(), *(end for each in points for end in _interval(each))]
