@@ -16,7 +16,9 @@ from helpers.heads import agreeing
 from helpers.running import TEXT, Forged, trained_models
 
 import imatrix
+from imatrix.cli.head_table import print_head_table
 from imatrix.cli.program import main
+from imatrix.cli.terminal import Terminal
 from imatrix.engine.quantizing import Choice, HereQuantizer
 from imatrix.errors import ModelError
 from imatrix.matrix.importance import ImportanceMatrix
@@ -586,3 +588,24 @@ def test_other_heads_in_place(
         got = {t.name: t.tensor_type.name for t in reader.tensors if t.name in candidate.types}
         assert got == {name: kind.upper() for name, kind in candidate.types.items()}
         assert table.choose("drop").commands() == []  # without its file there is no head
+
+
+def test_the_printed_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {AS_IT_IS: [0.8, 0.7], "Q8_0": [0.8, 0.7], "Q4_K": [0.8, 0.69]}
+    table = table_of(rates, depth=2)
+    print_head_table(Terminal(), table, table.choose())
+    out, err = capsys.readouterr()
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    assert [line[0] for line in lines if line[0] in ("as", *rates)] == ["as", "Q8_0", "Q4_K"]
+    [chosen] = [line for line in out.splitlines() if "*" in line]
+    row = table.row("Q4_K")
+    assert f"Q4_K * {row.bytes / 1024:.1f} KiB" in " ".join(chosen.split())
+    assert f"{row.accepted.value:.2f} ({row.accepted.low:.2f} to {row.accepted.high:.2f})" in chosen
+    assert "the head is Q4_K: " in err
+    assert "Q8_0 takes" in err
+
+    dropped = table_of({AS_IT_IS: [0.1], "Q4_K": [0.1]})
+    print_head_table(Terminal(), dropped, dropped.choose())
+    out, err = capsys.readouterr()
+    assert "*" not in out
+    assert "imatrix drop-mtp" in err

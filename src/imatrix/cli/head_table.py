@@ -24,15 +24,8 @@ def print_head_table(
         matrix: path of the importance data of a head's own file, for the command that quantizes it.
     """
     printed = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    printed.add_column("head")
-    for heading in (
-        "bytes",
-        "accepted",
-        "of it, to as it is",
-        "speed-up",
-        "to as it is",
-        "cautious",
-    ):
+    printed.add_column("head", no_wrap=True)
+    for heading in ("bytes", "accepted", "beside as it is", "speed-up", "cautious"):
         printed.add_column(heading, justify="right", no_wrap=True)
     for row in table.rows:
         first = row is table.rows[0]
@@ -43,7 +36,6 @@ def print_head_table(
             _figure(row.accepted),
             "" if first else _signed(row.difference),
             _figure(row.speed_up),
-            "" if first else _signed(row.speed_up_difference),
             f"{row.cautious:.2f}",
             style="bold" if chosen else "",
         )

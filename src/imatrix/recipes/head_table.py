@@ -378,7 +378,7 @@ class HeadTable:
         """
         if wanted.lower() == "drop":
             return self._decision(
-                None, None, f"the head is dropped, as asked for: {self._stored()}"
+                None, None, f"the head is dropped, as asked for. {self._stored()}"
             )
         if wanted.lower() != "auto":
             row = self.row(wanted)
@@ -447,7 +447,7 @@ class HeadTable:
 
     def _stored(self) -> str:
         n_bytes = self.rows[0].bytes
-        return f"it takes {size(n_bytes)} as it is"
+        return f"It takes {size(n_bytes)} as it is"
 
     def _speed_ups(self, label: str, depth: int) -> F64:
         return self._reads[label].speed_up(self._lengths[label][depth], depth)
