@@ -12,8 +12,8 @@ collected, checked and quantized there under qemu as processors with fewer and f
 Expected: the variant that is made for the processor, the counts of this machine's run, and its sums
 within the rounding of a forward pass.
 
-arm64: the engine and the native core are cross-compiled, and the core's own tests run under
-qemu-aarch64: every row kernel against sums in double, the hook, and whole sessions.
+arm64: the native core's own tests, cross-compiled, run under qemu-aarch64: the row kernels by
+themselves, then, unless --rows-only is given, the hook and whole sessions with the engine.
 
 speed: sessions of the wheel and of this interpreter's imatrix, which has to be a build for this
 machine (make dev), take turns chunk by chunk; the median of the pairs' ratios.
@@ -30,7 +30,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import venv
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,11 @@ def main() -> None:
     parts.choices["processors"].add_argument("--only", help="one processor")
     parts.choices["speed"].add_argument("--pairs", type=int, default=16)
     parts.choices["speed"].add_argument("--size", choices=("full", "half"), default="full")
-    parts.add_parser("arm64")
+    parts.add_parser("arm64").add_argument(
+        "--rows-only",
+        action="store_true",
+        help="without the engine, which takes its time to compile",
+    )
     args = parser.parse_args()
     kept = RESULTS / "portable.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -77,7 +80,7 @@ def main() -> None:
     elif args.part == "speed":
         results["speed"] = measure(args.wheel.resolve(), args.pairs, args.size)
     else:
-        results["arm64"] = try_arm64()
+        results["arm64"] = try_arm64(whole=not args.rows_only)
     results[args.part]["date"] = str(datetime.date.today())
     kept.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "portable.md").write_text(page(results))
@@ -193,15 +196,54 @@ set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 """
 
 
-def try_arm64() -> dict[str, Any]:
+def try_arm64(*, whole: bool) -> dict[str, Any]:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None or shutil.which("qemu-aarch64") is None:
+        sys.exit("it takes aarch64-linux-gnu-g++ and qemu-aarch64: apt-get install "
+                 "g++-aarch64-linux-gnu qemu-user")  # fmt: skip
+    folder = ROOT / "build/arm64"
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = folder / "row-tests"
+    sources = [ROOT / "tests/native/row_tests.cpp", *(
+        ROOT / f"ext/{name}.cpp" for name in ("row_kernels", "add_rows", "parallel")
+    )]  # fmt: skip
+    subprocess.run(
+        [compiler, "-std=c++17", "-O3", "-DNDEBUG", "-I", ROOT / "ext", *sources, "-pthread",
+         "-o", tests],
+        check=True,
+    )  # fmt: skip
+    programs: list[tuple[str, list[Path]]] = [("rows", [tests])]
+    if whole:
+        programs.append(("core", core_tests(folder)))
+    rows = []
+    for cpu in ("cortex-a72", "max"):
+        for what, command in programs:
+            said = emulated(cpu, command)
+            rows.append({"cpu": cpu, "what": what, "said": said})
+            print(rows[-1], file=sys.stderr, flush=True)
+            assert said[-1] == "ok", said
+            assert what != "rows" or said[:-1] == ["kernel neon", "kernel plain"], said
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True).stdout
+    return {"compiler": version.strip(), "rows": rows}
+
+
+def emulated(cpu: str, command: list[Path]) -> list[str]:
+    """What a program for arm64 prints, line by line."""
+    done = subprocess.run(
+        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu, *command],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{command[0]} as {cpu}: status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout.splitlines()
+
+
+def core_tests(folder: Path) -> list[Path]:
+    """The core's tests with the engine, compiled, and the models that they run."""
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers.forge import make_model
 
-    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
-        if shutil.which(program) is None:
-            sys.exit(f"there is no {program}: apt-get install g++-aarch64-linux-gnu qemu-user")
-    folder = ROOT / "build/arm64"
-    folder.mkdir(parents=True, exist_ok=True)
     toolchain = folder / "toolchain.cmake"
     toolchain.write_text(TOOLCHAIN)
     configure = [
@@ -211,37 +253,11 @@ def try_arm64() -> dict[str, Any]:
         "-DCMAKE_CROSSCOMPILING_EMULATOR=/usr/bin/env",
     ]  # fmt: skip
     subprocess.run(["cmake", "-G", "Ninja", *map(str, configure)], check=True)
-    targets = ["imatrix-core-tests", "imatrix-instructions"]
-    subprocess.run(["cmake", "--build", folder, "--target", *targets], check=True)
-    make_model(folder / "dense.gguf", "llama")
-    make_model(folder / "head.gguf", "qwen35moe", n_nextn=1)
-    emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
-    tests = find_one(folder, "imatrix-core-tests")
-    instructions = find_one(folder, "imatrix-instructions")
-    rows = []
-    for cpu in ("cortex-a72", "max"):
-        started = time.monotonic()
-        done = subprocess.run(
-            [*emulator, "-cpu", cpu, tests, folder / "dense.gguf", folder / "head.gguf"],
-            capture_output=True,
-            text=True,
-        )
-        print(cpu, done.stdout, done.stderr, file=sys.stderr)
-        if done.returncode != 0:
-            sys.exit(f"the core's tests failed as {cpu}")
-        kernels = [
-            name
-            for name in ("neon", "plain")
-            if subprocess.run([*emulator, "-cpu", cpu, instructions, f"kernel:{name}"],
-                              capture_output=True).returncode == 0
-        ]  # fmt: skip
-        assert kernels == ["neon", "plain"], kernels
-        rows.append({"cpu": cpu, "said": done.stdout.split()[-1], "kernels": kernels,
-                     "seconds": round(time.monotonic() - started)})  # fmt: skip
-    compiler = subprocess.run(
-        ["aarch64-linux-gnu-g++", "-dumpfullversion"], capture_output=True, text=True
-    ).stdout.strip()
-    return {"compiler": compiler, "rows": rows}
+    subprocess.run(["cmake", "--build", folder, "--target", "imatrix-core-tests"], check=True)
+    models = [folder / "dense.gguf", folder / "head.gguf"]
+    make_model(models[0], "llama")
+    make_model(models[1], "qwen35moe", n_nextn=1)
+    return [find_one(folder, "imatrix-core-tests"), *models]
 
 
 def find_one(folder: Path, name: str) -> Path:
@@ -354,17 +370,17 @@ def page(results: dict[str, Any]) -> str:
     if found := results.get("arm64"):
         lines += [
             "", "## arm64", "",
-            f"{found['date']}, cross-compiled by GCC {found['compiler']}, run under qemu-aarch64: "
-            "imatrix-core-tests, which compares every row kernel with sums in double, the hook with "
-            "a naive reference, and runs whole sessions of a dense model and of one with experts "
+            f"{found['date']}, cross-compiled by GCC {found['compiler']}, run under qemu-aarch64. "
+            "rows: tests/native/row_tests.cpp, every row kernel against sums in double, and the "
+            "threads that share rows. core: tests/native/core_tests.cpp with the engine, the hook "
+            "against a naive reference, and whole sessions of a dense model and of one with experts "
             "and a head.",
             "",
-            "| processor | kernels | tests |",
+            "| processor | tests | what they say |",
             "|---|---|---|",
         ]  # fmt: skip
         lines += [
-            f"| {row['cpu']} | {', '.join(row['kernels'])} | {row['said']} |"
-            for row in found["rows"]
+            f"| {row['cpu']} | {row['what']} | {', '.join(row['said'])} |" for row in found["rows"]
         ]
     if found := results.get("speed"):
         lines += [

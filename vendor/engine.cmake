@@ -121,6 +121,8 @@ foreach(_library ${IMATRIX_ENGINE_LIBRARIES})
   get_target_property(_type ${_library} TYPE)
   if(_type STREQUAL "SHARED_LIBRARY")
     set_target_properties(${_library} PROPERTIES OUTPUT_NAME "imatrix-${_library}")
+    # one of an earlier build under the engine's name would be taken for a module
+    file(REMOVE "${CMAKE_BINARY_DIR}/bin/${CMAKE_SHARED_LIBRARY_PREFIX}${_library}${CMAKE_SHARED_LIBRARY_SUFFIX}")
     if(NOT APPLE AND NOT WIN32)
       # a copy that the whole process sees must not have its objects constructed again by this one
       target_link_options(${_library} PRIVATE "LINKER:-Bsymbolic")

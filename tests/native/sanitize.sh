@@ -48,7 +48,7 @@ cmake -S tests/native -B "$folder" -G Ninja \
   -DPython_EXECUTABLE="$(command -v python)" \
   -DIMATRIX_ENGINE_LIB="$PWD/$engine" \
   -DIMATRIX_ENGINE_SOURCE="$(cd "$source" && pwd)" >/dev/null
-cmake --build "$folder" --target imatrix-core-tests imatrix-native-engine
+cmake --build "$folder" --target imatrix-core-tests imatrix-row-tests imatrix-native-engine
 
 # two small models, one with a head, for whole sessions
 PYTHONPATH=tests python - "$folder" <<'PY'
@@ -61,6 +61,7 @@ folder = Path(sys.argv[1])
 make_model(folder / "dense.gguf", "llama")
 make_model(folder / "head.gguf", "qwen35moe", n_nextn=1)
 PY
+"$folder/imatrix-row-tests"
 "$folder/imatrix-core-tests" "$folder/dense.gguf" "$folder/head.gguf"
 
 # The interpreter keeps a good deal until it ends, which LeakSanitizer cannot tell from ours: there
