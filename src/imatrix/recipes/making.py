@@ -128,8 +128,8 @@ def recipe(
             has, or a type, such as "q8_0".
         max_chunks: chunks of text; None for the effort's number.
         n_ctx, skip_chunks, parse_special, packing, chat, on_bad_record: as in imatrix.evaluate.
-        n_gpu_layers, split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe,
-        n_cpu_moe, n_threads, rehearse: as in Collector. The model is read into memory, not mapped.
+        n_gpu_layers, n_threads, rehearse: as in Collector. The model is read into memory, not mapped.
+        split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe, n_cpu_moe: likewise.
         measured: file that keeps what was measured, so that an interrupted run goes on from it and
             another size costs little.
         restart: do not go on from it.
