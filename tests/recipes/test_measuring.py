@@ -260,6 +260,29 @@ def test_files_have_the_bytes_that_recipes_say(matrix: Path, tmp_path: Path) -> 
     assert by_kl.measured_kl.value == pytest.approx(np.concatenate(kl).mean(), rel=1e-12)
 
 
+@pytest.mark.parametrize("head", ["drop", "auto", "keep"])
+def test_the_head_counts_for_the_bytes(head: str, matrix: Path, tmp_path: Path) -> None:
+    most = {"drop": 4_000_000, "auto": 6_000_000, "keep": 6_500_000}[head]
+    recipe = made(matrix, head=head, size=most, bpw=None, types=["q8_0"])[0]
+    assert recipe.head is not None
+    model = tmp_path / "model.gguf"
+    model.symlink_to(MODEL)
+    if recipe.head.label == "dropped":
+        model = tmp_path / recipe.model
+        imatrix.drop_mtp(MODEL, model)
+        assert not any(name.startswith("blk.4.") for name in recipe.types)
+    assert (recipe.head.label == "dropped") or head != "drop"
+    out = tmp_path / "out.gguf"
+    imatrix.quantize(model, out, imatrix=matrix, recipe=recipe, n_threads=1)
+    assert out.stat().st_size == recipe.bytes <= most
+    head_bytes = sum(
+        int(t.n_bytes) for t in gguf.GGUFReader(out).tensors if t.name.startswith("blk.4.")
+    )
+    assert head_bytes == recipe.head.bytes
+    if head == "keep":
+        assert recipe.head.label == "as it is"
+
+
 class _StopError(Exception):
     pass
 
@@ -358,8 +381,6 @@ def test_errors(matrix: Path, tmp_path: Path) -> None:
         imatrix.recipe(quantized, matrix, HELD_OUT, bpw=3, n_threads=1)
     with pytest.raises(ValueError, match="nothing to choose for"):
         imatrix.recipe(MODEL, matrix, HELD_OUT)
-    with pytest.raises(ValueError, match="imatrix drop-mtp"):
-        made(matrix, head="drop")
     entries = dict(ImportanceMatrix.load(matrix))
     entries[UP] = imatrix.Entry(np.ones((1, 32)), [3])
     with pytest.raises(ValueError, match="imatrix adapt"):

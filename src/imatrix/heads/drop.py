@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from imatrix.files.outputs import PathLike
 from imatrix.heads.keys import trunk_keys
 from imatrix.heads.outputs import check_loads, check_outputs
 from imatrix.heads.source import Source
-from imatrix.model.raw import Meter, Progress, write
+from imatrix.model.raw import Meter, Progress, Tensor, Value, write
 
-__all__ = ["DropReport", "drop_mtp"]
+__all__ = ["DropReport", "WithoutHead", "drop_mtp", "without_head"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,21 @@ class DropReport:
     source_bytes: int
     n_trunk: int
     dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutHead:
+    """A model's file as it would be without its head.
+
+    Attributes:
+        keys: its metadata.
+        tensors: its tensors, where they lie in the file that has the head.
+        n_trunk: blocks that are left.
+    """
+
+    keys: Mapping[str, Value]
+    tensors: list[Tensor]
+    n_trunk: int
 
 
 def drop_mtp(
@@ -60,9 +76,34 @@ def drop_mtp(
         OSError: reading or writing failed.
     """
     source = Source.read(model, any_claim=True)
-    header = source.header
     path = Path(out)
     check_outputs([path], source.paths)
+    left = without_head(source)
+    meter = Meter(progress, sum(t.size for t in left.tensors))
+    with atomic.replacing(path) as temporary:
+        n_bytes = write(temporary, source.version, source.alignment, left.keys, left.tensors, meter)
+        check_loads(temporary, path, source.path)
+    return DropReport(
+        model=path,
+        model_bytes=n_bytes,
+        source_bytes=source.file_bytes,
+        n_trunk=left.n_trunk,
+        dropped=tuple(
+            t.name for t in source.all() if t.block is not None and t.block >= left.n_trunk
+        ),
+    )
+
+
+def without_head(source: Source) -> WithoutHead:
+    """What drop_mtp would write of a model.
+
+    Args:
+        source: the model; read with any_claim=True to take a wrong claim too.
+
+    Raises:
+        ModelError: there is no head and no claim of one, or nothing would be left.
+    """
+    header = source.header
     key = f"{header.architecture}.nextn_predict_layers"
     claimed = key in source.keys and source.keys[key].decoded() != 0
     heads = {t.block for t in source.all() if t.block is not None and ".nextn." in t.name}
@@ -79,16 +120,6 @@ def drop_mtp(
         raise ModelError(
             f"{source.path}: it holds a head alone, and nothing would be left without it"
         )
-    meter = Meter(progress, sum(t.size for t in kept))
     # arrays are as long as there are blocks, though block_count may leave out those of the head
     keys = trunk_keys(source, n_trunk, n_blocks=max(header.block_count, 1 + max(blocks)))
-    with atomic.replacing(path) as temporary:
-        n_bytes = write(temporary, source.version, source.alignment, keys, kept, meter)
-        check_loads(temporary, path, source.path)
-    return DropReport(
-        model=path,
-        model_bytes=n_bytes,
-        source_bytes=source.file_bytes,
-        n_trunk=n_trunk,
-        dropped=tuple(t.name for t in source.all() if t.block is not None and t.block >= n_trunk),
-    )
+    return WithoutHead(keys=keys, tensors=kept, n_trunk=n_trunk)

@@ -8,16 +8,16 @@ page formats (docs/formats.md) has the layout.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from imatrix.files.names import encoded
 from imatrix.model.header import ModelFile
 from imatrix.model.parts import read_parts
-from imatrix.model.raw import STRING, Part, Value
+from imatrix.model.raw import STRING, Part, Tensor, Value
 from imatrix.quantization.keys import Override
-from imatrix.quantization.source import data_bytes, source_tensors
+from imatrix.quantization.source import data_bytes, described
 
-__all__ = ["quantized_bytes"]
+__all__ = ["bytes_of", "quantized_bytes"]
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, whatever the source's general.alignment
 _HEAD = 4 + 4 + 8 + 8  # magic, version, how many tensors and keys
@@ -45,7 +45,22 @@ def quantized_bytes(
         OSError: a part cannot be read.
     """
     parts = read_parts(model.path, Part.read)
-    found = {name: _text(name) + _value(value) for name, value in parts[0].keys.items()}
+    tensors = [tensor for part in parts for tensor in part.tensors.values()]
+    return bytes_of(parts[0].keys, tensors, types, keys)
+
+
+def bytes_of(
+    own: Mapping[str, Value],
+    tensors: Sequence[Tensor],
+    types: Mapping[str, str],
+    keys: Iterable[tuple[str, Override]] = (),
+) -> int:
+    """The same of a model that has these keys and tensors, whether there is a file of it or not.
+
+    Raises:
+        ValueError: as above.
+    """
+    found = {name: _text(name) + _value(value) for name, value in own.items()}
     for name in _OWN:
         found[name] = _text(name) + 8
     for name in _PARTS:
@@ -53,9 +68,9 @@ def quantized_bytes(
     for name, given in keys:
         found[name] = _text(name) + _override(given)
     header = _HEAD + sum(found.values())
-    sizes = {name: tensor.size for part in parts for name, tensor in part.tensors.items()}
+    sizes = {tensor.name: tensor.size for tensor in tensors}
     data = 0
-    for name, tensor in source_tensors(model).items():
+    for name, tensor in described(tensors).items():
         header += _text(name) + 4 + 8 * len(tensor.shape) + 4 + 8
         kind = types.get(name, tensor.type)
         same = kind.lower() == tensor.type

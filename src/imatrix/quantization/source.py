@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -12,11 +12,18 @@ from gguf import GGMLQuantizationType
 from imatrix.files.names import encoded
 from imatrix.model.header import ModelFile
 from imatrix.model.parts import read_parts
-from imatrix.model.raw import Part
+from imatrix.model.raw import Part, Tensor
 from imatrix.native import quantizer
 from imatrix.tensors import n_values
 
-__all__ = ["SourceTensor", "data_bytes", "source_tensors", "tensors_digest", "type_name"]
+__all__ = [
+    "SourceTensor",
+    "data_bytes",
+    "described",
+    "source_tensors",
+    "tensors_digest",
+    "type_name",
+]
 
 
 class SourceTensor(NamedTuple):
@@ -43,10 +50,16 @@ def source_tensors(model: ModelFile) -> dict[str, SourceTensor]:
         ModelError: a part is damaged.
         OSError: a part cannot be read.
     """
+    return described(
+        tensor for part in read_parts(model.path, Part.read) for tensor in part.tensors.values()
+    )
+
+
+def described(tensors: Iterable[Tensor]) -> dict[str, SourceTensor]:
+    """The same of tensors whose headers were read."""
     return {
-        name: SourceTensor(type_name(tensor.kind), _trimmed(tensor.shape))
-        for part in read_parts(model.path, Part.read)
-        for name, tensor in part.tensors.items()
+        tensor.name: SourceTensor(type_name(tensor.kind), _trimmed(tensor.shape))
+        for tensor in tensors
     }
 
 

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -18,12 +19,15 @@ from imatrix.engine.placement import Overrides, Placement, SplitMode
 from imatrix.engine.quantizing import open_quantizer
 from imatrix.errors import ModelError
 from imatrix.files.outputs import check_files
+from imatrix.heads.drop import without_head
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.parts import model_inputs
-from imatrix.quantization.file_size import quantized_bytes
+from imatrix.model.raw import Tensor, Value
+from imatrix.quantization.file_size import bytes_of
 from imatrix.quantization.frontier import FrontierCurve, FrontierPoint
 from imatrix.quantization.keys import matrix_keys
 from imatrix.quantization.recipe import HeadChoice, Measured, Recipe
+from imatrix.quantization.source import described, tensors_digest
 from imatrix.recipes.groups import (
     Group,
     candidates_of,
@@ -35,7 +39,14 @@ from imatrix.recipes.groups import (
     wanted_types,
 )
 from imatrix.recipes.head_table import HeadDecision, HeadTable
-from imatrix.recipes.heads import Candidates, HeadFiles, HeadTrial, head_candidates
+from imatrix.recipes.heads import (
+    AS_IT_IS,
+    HEAD_TYPES,
+    Candidates,
+    HeadFiles,
+    HeadTrial,
+    head_candidates,
+)
 from imatrix.recipes.measured import Measurement, Trial, identity_in, opened, standard_error
 from imatrix.recipes.measuring import Bench, Measurer, RecipeProgress
 from imatrix.recipes.options import RecipeOptions, Target, targets_of
@@ -53,9 +64,6 @@ from imatrix.words import size as describe_size
 __all__ = ["Made", "make", "recipe"]
 
 _log = logging.getLogger("imatrix")
-
-HEADS = ("auto", "keep")
-"""What `head` may be beside the name of a type."""
 
 # Tokens of a draft that the head's types are measured with, as evaluate() has it.
 _DEPTH = 3
@@ -125,7 +133,9 @@ def recipe(
         effort: how much is measured; see docs/measuring-recipes.md.
         types: ggml types that may be used, such as ["q4_k", "q6_k"]; None for all that are offered.
         head: what an MTP head gets: "auto" for what its drafts are worth, "keep" for what the file
-            has, or a type, such as "q8_0".
+            has, "drop" for a recipe for the file without it, as imatrix.drop_mtp writes it, or a
+            type, such as "q8_0". "auto" may come to drop it, if no type is shown to be worth it:
+            the recipe's `head` and `model` say so.
         max_chunks: chunks of text; None for the effort's number.
         n_ctx, skip_chunks, parse_special, packing, chat, on_bad_record: as in imatrix.evaluate.
         n_gpu_layers, n_threads, rehearse: as in Collector. The model is read into memory, not mapped.
@@ -234,6 +244,8 @@ class _Making:
         self._facts = TextFacts.of(texts)
         header = bench.source.header
         self._with_head = header.n_nextn > 0
+        whole = bench.source
+        self._whole = _Layout(whole.path.name, whole.keys, tuple(whole.all()), header.head_blocks)
 
     def made(self) -> Made:
         """Measure and choose."""
@@ -294,22 +306,22 @@ class _Making:
         """What the head may be; None if there is none or it stays as it is."""
         wanted = self._options.head
         if not self._with_head:
-            if wanted not in HEADS:
+            if wanted not in ("auto", "keep"):
                 raise ValueError(
                     f"head is {wanted!r} (--head), but {self._bench.source.path} has no MTP head"
                 )
             return None
-        if wanted == "keep":
+        if wanted in ("keep", "drop"):
             return None
-        if wanted == "drop":
-            raise ValueError(
-                "a recipe is for the file that it is made with: drop the head first (imatrix drop-mtp "
-                f"{self._bench.source.path} -o OUT.gguf), and make the recipe for what is left"
-            )
         files = HeadFiles.read(self._options.model)
         with open_quantizer(False) as quantizer:
             if wanted == "auto":
-                return files, head_candidates(files, self._matrix, quantizer)
+                types = [
+                    label
+                    for label in HEAD_TYPES
+                    if set(label.lower().split("+")) <= set(self._options.types)
+                ]
+                return files, head_candidates(files, self._matrix, quantizer, types)
             return files, head_candidates(files, self._matrix, quantizer, [wanted])
 
     def _groups(self, changed: frozenset[str]) -> tuple[tuple[Group, ...], dict[str, str]]:
@@ -383,26 +395,29 @@ class _Making:
         Raises:
             ValueError: it is below the smallest choice or above the model; with both ends.
         """
-        heads: list[dict[str, str]] = (
-            [{}] if candidates is None else [dict(c.types) for c in candidates.offered]
-        )
-        if candidates is not None and not self._measures_head:
+        heads: list[dict[str, str]] = [{}]
+        if candidates is not None:
+            heads = [dict(candidate.types) for candidate in candidates.offered]
+        if not self._measures_head:
             heads = heads[-1:]
-        ends = []
-        for choose, at in ((min, -1), (max, 0)):
-            types = {
-                group.name: choose(group.bytes, key=group.bytes.__getitem__) for group in groups
-            }
-            if choose is max:
-                types = {group.name: group.source for group in groups}
-            ends.append(self._all_types(types, groups, {**kept, **self._in_head, **heads[at]}))
+        least_of = {g.name: min(g.bytes, key=g.bytes.__getitem__) for g in groups}
+        most_of = {group.name: group.source for group in groups}
+        smaller = larger = self._whole
+        if self._options.head == "drop":
+            smaller = larger = self._dropped
+        elif self._measures_head:
+            smaller = self._dropped
+        ends = [
+            (smaller, self._all_types(least_of, groups, self._fixed(smaller, kept, heads[-1]))),
+            (larger, self._all_types(most_of, groups, self._fixed(larger, kept, heads[0]))),
+        ]
         for target in self._options.targets:
             if target.kind == "size":
-                low, high = map(self._file_bytes, ends)
+                low, high = (self._file_bytes(layout, types) for layout, types in ends)
                 if not low <= target.value <= high:
                     self._refuse(target, f"{_told(low)} to {_told(high)}", target.value < low)
             elif target.kind == "bpw":
-                least, most = map(self._bits_per_weight, ends)
+                least, most = (layout.bits_per_weight(types) for layout, types in ends)
                 if not least <= target.value <= most:
                     self._refuse(
                         target, f"{least:.4f} to {most:.4f} bits per weight", target.value < least
@@ -428,62 +443,32 @@ class _Making:
         measurement: Measurement,
     ) -> _One:
         smallest, largest = refiner.frontier.smallest, refiner.frontier.largest
-        table = decision = choice = None
-        # a recipe names every tensor that the quantizer changes
-        head_types = dict(self._in_head)
-        if heads is not None:
-            files, candidates = heads
-            if trials:
-                budget = self._budget(target, refiner, groups, {**kept, **head_types})
-                trunk = smallest
-                if budget is None:
-                    trunk = refiner.frontier.reaching(target.value)
-                elif budget >= smallest.bytes:
-                    trunk = refiner.frontier.at_most(budget)
-                table = HeadTable(files, candidates, trials, refiner.tensors(trunk.types))
-                decision = table.choose("auto")
-                row = decision.row
-                assert row is not None  # "auto" has one
-                candidate = row.candidate
-                if decision.drop:
-                    warnings.warn(
-                        f"the head is not worth its memory on this text: {decision.why} "
-                        f"{'; '.join(decision.commands())}, and make a recipe for what is left. This "
-                        f"one gives it {row.label}",
-                        stacklevel=6,
-                    )
-                choice = HeadChoice(
-                    label=row.label,
-                    bytes=row.bytes,
-                    accepted=row.accepted.value,
-                    accepted_low=row.accepted.low,
-                    accepted_high=row.accepted.high,
-                    depth=table.depth,
-                    speed_up=row.speed_up.value,
-                )
-            else:
-                candidate = candidates.offered[-1]
-                choice = HeadChoice(label=candidate.label, bytes=candidate.bytes)
-            head_types |= {name: kind.lower() for name, kind in candidate.types.items()}
-        fixed = {**kept, **head_types}
-        budget = self._budget(target, refiner, groups, fixed)
+        head = self._head(target, refiner, groups, kept, heads, trials)
+        layout = head.layout
+        fixed = self._fixed(layout, kept, head.types)
+        budget = self._budget(target, refiner, groups, layout, fixed)
         if budget is None:
             found = refiner.reaching(target.value)
         else:
-            self._check_ends(target, budget, smallest.bytes, largest.bytes)
+            self._check_ends(target, layout, budget, smallest.bytes, largest.bytes)
             found = refiner.at_most(budget)
         types = self._all_types(found.types, groups, fixed)
-        base = self._file_bytes(types) - found.bytes
+        base = self._file_bytes(layout, types) - found.bytes
         points = refiner.frontier.points
         return _One(
-            Recipe.for_model(
-                self._bench.models.trunk_file,
-                types,
-                ftype=_nearest_ftype(self._bits_per_weight(types), self._matrix is not None),
+            Recipe(
+                architecture=self._bench.source.header.architecture,
+                model=layout.name,
+                tensors_digest=tensors_digest(described(layout.tensors)),
+                source=described(layout.tensors),
+                head_blocks=tuple(layout.head_blocks),
+                types=types,
+                ftype=_nearest_ftype(layout.bits_per_weight(types), self._matrix is not None),
                 bytes=base + found.bytes,
+                bits_per_weight=layout.bits_per_weight(types),
                 predicted_kl=found.predicted,
                 measured_kl=_measured(found.trial, measurement),
-                head=choice,
+                head=head.choice,
                 text=few([_short(name) for name in self._facts.datasets], _FEW),
                 chunks=len(self._bench.chunks),
                 n_ctx=self._options.n_ctx,
@@ -497,12 +482,81 @@ class _Making:
                     chosen=(base + found.bytes,),
                 ),
             ),
-            table,
-            decision,
+            head.table,
+            head.decision,
         )
 
+    def _head(
+        self,
+        target: Target,
+        refiner: Refiner,
+        groups: Sequence[Group],
+        kept: Mapping[str, str],
+        heads: tuple[HeadFiles, Candidates] | None,
+        trials: Mapping[str, HeadTrial],
+    ) -> _Head:
+        """What becomes of the head."""
+        if not self._with_head:
+            return _Head(self._whole, {})
+        if self._options.head == "drop":
+            return _Head(self._dropped, {}, HeadChoice(label="dropped", bytes=0))
+        if heads is None:
+            stored = sum(t.size for t in self._whole.tensors if t.block in self._whole.head_blocks)
+            return _Head(self._whole, {}, HeadChoice(label=AS_IT_IS, bytes=stored))
+        files, candidates = heads
+        if not self._measures_head:
+            candidate = candidates.offered[-1]
+            choice = HeadChoice(label=candidate.label, bytes=candidate.bytes)
+            return _Head(self._whole, candidate.types, choice)
+        # the trunk's bytes count for the head, and the head's for the trunk: one step of both
+        fixed = self._fixed(self._whole, kept, {})
+        budget = self._budget(target, refiner, groups, self._whole, fixed)
+        trunk = refiner.frontier.smallest
+        if budget is None:
+            trunk = refiner.frontier.reaching(target.value)
+        elif budget >= trunk.bytes:
+            trunk = refiner.frontier.at_most(budget)
+        table = HeadTable(files, candidates, trials, refiner.tensors(trunk.types))
+        decision = table.choose("auto")
+        row = decision.row
+        choice = HeadChoice(label="dropped", bytes=0)
+        if decision.candidate is not None and row is not None:
+            choice = HeadChoice(
+                label=row.label,
+                bytes=row.bytes,
+                accepted=row.accepted.value,
+                accepted_low=row.accepted.low,
+                accepted_high=row.accepted.high,
+                depth=table.depth,
+                speed_up=row.speed_up.value,
+            )
+            return _Head(self._whole, decision.candidate.types, choice, table, decision)
+        return _Head(self._dropped, {}, choice, table, decision)
+
+    @cached_property
+    def _dropped(self) -> _Layout:
+        """The file as imatrix drop-mtp writes it."""
+        source = self._bench.source
+        left = without_head(source)
+        name = f"{source.path.stem}-no-mtp.gguf"  # as the head's decision calls it
+        return _Layout(name, left.keys, tuple(left.tensors), ())
+
+    def _fixed(
+        self, layout: _Layout, kept: Mapping[str, str], head: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Tensor -> type of all that is no group's: a recipe names every tensor that the quantizer
+        changes."""
+        if layout is not self._whole:
+            return dict(kept)
+        return {**kept, **self._in_head, **{name: kind.lower() for name, kind in head.items()}}
+
     def _budget(
-        self, target: Target, refiner: Refiner, groups: Sequence[Group], fixed: Mapping[str, str]
+        self,
+        target: Target,
+        refiner: Refiner,
+        groups: Sequence[Group],
+        layout: _Layout,
+        fixed: Mapping[str, str],
     ) -> int | None:
         """Bytes that the groups may have together; None for a KL to reach."""
         if target.kind == "kl":
@@ -510,13 +564,13 @@ class _Making:
         smallest = refiner.frontier.smallest
         types = self._all_types(smallest.types, groups, fixed)
         if target.kind == "size":
-            return int(target.value) - (self._file_bytes(types) - smallest.bytes)
-        source = self._bench.source
-        data = sum(bytes_as(tensor, types) for tensor in source.all())
-        weights = sum(n_values(tensor.shape) for tensor in source.all())
-        return math.floor(target.value * weights / 8) - (data - smallest.bytes)
+            return int(target.value) - (self._file_bytes(layout, types) - smallest.bytes)
+        rest = layout.data_bytes(types) - smallest.bytes
+        return math.floor(target.value * layout.n_weights / 8) - rest
 
-    def _check_ends(self, target: Target, budget: int, least: int, most: int) -> None:
+    def _check_ends(
+        self, target: Target, layout: _Layout, budget: int, least: int, most: int
+    ) -> None:
         """Refuse what is not possible.
 
         Raises:
@@ -528,8 +582,9 @@ class _Making:
             # what is no group's data is the same in all
             rest = int(target.value) - budget
             self._refuse(target, f"{_told(least + rest)} to {_told(most + rest)}", budget < least)
-        weights = sum(n_values(tensor.shape) for tensor in self._bench.source.all())
-        low, high = (target.value + 8 * (each - budget) / weights for each in (least, most))
+        low, high = (
+            target.value + 8 * (each - budget) / layout.n_weights for each in (least, most)
+        )
         self._refuse(target, f"{low:.4f} to {high:.4f} bits per weight", budget < least)
 
     def _all_types(
@@ -540,14 +595,56 @@ class _Making:
         types |= fixed
         return {name: types[name] for name in self._bench.source.tensors if name in types}
 
-    def _file_bytes(self, types: Mapping[str, str]) -> int:
+    def _file_bytes(self, layout: _Layout, types: Mapping[str, str]) -> int:
         keys = [] if self._matrix is None else matrix_keys(self._matrix, self._matrix_path)
-        return quantized_bytes(self._bench.models.trunk_file, types, keys)
+        return bytes_of(layout.keys, layout.tensors, types, keys)
 
-    def _bits_per_weight(self, types: Mapping[str, str]) -> float:
-        tensors = list(self._bench.source.all())
-        data = sum(bytes_as(tensor, types) for tensor in tensors)
-        return 8 * data / sum(n_values(tensor.shape) for tensor in tensors)
+
+@dataclass(frozen=True)
+class _Layout:
+    """A file that a recipe is for: the model's, or what is left of it without its head.
+
+    Attributes:
+        name: of the file.
+        keys, tensors: what it holds.
+        head_blocks: numbers of the head's blocks.
+    """
+
+    name: str
+    keys: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+    head_blocks: Sequence[int]
+
+    @property
+    def n_weights(self) -> int:
+        """Values of all tensors."""
+        return sum(n_values(tensor.shape) for tensor in self.tensors)
+
+    def data_bytes(self, types: Mapping[str, str]) -> int:
+        """Bytes of the data of all tensors, without padding."""
+        return sum(bytes_as(tensor, types) for tensor in self.tensors)
+
+    def bits_per_weight(self, types: Mapping[str, str]) -> float:
+        """Bits of the data of all tensors, over all weights."""
+        return 8 * self.data_bytes(types) / self.n_weights
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What becomes of the head.
+
+    Attributes:
+        layout: the file that the recipe is for.
+        types: tensor of the head -> type, of those that change.
+        choice: as the recipe tells it; None without a head.
+        table, decision: if it was measured.
+    """
+
+    layout: _Layout
+    types: Mapping[str, str]
+    choice: HeadChoice | None = None
+    table: HeadTable | None = None
+    decision: HeadDecision | None = None
 
 
 def _short(name: str) -> str:

@@ -96,10 +96,11 @@ def _add_arguments(command: hub.Parser) -> None:
     )
     add(
         "--head",
-        metavar="auto|keep|TYPE",
+        metavar="auto|keep|drop|TYPE",
         default="auto",
-        help="what an MTP head gets: auto, the type that its drafts are worth; keep, what the file "
-        "has; or a type (default: auto)",
+        help="what an MTP head gets: auto, the type that its drafts are worth, or none at all; keep, "
+        "what the file has; drop, nothing: the recipe is for the file without it; or a type "
+        "(default: auto)",
     )
     add(
         "-c",
@@ -279,12 +280,19 @@ def _print_next(
     args: argparse.Namespace, recipe: imatrix.Recipe, path: str, terminal: Terminal
 ) -> None:
     """Where it is, and the command that follows it."""
+    terminal.note(f"wrote {path}; what was measured is in {_measured(args)}")
     model = Path(args.model)
+    if recipe.head is not None and recipe.head.label == "dropped":
+        left = model.with_name(recipe.model)
+        words = ["imatrix", "drop-mtp", os.fspath(model), "-o", os.fspath(left)]
+        terminal.note(
+            f"the recipe is for the model without its head, so first: {shlex.join(words)}"
+        )
+        model = left
     out = f"{model.stem}-{Path(path).stem}.gguf"
     words = ["imatrix", "quantize", os.fspath(model), out, recipe.ftype]
     if args.imatrix is not None:
         words += ["--imatrix", args.imatrix]
-    terminal.note(f"wrote {path}; what was measured is in {_measured(args)}")
     terminal.note(f"go on with: {shlex.join([*words, '--recipe', path])}")
 
 
