@@ -508,16 +508,22 @@ class _Making:
             candidate = candidates.offered[-1]
             choice = HeadChoice(label=candidate.label, bytes=candidate.bytes)
             return _Head(self._whole, candidate.types, choice)
-        # the trunk's bytes count for the head, and the head's for the trunk: one step of both
-        fixed = self._fixed(self._whole, kept, {})
-        budget = self._budget(target, refiner, groups, self._whole, fixed)
-        trunk = refiner.frontier.smallest
-        if budget is None:
-            trunk = refiner.frontier.reaching(target.value)
-        elif budget >= trunk.bytes:
-            trunk = refiner.frontier.at_most(budget)
-        table = HeadTable(files, candidates, trials, refiner.tensors(trunk.types))
+        # The trunk's bytes decide the head's worth, and the head's bytes are not the trunk's: begin
+        # with the smallest head, behind which the trunk is largest. If a head is not worth it there,
+        # it is not behind any other. Then the trunk is the one beside the chosen head.
+        smallest = min(candidates.offered, key=lambda candidate: candidate.bytes)
+        table = HeadTable(
+            files,
+            candidates,
+            trials,
+            self._trunk_beside(smallest.types, target, refiner, groups, kept),
+        )
         decision = table.choose("auto")
+        if decision.candidate is not None:
+            types = self._trunk_beside(decision.candidate.types, target, refiner, groups, kept)
+            again = HeadTable(files, candidates, trials, types)
+            if (confirmed := again.choose("auto")).candidate is not None:
+                table, decision = again, confirmed
         row = decision.row
         choice = HeadChoice(label="dropped", bytes=0)
         if decision.candidate is not None and row is not None:
@@ -532,6 +538,24 @@ class _Making:
             )
             return _Head(self._whole, decision.candidate.types, choice, table, decision)
         return _Head(self._dropped, {}, choice, table, decision)
+
+    def _trunk_beside(
+        self,
+        head_types: Mapping[str, str],
+        target: Target,
+        refiner: Refiner,
+        groups: Sequence[Group],
+        kept: Mapping[str, str],
+    ) -> Mapping[str, str]:
+        """The trunk's types for a target, if the head has these."""
+        fixed = self._fixed(self._whole, kept, head_types)
+        budget = self._budget(target, refiner, groups, self._whole, fixed)
+        trunk = refiner.frontier.smallest
+        if budget is None:
+            trunk = refiner.frontier.reaching(target.value)
+        elif budget >= trunk.bytes:
+            trunk = refiner.frontier.at_most(budget)
+        return refiner.tensors(trunk.types)
 
     @cached_property
     def _dropped(self) -> _Layout:
