@@ -119,6 +119,12 @@ from imatrix.quantization.rules import (
 from imatrix.quantization.verdicts import (
     TensorCoverage,
 )
+from imatrix.recipes.beside import (
+    Beside,
+    BesideProgress,
+    BesideSide,
+    compare_beside,
+)
 from imatrix.recipes.making import (
     recipe,
 )
@@ -153,6 +159,9 @@ __all__ = [
     "ActivationStatistics",
     "Adapted",
     "Backends",
+    "Beside",
+    "BesideProgress",
+    "BesideSide",
     "Chat",
     "ChatOptions",
     "ChatTemplate",
@@ -215,6 +224,7 @@ __all__ = [
     "adapt",
     "add_rpc_server",
     "backends",
+    "compare_beside",
     "compare_matrices",
     "convert",
     "coverage",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 import imatrix
+from imatrix.cli import beside_table
 from imatrix.cli.command import Command
 from imatrix.cli.flags import hub, placement, sources
 from imatrix.cli.flags.common import (
@@ -31,11 +33,21 @@ from imatrix.cli.terminal import Terminal, Text
 from imatrix.engine.placement import Placement
 from imatrix.files.outputs import Output
 from imatrix.quantization.source import data_bytes
+from imatrix.recipes.beside import (
+    LEAST_CHUNKS,
+    Beside,
+    check_mixtures,
+    compare_beside,
+    count_chunks,
+    kept_files,
+    share_text,
+)
 from imatrix.recipes.groups import wanted_types
 from imatrix.recipes.making import make
 from imatrix.recipes.options import Effort, RecipeOptions, Target, parse_size
 from imatrix.tensors import kind_of, n_values
-from imatrix.words import size
+from imatrix.text.inputs import Texts, text_inputs
+from imatrix.words import plural, size
 
 __all__ = ["COMMAND"]
 
@@ -118,6 +130,7 @@ def _add_arguments(command: hub.Parser) -> None:
     )
     add_skipped_chunks(command)
     add_parse_special(command)
+    beside_table.add_arguments(command)
     add_threads(command)
     placement.add_arguments(command)
     add_verbose(command)
@@ -127,10 +140,11 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
     targets = tuple(_targets(args))
     for output in _outputs(args):
         check_output(output.path)
-    text = sources.texts(args)
+    text = sources.texts(args, again=bool(args.beside))
     if text is None:
         raise ValueError("-p: there is no text in it to measure on")
     text_arguments = sources.run_arguments(args)
+    other = _other_text(args)
     types = None if args.types is None else [each for each in args.types.split(",") if each]
     wanted = wanted_types(types)
     args.model, _ = hub.fetch(args.model, args, terminal)
@@ -166,6 +180,10 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
         measured=_measured(args),
         restart=args.restart,
     )
+    plan = None
+    if args.beside:
+        plan = _plan_beside(args, options, text, other)
+        options = plan.options
     try:
         with catch_signals(terminal), RecipeBar(terminal) as bar:
             made = make(options, args.imatrix, text, progress=bar)
@@ -176,13 +194,127 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> int:
             )
         raise
     paths = _paths(args)
-    for number, (recipe, path) in enumerate(zip(made.recipes, paths, strict=True)):
+    recipes = dict(zip(options.targets, made.recipes, strict=True))
+    for number, (target, path) in enumerate(zip(targets, paths, strict=True)):
+        recipe = recipes[target]
         recipe.save(path)
         if made.head_tables:
             print_head_table(terminal, made.head_tables[number], made.decisions[number])
-        _print(recipe, targets[number], terminal)
+        _print(recipe, target, terminal)
         _print_next(args, recipe, path, terminal)
+    if plan is not None:
+        with catch_signals(terminal), beside_table.BesideBar(terminal) as told:
+            found = compare_beside(
+                args.model,
+                args.imatrix,
+                args.beside,
+                lambda n_bytes: recipes[Target("size", n_bytes)],
+                plan.text,
+                skip_chunks=plan.skip_chunks,
+                max_chunks=args.beside_chunks,
+                folder=Path(args.output).parent,
+                keep=args.keep,
+                n_ctx=args.ctx_size,
+                parse_special=args.parse_special,
+                **text_arguments,
+                **placed,
+                n_threads=args.threads,
+                progress=told,
+            )
+        beside_table.print_beside(found, terminal, text=plan.describe(args, recipes, found))
     return OK
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What --beside makes of the arguments.
+
+    Attributes:
+        options: of the measurement, with the mixtures' sizes among the targets.
+        text: what is compared on.
+        skip_chunks: how many of its chunks are left out, since they were measured.
+    """
+
+    options: RecipeOptions
+    text: Texts
+    skip_chunks: int
+
+    def describe(
+        self,
+        args: argparse.Namespace,
+        recipes: Mapping[Target, imatrix.Recipe],
+        found: Sequence[Beside],
+    ) -> str:
+        """What was measured on and what is compared on, in a sentence."""
+        recipe = next(iter(recipes.values()))
+        return beside_table.describe_texts(
+            recipe.text, recipe.chunks, args.beside_file, found[0].mixture.evaluation.n_chunks
+        )
+
+
+def _other_text(args: argparse.Namespace) -> Texts | None:
+    """The text of --beside-file, which must not be the text that is measured; None for none."""
+    if not args.beside:
+        for flag in ("beside_file", "keep"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag.replace('_', '-')} goes with --beside")
+        return None
+    if args.beside_file is None:
+        return None
+    source = imatrix.Source.parse(args.beside_file)
+    mine = {os.path.realpath(each.path) for each in text_inputs(source)}
+    for given in args.file or ():
+        for each in text_inputs(imatrix.Source.parse(given)):
+            if os.path.realpath(each.path) in mine:
+                raise ValueError(
+                    f"--beside-file {args.beside_file}: {each.path} is measured too (-f). Leave "
+                    "--beside-file out: then the part of -f that is not measured is compared on"
+                )
+    mixture = imatrix.Mixture([source])
+    mixture.check()
+    return mixture if source.plain is None else source.plain
+
+
+def _plan_beside(
+    args: argparse.Namespace, options: RecipeOptions, text: Texts, other: Texts | None
+) -> _Plan:
+    """Find out what is compared, and share the text, before anything is measured."""
+    sizes = check_mixtures(
+        args.model,
+        args.imatrix,
+        args.beside,
+        folder=Path(args.output).parent,
+        keep=args.keep,
+    )
+    more = [Target("size", n_bytes) for n_bytes in sizes.values()]
+    options = replace(options, targets=tuple(dict.fromkeys([*options.targets, *more])))
+
+    def count(what: Texts, most: int, skip_chunks: int) -> int:
+        return count_chunks(
+            args.model,
+            what,
+            n_ctx=options.n_ctx,
+            most=most,
+            skip_chunks=skip_chunks,
+            parse_special=options.parse_special,
+            packing=options.packing,
+            chat=options.chat,
+            on_bad_record=options.on_bad_record,
+        )
+
+    if other is not None:
+        if (there := count(other, LEAST_CHUNKS, 0)) < LEAST_CHUNKS:
+            raise ValueError(
+                f"--beside-file {args.beside_file} has {plural(there, 'chunk')} of {options.n_ctx} "
+                f"tokens; {LEAST_CHUNKS} are needed for an interval. Give more text"
+            )
+        return _Plan(options, other, 0)
+    # a third of the text is enough for the comparison if it has as many chunks as asked for
+    most = max(3 * options.chunks, options.chunks + args.beside_chunks)
+    shares = share_text(count(text, most, options.skip_chunks), options.chunks)
+    return _Plan(
+        replace(options, n_chunks=shares.measured), text, options.skip_chunks + shares.measured
+    )
 
 
 def _targets(args: argparse.Namespace) -> dict[Target, str]:
@@ -235,6 +367,9 @@ def _outputs(args: argparse.Namespace) -> Iterator[Output]:
     measured = _measured(args)
     yield Output(measured, args.output if args.measured is None else "")
     yield Output(f"{measured}.lock", measured)
+    if args.beside and args.keep is not None:
+        for kept in kept_files(args.keep, args.model, args.beside):
+            yield Output(os.fspath(kept), args.keep)
 
 
 def _print(recipe: imatrix.Recipe, target: Target, terminal: Terminal) -> None:
@@ -307,7 +442,7 @@ COMMAND = Command(
     add_arguments=_add_arguments,
     files=Files(
         models=("model",),
-        texts=("file",),
+        texts=("file", "beside_file"),
         files=("imatrix", "chat_template_file", "chat_tools"),
         outputs=_outputs,
     ),
