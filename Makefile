@@ -10,7 +10,7 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test engine-check dev tools lint format types docs bench quality sanitize fuzz dist try-dist workflows clean
+.PHONY: help demo test engine-check dev tools lint format types docs bench quality recipes sanitize fuzz dist try-dist workflows clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
@@ -20,6 +20,7 @@ help:
 	@echo "make docs      the documentation as a site, build/site/index.html"
 	@echo "make bench     benchmarks against llama-imatrix, written to benchmarks/results/"
 	@echo "make quality   what head data are worth, by type, written there too (half an hour)"
+	@echo "make recipes   recipes beside llama.cpp's mixtures, written there too (half an hour)"
 	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
 	@echo "make fuzz      coverage-guided fuzzing of the readers, and of what opens models; RUNS=N each"
 	@echo "make dist      the release's sdist and wheel into dist/, and what is in them checked"
@@ -84,6 +85,10 @@ bench: tools
 
 quality: dev
 	$(BIN)/python benchmarks/quality.py
+
+recipes: dev
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python benchmarks/recipes.py
 
 sanitize: tools
 	bash tests/native/sanitize.sh address
