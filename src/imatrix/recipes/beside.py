@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from imatrix.engine.models import Models
 from imatrix.engine.placement import Overrides, SplitMode
@@ -553,4 +553,4 @@ def _again(texts: Texts) -> Texts:
             "the text is read once for each file that is compared, and an open file can be read once "
             "only; give its path, or what is in it"
         )
-    return list(texts)
+    return cast("Texts", list(texts))
