@@ -31,7 +31,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 import imatrix
-from imatrix.quantization.types import ASKING, EMBEDDINGS
+from imatrix.quantization.types import ASKING, UNASKED
 
 F64 = NDArray[np.float64]
 
@@ -60,9 +60,10 @@ def errors(
     """
     sources = {each.name: each for each in gguf.GGUFReader(model).tensors}
     found: Errors = {name: {} for name in tensors}
-    # some types need data, which a matrix has of embeddings only if they are the output too
-    bare = EMBEDDINGS[0] not in matrix
+    # embeddings and output often have no data, which some types need
+    bare = [name for name in UNASKED if name in sources and name not in matrix]
     for type_ in types:
+        left = bare if type_ in ASKING else []
         with tempfile.TemporaryDirectory(dir=folder) as place:
             target = Path(place) / "quantized.gguf"
             imatrix.quantize(
@@ -70,14 +71,11 @@ def errors(
                 target,
                 "Q8_0",
                 imatrix=matrix,
-                tensor_types={".": type_},
-                token_embedding_type="q8_0" if bare and type_ in ASKING else type_,
+                tensor_types=[*((f"^{name}$", "q8_0") for name in left), (".", type_)],
                 n_threads=1,
             )
             for each in gguf.GGUFReader(target).tensors:
-                if each.name not in found or (
-                    each.name == EMBEDDINGS[0] and bare and type_ in ASKING
-                ):
+                if each.name not in found or each.name in left:
                     continue
                 if each.tensor_type.name.lower() != type_:
                     raise ValueError(f"{each.name} became {each.tensor_type.name}, not {type_}")

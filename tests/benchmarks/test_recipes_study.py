@@ -69,12 +69,13 @@ def test_factors_by_kind() -> None:
 
 def test_errors_of_a_model(model: Path, head_matrix: Path, tmp_path: Path) -> None:
     matrix = imatrix.ImportanceMatrix.load(head_matrix)
-    names = ["blk.0.ffn_down.weight", "token_embd.weight"]
+    names = ["blk.0.ffn_down.weight", "token_embd.weight", "output.weight"]
     found = recipe_errors.errors(model, matrix, names, ["q4_k", "iq2_xxs"], tmp_path)
-    # embeddings have no data, without which that type cannot be
+    # embeddings and output have no data, without which that type cannot be
     assert {name: list(types) for name, types in found.items()} == {
         "blk.0.ffn_down.weight": ["q4_k", "iq2_xxs"],
         "token_embd.weight": ["q4_k"],
+        "output.weight": ["q4_k"],
     }
     imatrix.quantize(model, tmp_path / "q.gguf", "Q4_K_S", imatrix=matrix, pure=True)
     values = {}
