@@ -156,8 +156,8 @@ def _describe_cost(what: str, cost: Cost) -> str:
     """What a stage takes, in a line."""
     kept = "all logits" if cost.top == 0 else f"the {cost.top} likeliest logits"
     return (
-        f"{what}: {plural(cost.trials, 'trial')} that come to {cost.passes:.1f} passes over "
-        f"{cost.tokens} tokens, about {duration(cost.seconds)} without quantizing; "
+        f"{what}: {plural(cost.trials, 'trial')}, {cost.passes:.1f} passes over {cost.tokens} tokens, "
+        f"about {duration(cost.seconds)} without quantizing; "
         f"{size(cost.kept_bytes)} for {kept} of the unchanged model"
     )
 

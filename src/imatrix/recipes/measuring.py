@@ -84,7 +84,7 @@ class RecipeProgress:
         done, total: trials of this stage, those that were there already not counted.
         seconds: since the stage began.
         seconds_left: until it ends, from what is done; None if nothing is.
-        cost: of the whole stage, told once before it begins; None afterwards.
+        cost: of the first stage, told once before it begins; None afterwards.
     """
 
     what: str
@@ -472,6 +472,7 @@ class Measurer:
         self.measurement = measurement
         self._progress = progress
         self._kept = False
+        self._told = False  # what it costs
 
     def measure_groups(
         self, groups: Sequence[Group], measured: Mapping[str, Sequence[str]]
@@ -600,7 +601,8 @@ class Measurer:
     def _run(self, jobs: Sequence[_Job], total: int, what: str) -> None:
         passes = sum(job.passes for job in jobs)
         values = sum(job.values for job in jobs)
-        if total:
+        if total and not self._told:
+            self._told = True
             cost = Cost(
                 trials=total,
                 passes=passes,
