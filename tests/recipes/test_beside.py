@@ -13,6 +13,8 @@ from helpers.running import TEXT
 
 import imatrix
 from imatrix import ImportanceMatrix, ModelFile, Recipe, evaluate, quantize
+from imatrix.cli.program import main
+from imatrix.cli.status import OK, USAGE
 from imatrix.recipes.beside import (
     LEAST_CHUNKS,
     BesideProgress,
@@ -307,3 +309,52 @@ def test_a_ratio_needs_the_same_reference(given: Given) -> None:
     found = evaluate(given.model, HELD_BACK, mtp=False, max_chunks=2, **OPTIONS)
     with pytest.raises(ValueError, match="against one reference"):
         kl_ratio(found, found)
+
+
+def test_the_command(
+    given: Given,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "held-out.txt"
+    text.write_text(HELD_BACK[:2_000], "utf-8")
+    words = ["recipe", str(given.model), str(given.matrix), "-f", str(text)]
+    words += ["--kl", "5", "--types", "q2_k,q8_0", "--head", "keep", "--effort", "quick"]
+    words += ["--chunks", "2", "-c", str(N_CTX), "-t", "1", "--beside", "Q8_0", "--keep", "."]
+    assert main([*words, "--beside-chunks", "9"]) == OK
+    out = capsys.readouterr().out
+    assert "measured on 2 chunks of held-out.txt, compared on the 9 chunks after them" in out
+    stem = given.model.stem
+    # the files that were compared are those that are told of
+    mixture, recipe = Path(f"{stem}-Q8_0.gguf"), Path(f"{stem}-recipe-Q8_0.gguf")
+    kl = []
+    for path in (mixture, recipe):
+        found = evaluate(
+            path, text, reference=given.model, skip_chunks=2, max_chunks=9, **OPTIONS
+        ).kl
+        assert found is not None
+        kl.append(found.value)
+        assert f" {path.stat().st_size} " in out
+        assert f" {found.value:.5f} " in out
+    assert f"the recipe's KL is {kl[1] / kl[0]:.3f} (" in out
+    assert recipe.stat().st_size <= mixture.stat().st_size
+
+    assert main([*words, "--beside-file", str(text)]) == USAGE
+    assert "is measured too (-f)" in capsys.readouterr().err
+
+
+def test_flags_that_go_with_beside(
+    given: Given, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recipe", str(given.model), "-p", "text", "--bpw", "4", "-o", str(tmp_path / "r.json")]
+    assert main([*words, "--keep", str(tmp_path)]) == USAGE
+    assert "--keep goes with --beside" in capsys.readouterr().err
+    # the text is too short for both
+    assert main([*words, "--beside", "Q8_0"]) == USAGE
+    assert (
+        "too few to measure on one part of it and to compare on another" in capsys.readouterr().err
+    )
+    assert main([*words, "--beside", "Q8_0,"]) == USAGE
+    assert "expected types with commas between" in capsys.readouterr().err
