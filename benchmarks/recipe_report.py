@@ -191,24 +191,22 @@ def _effort_table(views: Sequence[View]) -> list[str]:
 
 def _baseline_table(view: View) -> list[str]:
     ways = [Way(kind) for kind in view.study.baselines]
-    head = ["mixture", "recipe", *view.study.baselines, *(f"recipe over {w.name}" for w in ways)]
-    rows = []
-    for mixture in view.study.mixtures:
-        rows.append(
-            [
-                mixture,
-                *(_ratio(view.ratio(way, mixture)) for way in (view.recipe(), *ways)),
-                *(_ratio(view.ratio(view.recipe(), mixture, way)) for way in ways),
-            ]
-        )
+    head = ["mixture", "recipe", *view.study.baselines, f"recipe over {ways[-1].name}"]
+    rows = [
+        [
+            mixture,
+            *(_ratio(view.ratio(way, mixture)) for way in (view.recipe(), *ways)),
+            _ratio(view.ratio(view.recipe(), mixture, ways[-1])),
+        ]
+        for mixture in view.study.mixtures
+    ]
 
     def median(one: Way, over: Way) -> str:
         values = [view.ratio(one, mixture, over).value for mixture in view.study.mixtures]
         return f"**{statistics.median(values):.2f}**"
 
     medians = [median(way, MIXTURE) for way in (view.recipe(), *ways)]
-    medians += [median(view.recipe(), way) for way in ways]
-    return _table(head, [*rows, ["median", *medians]])
+    return _table(head, [*rows, ["median", *medians, median(view.recipe(), ways[-1])]])
 
 
 def _prediction_table(view: View) -> list[str]:
@@ -242,13 +240,14 @@ def _section(named: Named) -> list[str]:
         next(iter(results.made.values())).evaluations[text.name].n_chunks for text in study.tests
     ]
     lines += textwrap.wrap(
-        f"Evaluated on {chunks[0]} chunks of {study.n_ctx} tokens in-domain and {chunks[1]} "
-        "out-of-domain. A ratio is the KL of the one over that of the other; in brackets its 95 % "
+        f"Evaluated on {chunks[0]} chunks of {study.n_ctx} tokens in-domain, which is text like that "
+        f"which was measured, and {chunks[1]} chunks out-of-domain. A ratio is the KL of the one over that of the other; in brackets its 95 % "
         "interval, paired: a bootstrap over the chunks of both together. Below 1 the first is nearer "
         "to the source.",
         100,
     )
-    lines += ["", f"Recipes with the effort {first.main}, all seeds and mixtures:", ""]
+    seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "1 seed"
+    lines += ["", f"Recipes with the effort {first.main}, {seeds}, all mixtures:", ""]
     lines += [goal(view) for view in views]
     lost = [line for view in views for line in losses(view)]
     lines += ["", "Where recipes lose, or are not shown to win:", ""]
@@ -263,14 +262,14 @@ def _section(named: Named) -> list[str]:
     if len(study.efforts) > 1:
         lines += ["", "### By effort", ""]
         lines += [f"The ratio to the mixture, seed {first.seed}.", "", *_effort_table(views)]
-        minutes = ", ".join(
-            f"{effort} {results.minutes[effort, first.seed]:.1f}" for effort in study.efforts
-        )
-        lines += textwrap.wrap(
-            f"Minutes for all {len(study.mixtures)} recipes together, with one thread, on a machine "
-            f"that was busy with other work: {minutes}.",
-            100,
-        )
+        known = [each for each in study.efforts if results.minutes.get((each, first.seed))]
+        if known:
+            minutes = ", ".join(f"{e} {results.minutes[e, first.seed]:.1f}" for e in known)
+            lines += textwrap.wrap(
+                f"Minutes for all {len(study.mixtures)} recipes together, with one thread, on a "
+                f"machine that was busy with other work: {minutes}.",
+                100,
+            )
     if study.baselines:
         lines += ["", "### Beside the error of the weights alone", ""]
         lines += textwrap.wrap(
@@ -278,8 +277,8 @@ def _section(named: Named) -> list[str]:
             "the weights is least; no text runs through the model for it. squared: the "
             "importance-weighted squared error. relative: that of each row over the row's own weight. "
             "pull request: with what llama.cpp's pull request 15550 adds to it (benchmarks/"
-            "recipe_errors.py says what is left out). The first columns are ratios to the mixture, "
-            "the others of the recipe to that choice.",
+            "recipe_errors.py says what is left out). Ratios to the mixture; the last column is of the "
+            "recipe to that choice.",
             100,
         )
         for view in views:
@@ -301,7 +300,7 @@ def write(found: Sequence[tuple[str, Study, Results]], out: Path) -> None:
     lines += textwrap.wrap(
         "Made by `python benchmarks/recipes.py`"
         + (" with `--gemma`" if len(studies) > 1 else "")
-        + f" on {datetime.date.today()}: {machine()}; llama.cpp {imatrix.backends().engine}. KL "
+        + f" on {datetime.date.today()}: {machine()}; {imatrix.backends().engine}. KL "
         "divergences are to the model before quantization, in nats a token. Recipes have no more "
         "bytes than the mixture beside them, as whole files, and the same importance matrix. The text "
         "that is evaluated on was not measured on, nor is it the calibration's.",
