@@ -68,10 +68,10 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
 
 
 def test_the_recipes_quote_the_study() -> None:
-    """Rows of the study's table stand in docs/recipes.md exactly as in its report."""
+    """Rows of the study's table stand in docs/types.md exactly as in its report."""
     study = (ROOT / "benchmarks" / "results" / "quality.md").read_text(encoding="utf-8")
     section = study.split("## Trunk at Q8_0, in-domain")[1].split("\n## ")[0].splitlines()
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "types.md").read_text(encoding="utf-8").splitlines()
     quoted = [line for line in page if line.startswith("|")]
     assert len(quoted) > 10
     assert [line for line in quoted if line not in section] == []
