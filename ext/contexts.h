@@ -107,6 +107,11 @@ public:
     // To be called before chunks of at most n_tokens: forgets the rows of the last ones.
     void forget_rows(int32_t n_tokens);
 
+    // What is kept of the trunk for the head's slots, and the same put back in place of a pass of
+    // the trunk. Of no use to a head that shares the trunk's memory.
+    const std::vector<float> & rows_for_head() const { return states_; }
+    void put_rows_for_head(const std::vector<float> & rows) { states_ = rows; }
+
     // Empties the memory first if the chunks begin with this decode. If there is a head, the rows
     // that the trunk gives are kept for its slots.
     Status decode_trunk(const TrunkDecode & decode);

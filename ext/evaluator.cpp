@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <utility>
 
 namespace imatrix {
 
@@ -33,6 +35,7 @@ std::vector<Contexts *> Evaluator::both() {
 }
 
 Status Evaluator::open(const EvaluatorParams & params) {
+    kept_.clear();
     for (Contexts * each : both()) {
         each->close();
     }
@@ -311,7 +314,7 @@ Status Evaluator::draft_step(const int32_t * tokens, int32_t scored, int32_t k,
     return {};
 }
 
-Status Evaluator::evaluate(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
+void Evaluator::start(int32_t n_tokens, ChunkEvaluation & out) {
     clear_error();
     const size_t n_scored = static_cast<size_t>(std::max(0, n_tokens - 1 - first_scored(n_tokens)));
     const bool   compared = reference_ != nullptr;
@@ -322,26 +325,83 @@ Status Evaluator::evaluate(const int32_t * tokens, int32_t n_tokens, ChunkEvalua
     for (Contexts * each : both()) {
         each->forget_rows(n_tokens);
     }
-    Status status = run_trunk(tokens, n_tokens, out.trunk);
-    if (!status.ok() || !params_.mtp) {
-        return status;
-    }
+}
+
+// After the trunk.
+Status Evaluator::evaluate_head(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
     hidden_.resize(static_cast<size_t>(params_.depth));
     for (std::vector<float> & rows : hidden_) {
-        rows.assign(n_scored * static_cast<size_t>(contexts_.n_embd()), 0.0f);
+        rows.assign(out.head.nll.size() * static_cast<size_t>(contexts_.n_embd()), 0.0f);
     }
-    status = run_head(tokens, n_tokens, out.head);
+    const Status status = run_head(tokens, n_tokens, out.head);
     return status.ok() ? draft(tokens, n_tokens, out) : status;
 }
 
-Status Evaluator::step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
+Status Evaluator::evaluate(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
+    start(n_tokens, out);
+    const Status status = run_trunk(tokens, n_tokens, out.trunk);
+    return status.ok() && params_.mtp ? evaluate_head(tokens, n_tokens, out) : status;
+}
+
+Status Evaluator::check_chunk(int32_t n_tokens) const {
     if (!contexts_.is_open()) {
         return Status::failed(Code::bad_argument, "the evaluator is not open");
     }
     if (n_tokens < 1 || n_tokens > params_.n_ctx) {
         return Status::failed(Code::bad_argument, "1 to n_ctx tokens a chunk");
     }
-    return guarded("in a chunk", [&] { return evaluate(tokens, n_tokens, out); });
+    return {};
+}
+
+Status Evaluator::step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out) {
+    const Status status = check_chunk(n_tokens);
+    return status.ok() ? guarded("in a chunk", [&] { return evaluate(tokens, n_tokens, out); })
+                       : status;
+}
+
+Status Evaluator::keep(const int32_t * tokens, int32_t n_tokens) {
+    Status status = check_chunk(n_tokens);
+    if (status.ok() && (!params_.mtp || reference_ != nullptr)) {
+        status = Status::failed(Code::bad_argument,
+                                "chunks are kept for a head, and not beside a reference");
+    }
+    if (!status.ok()) {
+        return status;
+    }
+    return guarded("while keeping a chunk's rows", [&] {
+        Kept            kept;
+        ChunkEvaluation out;
+        start(n_tokens, out);
+        const Status ran = run_trunk(tokens, n_tokens, out.trunk);
+        if (ran.ok()) {
+            kept.tokens.assign(tokens, tokens + n_tokens);
+            kept.trunk = std::move(out.trunk);
+            if (!contexts_.sharing()) {
+                kept.rows = contexts_.rows_for_head();
+            }
+            kept_.push_back(std::move(kept));
+        }
+        return ran;
+    });
+}
+
+Status Evaluator::step_kept(int32_t chunk, ChunkEvaluation & out) {
+    if (chunk < 0 || chunk >= n_kept()) {
+        return Status::failed(Code::bad_argument, "chunk " + std::to_string(chunk) +
+                                                      " is none of the " +
+                                                      std::to_string(n_kept()) + " that were kept");
+    }
+    return guarded("in a chunk", [&] {
+        const Kept & kept     = kept_[static_cast<size_t>(chunk)];
+        const auto   n_tokens = static_cast<int32_t>(kept.tokens.size());
+        if (contexts_.sharing()) { // it reads what the trunk's pass leaves in its memory
+            return evaluate(kept.tokens.data(), n_tokens, out);
+        }
+        start(n_tokens, out);
+        out.trunk = kept.trunk;
+        contexts_.put_rows_for_head(kept.rows);
+        return evaluate_head(kept.tokens.data(), n_tokens, out);
+    });
 }
 
 } // namespace imatrix

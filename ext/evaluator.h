@@ -56,6 +56,14 @@ public:
     // One chunk of 1 to n_ctx tokens, a memory of its own. A failed chunk leaves nothing behind.
     Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out);
 
+    // Runs the trunk over a chunk and keeps what it gives, so that step_kept() can run the head
+    // over it again and again, with other weights of the head. Of one with a head and without a
+    // reference.
+    Status  keep(const int32_t * tokens, int32_t n_tokens);
+    int32_t n_kept() const { return static_cast<int32_t>(kept_.size()); }
+    // As step() of that chunk, counted from 0, if the trunk is as it was.
+    Status step_kept(int32_t chunk, ChunkEvaluation & out);
+
     // From any thread: ends the running step() early with Code::cancelled.
     void cancel() { cancelled_ = true; }
     void clear_cancel() { cancelled_ = false; }
@@ -67,8 +75,17 @@ private:
         int32_t row;
     };
 
+    struct Kept {
+        std::vector<int32_t> tokens;
+        std::vector<float>   rows; // for the head's slots; empty if it shares the trunk's memory
+        Predictions          trunk;
+    };
+
     std::vector<Contexts *> both(); // the reference's too, if there is one
     Status evaluate(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out);
+    Status evaluate_head(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out);
+    void   start(int32_t n_tokens, ChunkEvaluation & out);
+    Status check_chunk(int32_t n_tokens) const;
     Status run_trunk(const int32_t * tokens, int32_t n_tokens, Predictions & out);
     Status run_head(const int32_t * tokens, int32_t n_tokens, Predictions & out);
     Status draft(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out);
@@ -88,6 +105,7 @@ private:
     Contexts                        contexts_;
     std::unique_ptr<Contexts>       reference_; // NULL without one
     std::vector<std::vector<float>> hidden_;    // see hidden()
+    std::vector<Kept>               kept_;
 };
 
 } // namespace imatrix

@@ -472,7 +472,7 @@ def test_the_head_in_place_drafts_as_one_in_a_file(
         done=lambda each: made.append(each.label), progress=lambda *n: steps.append(n),
     )  # fmt: skip
     assert made == list(trials) == [c.label for c in offered.offered]
-    assert steps == [(n, 9) for n in range(1, 10)]
+    assert steps == [(n, 12) for n in range(1, 13)]
 
     table = HeadTable(files, offered, trials, trunk, depth=DEPTH)
     found = {}
@@ -515,7 +515,7 @@ def test_an_error_leaves_the_head_as_it_was(mixture: Path, data: imatrix.Importa
     loaded = Loaded(mixture)
 
     def stop(done: int, total: int) -> None:
-        if done == 3:  # amid the chunks of Q2_K
+        if done == 5:  # amid the chunks of Q2_K
             raise KeyboardInterrupt
 
     made: dict[str, HeadTrial] = {}

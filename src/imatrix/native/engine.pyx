@@ -686,6 +686,15 @@ cdef dict _predictions(const Predictions & found):
     }
 
 
+cdef dict _evaluation(const ChunkEvaluation & found):
+    return {
+        "trunk": _predictions(found.trunk),
+        "head": _predictions(found.head),
+        "known": _small_ints(found.known),
+        "accepted": _small_ints(found.accepted),
+    }
+
+
 cdef class Evaluator:
     """A model, and maybe a reference beside it, that score chunks of text."""
 
@@ -748,12 +757,28 @@ cdef class Evaluator:
         with nogil:
             status = self._evaluator.get().step(&tokens[0], n_tokens, found)
         _check(status)
-        return {
-            "trunk": _predictions(found.trunk),
-            "head": _predictions(found.head),
-            "known": _small_ints(found.known),
-            "accepted": _small_ints(found.accepted),
-        }
+        return _evaluation(found)
+
+    def keep(self, const int32_t[::1] tokens not None):
+        """Run the trunk over a chunk, and keep what it gives for step_kept(), which gets the number
+        that this returns."""
+        cdef Status status
+        cdef int32_t n_tokens = <int32_t>tokens.shape[0]
+        if n_tokens == 0:
+            raise ValueError("no tokens")
+        with nogil:
+            status = self._evaluator.get().keep(&tokens[0], n_tokens)
+        _check(status)
+        return self._evaluator.get().n_kept() - 1
+
+    def step_kept(self, int chunk):
+        """As step() of a kept chunk, if the trunk's weights are as they were."""
+        cdef Status status
+        cdef ChunkEvaluation found
+        with nogil:
+            status = self._evaluator.get().step_kept(chunk, found)
+        _check(status)
+        return _evaluation(found)
 
     def cancel(self):
         """From any thread: end the running step early (it raises InterruptedError)."""

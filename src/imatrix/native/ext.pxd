@@ -292,6 +292,9 @@ cdef extern from "evaluator.h" namespace "imatrix" nogil:
                    const CModel * reference_head)
         Status open(const EvaluatorParams & params)
         Status step(const int32_t * tokens, int32_t n_tokens, ChunkEvaluation & out)
+        Status keep(const int32_t * tokens, int32_t n_tokens)
+        int32_t n_kept() const
+        Status step_kept(int32_t chunk, ChunkEvaluation & out)
         void cancel()
         void clear_cancel()
         @staticmethod

@@ -91,8 +91,11 @@ class HeadWeights(Protocol):
 class Drafting(Protocol):
     """An open evaluator of the models: imatrix.native.engine.Evaluator."""
 
-    def step(self, tokens: NDArray[np.int32]) -> engine.ChunkEvaluation:
-        """Evaluate a chunk."""
+    def keep(self, tokens: NDArray[np.int32]) -> int:
+        """Run the trunk over a chunk, and keep what it gives; the number it has then."""
+
+    def step_kept(self, chunk: int) -> engine.ChunkEvaluation:
+        """Evaluate a chunk that was kept, with the head as it is now."""
 
     def cancel(self) -> None:
         """End a step early, from any thread."""
@@ -382,7 +385,7 @@ def measure_head(
     after an error, the head is the file's again, bit for bit.
 
     Args:
-        evaluator: open, of these models, with that depth.
+        evaluator: open, of these models, with that depth; what the trunk gives is kept in it.
         weights: of the model that holds the head, by the names in its file: Weights(head), where
             head is the trunk's model if one file holds both. With the trunk's beside it, a name that
             both files have, such as output.weight, would mean both.
@@ -394,8 +397,8 @@ def measure_head(
         known: trials by label that are there already, of the same chunks and the same trunk; they
             are not made again.
         done: called with every new trial.
-        progress: called after each chunk with how many were run, and how many there are to run for
-            all candidates.
+        progress: called after each chunk with how many were run, and how many there are to run: by
+            the trunk once, and by each candidate.
 
     Returns:
         The trials by label, those of `known` among them.
@@ -420,20 +423,31 @@ def measure_head(
         trials[candidate.label] = trial
     missing = [candidate for candidate in candidates if candidate.label not in trials]
     in_place = _InPlace(weights, files, matrix)
-    total, run = len(missing) * len(chunks), 0
+    # the trunk's passes are one for all candidates
+    total, run = (len(missing) + 1) * len(chunks) if missing else 0, 0
     with ended_at_exit("measurement") as work, NativeThread() as native:
         work.cancel = evaluator.cancel
+
+        def told() -> None:
+            nonlocal run
+            run += 1
+            if progress is not None:
+                progress(run, total)
+
         try:
+            kept = []
+            for chunk in chunks if missing else ():
+                work.check()
+                kept.append(native.submit(evaluator.keep, chunk).result())
+                told()
             for candidate in missing:
                 native.submit(in_place.change, candidate.types, work).result()
                 counted = []
-                for chunk in chunks:
+                for number in kept:
                     work.check()
-                    found = native.submit(evaluator.step, chunk).result()
+                    found = native.submit(evaluator.step_kept, number).result()
                     counted.append(_counted(found["known"], found["accepted"], deepest))
-                    run += 1
-                    if progress is not None:
-                        progress(run, total)
+                    told()
                 trial = HeadTrial(
                     label=candidate.label,
                     judged=tuple(judged for judged, _ in counted),
