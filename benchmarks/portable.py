@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def main() -> None:
     parts = parser.add_subparsers(dest="part", required=True)
     for name in ("processors", "speed"):
         parts.add_parser(name).add_argument("wheel", type=Path)
-    parts.choices["processors"].add_argument("--only", help="one processor")
+    parts.choices["processors"].add_argument("--only", help="some processors, a comma between")
     parts.choices["speed"].add_argument("--pairs", type=int, default=16)
     parts.choices["speed"].add_argument("--size", choices=("full", "half"), default="full")
     parts.add_parser("arm64").add_argument(
@@ -74,17 +75,21 @@ def main() -> None:
     )
     args = parser.parse_args()
     kept = RESULTS / "portable.json"
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+
+    def keep(part: dict[str, Any]) -> None:
+        """Put what was found into the file and on the page."""
+        results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        results[args.part] = {**part, "date": str(datetime.date.today())}
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+        (RESULTS / "portable.md").write_text(page(results))
+
     if args.part == "processors":
-        results["processors"] = try_processors(args.wheel.resolve(), args.only)
+        try_processors(args.wheel.resolve(), args.only, keep)
     elif args.part == "speed":
-        results["speed"] = measure(args.wheel.resolve(), args.pairs, args.size)
+        keep(measure(args.wheel.resolve(), args.pairs, args.size))
     else:
-        results["arm64"] = try_arm64(whole=not args.rows_only)
-    results[args.part]["date"] = str(datetime.date.today())
-    kept.write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "portable.md").write_text(page(results))
-    print(page(results))
+        keep(try_arm64(whole=not args.rows_only))
+    print((RESULTS / "portable.md").read_text())
 
 
 def installed(wheel: Path, folder: Path) -> Path:
@@ -98,7 +103,7 @@ def installed(wheel: Path, folder: Path) -> Path:
 # --- other processors -------------------------------------------------------------------------------
 
 
-def try_processors(wheel: Path, only: str | None) -> dict[str, Any]:
+def try_processors(wheel: Path, only: str | None, keep: Callable[[dict[str, Any]], None]) -> None:
     qemu = shutil.which("qemu-x86_64")
     if qemu is None:
         sys.exit("there is no qemu-x86_64: apt-get install qemu-user")
@@ -110,12 +115,12 @@ def try_processors(wheel: Path, only: str | None) -> dict[str, Any]:
         first = steps(python, folder, "this machine", [])
         rows = [first[0]]
         for name, variant in PROCESSORS.items():
-            if only in (None, name):
+            if only is None or name in only.split(","):
                 row, matrix = steps(python, folder, name, [qemu, "-cpu", name])
                 compare(row, matrix, first[1])
                 assert row["variant"] == variant, (name, row["variant"], variant)
                 rows.append(row)
-    return {"wheel": wheel.name, "qemu": version, "rows": rows}
+                keep({"wheel": wheel.name, "qemu": version, "rows": rows})
 
 
 def steps(
@@ -146,7 +151,7 @@ def steps(
     code = "import subprocess, sys; print(subprocess.check_output([sys.executable, '-m', 'imatrix', '--version'], text=True))"
     told = run("-c", code)
     command("collect", "-m", MODEL, "-f", "../text.txt", "-o", "m.gguf", "--mtp", "-c", 64,
-            "--chunks", 4, "-t", 2)  # fmt: skip
+            "--chunks", 2, "-t", 2)  # fmt: skip
     command("check", MODEL, "m.gguf", "--type", "IQ3_S")
     command("quantize", MODEL, "q.gguf", "IQ3_S", "--imatrix", "m.gguf")
     row = {
@@ -349,7 +354,7 @@ def page(results: dict[str, Any]) -> str:
         lines += [
             "", "## As other processors", "",
             f"{found['date']}, {found['wheel']} under qemu-x86_64 {found['qemu']}: the package's "
-            "small model, 4 chunks of 64 tokens, trunk and head, then check and quantize to IQ3_S. "
+            "small model, 2 chunks of 64 tokens, trunk and head, then check and quantize to IQ3_S. "
             "Every dense weight has the same count. Rows of experts that go to another expert than "
             "on this machine are counted as moved. Apart: the largest difference of a weight's sums, "
             "relative to its largest sum; median and largest of the weights. qemu 7.2 emulates no "

@@ -39,6 +39,9 @@ def package(tmp_path: Path) -> Path:
     copy = tmp_path / "imatrix"
     shutil.copytree(ROOT / "src/imatrix", copy, ignore=ignored)
     shutil.copytree(NATIVE.parent / "lib", copy / "lib")
+    bundled = NATIVE.parents[1] / "imatrix.libs"  # a repaired wheel's
+    if bundled.is_dir():
+        shutil.copytree(bundled, tmp_path / "imatrix.libs")
     for module in NATIVE.glob("*.so"):
         shutil.copy(module, copy / "native")
     return tmp_path
@@ -132,8 +135,8 @@ def check(other):
 """
 
     def code(self, package: Path, body: str, *, whole_process: bool = False) -> str:
-        others = package / "other"
-        others.mkdir()
+        others = package / "other/lib"
+        others.mkdir(parents=True)
         lib = package / "imatrix/lib"
         linked = sorted(path.name for path in lib.glob("libimatrix-*.so"))
         for name in linked:
@@ -167,7 +170,7 @@ def check(other):
         assert done.returncode == 1
         assert "EngineError: " in done.stderr
         assert "another copy of ggml, " in done.stderr
-        assert "other/libggml.so, was loaded for the whole process (RTLD_GLOBAL)" in done.stderr
+        assert "other/lib/libggml.so, was loaded for the whole process (RTLD_GLOBAL)" in done.stderr
         assert "Load it without RTLD_GLOBAL" in done.stderr
 
     def test_one_that_the_whole_process_sees_after_ours(self, package: Path) -> None:
