@@ -249,6 +249,8 @@ def core_tests(folder: Path) -> list[Path]:
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers.forge import make_model
 
+    folder = folder / "engine"  # deeper than where the tests look for programs of this machine
+    folder.mkdir(exist_ok=True)
     toolchain = folder / "toolchain.cmake"
     toolchain.write_text(TOOLCHAIN)
     configure = [
