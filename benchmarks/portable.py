@@ -79,6 +79,10 @@ def main() -> None:
     def keep(part: dict[str, Any]) -> None:
         """Put what was found into the file and on the page."""
         results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        before = results.get(args.part, {})
+        if before.get("wheel") == part.get("wheel") is not None:  # --only: other processors stay
+            names = [row["name"] for row in part["rows"]]
+            part["rows"] += [row for row in before["rows"] if row["name"] not in names]
         results[args.part] = {**part, "date": str(datetime.date.today())}
         kept.write_text(json.dumps(results, indent=1) + "\n")
         (RESULTS / "portable.md").write_text(page(results))
