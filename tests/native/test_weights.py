@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as GgmlType
 from gguf import GGUFReader, dequantize
-from helpers import forge_any
 from helpers.forge import ModelSpec
 from helpers.forge_any import make_any
 from helpers.running import EngineTool, Forged, RpcServer, run_tool
@@ -158,7 +157,7 @@ def test_what_cannot_be_put_in_place_is_refused(experts: ModelSpec, forged: Forg
 # --- trials ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_a_trial_is_an_evaluation_of_a_file_with_the_changed_weight(
     forged: Forged, dtype: str, prose: str, tmp_path: Path
 ) -> None:
@@ -182,7 +181,6 @@ def test_a_trial_is_an_evaluation_of_a_file_with_the_changed_weight(
     tensor = next(t for t in GGUFReader(run.path).tensors if t.name == name)
     values = dequantize(tensor.data, made).astype(np.float32)
     bits = {
-        "F32": values,
         "F16": values.astype(np.float16),
         # round to nearest even, as ggml's conversion does
         "BF16": ((v := values.view(np.uint32)) + 0x7FFF + ((v >> 16) & 1) >> 16).astype(np.uint16),
@@ -204,11 +202,15 @@ def test_a_trial_is_an_evaluation_of_a_file_with_the_changed_weight(
         assert np.array_equal(row["top"], want["top"])
 
 
-# a head, an encoder, and what gives embeddings have no logits of their own
-NO_LOGITS = {"gemma4-assistant", "t5", "gemma-embedding", "modern-bert"}
+# Of each way to give rows to the next block, one: plain and shared keys, experts, states, streams, rows
+# that the next block names, tokens that see those after them.
+ARCHS = (
+    *("deepseek4", "dream", "gemma4", "glm5-next", "gpt2", "lfm2", "nemotron_h_moe", "qwen35moe"),
+    *("qwen4exp", "step35"),
+)
 
 
-@pytest.mark.parametrize("arch", sorted(set(forge_any.ARCHS) - NO_LOGITS))
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_pass_that_begins_at_a_block_is_a_whole_one(arch: str, tmp_path: Path) -> None:
     spec = make_any(tmp_path / "model.gguf", arch, seed=5)
     model = load(spec.path, mtp=False)
