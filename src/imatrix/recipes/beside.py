@@ -357,9 +357,10 @@ def compare_beside(
         keep: a folder that keeps the files, as MODEL-Q3_K_M.gguf and MODEL-recipe-Q3_K_M.gguf; None
             to remove them.
         mtp_model: the head's own file, which stays as it is.
-        mtp, depth, n_ctx, n_batch, n_ubatch, parse_special, packing, chat, on_bad_record,
-        n_gpu_layers, split_mode, tensor_split, main_gpu, devices, override_tensor, cpu_moe,
-        n_cpu_moe, n_threads, use_mmap, rehearse, isolate: as evaluate() takes them.
+        mtp, depth, n_ctx, n_batch, n_ubatch, parse_special, packing, chat, on_bad_record: as
+            evaluate() takes them.
+        n_gpu_layers, split_mode, tensor_split, main_gpu, devices, override_tensor: likewise.
+        cpu_moe, n_cpu_moe, n_threads, use_mmap, rehearse, isolate: likewise.
         progress: called several times a second, in this thread. An exception that it raises ends
             the work.
 
@@ -370,7 +371,7 @@ def compare_beside(
         ValueError: as check_mixtures; the text is too short; for_size has no recipe of that size, or
             one whose file is larger.
         OSError: as check_mixtures, or a file cannot be read or written.
-        EngineError, EngineDiedError, MemoryError, ...: as quantize() and evaluate().
+        EngineError, EngineDiedError, MemoryError: as quantize() and evaluate().
     """
     sizes = check_mixtures(model, matrix, mixtures, folder=folder, keep=keep, isolate=isolate)
     if max_chunks is not None and max_chunks < LEAST_CHUNKS:
