@@ -60,6 +60,7 @@ class Study:
         seeds: of the measured text. The first one has all efforts.
         efforts: the main tables are of the second.
         baselines: kinds of errors, see recipe_errors.
+        types: that recipes and baselines choose from.
         n_ctx: tokens a chunk.
     """
 
@@ -71,6 +72,7 @@ class Study:
     seeds: tuple[int, ...] = (1, 2, 3)
     efforts: tuple[str, ...] = EFFORTS
     baselines: tuple[str, ...] = recipe_errors.ERRORS
+    types: tuple[str, ...] = OFFERED
     n_ctx: int = 512
 
     def text(self, seed: int) -> str:
@@ -326,6 +328,7 @@ def make_recipes(
     """
     text = study.text(seed)
     key = [_VERSION, *_identity(study.model), matrix.name, effort, text, study.n_ctx, sizes]
+    key += [] if study.types == OFFERED else [study.types]
     place = folder / "recipes" / f"{effort}-{seed}-{digest(key)}"
     if (place / "minutes.json").exists():
         return place
@@ -337,6 +340,7 @@ def make_recipes(
         text,
         size=list(sizes.values()),
         effort=effort,
+        types=study.types,
         n_ctx=study.n_ctx,
         measured=place / "measured.jsonl",
         n_threads=1,
@@ -349,11 +353,11 @@ def make_recipes(
 
 def make_errors(study: Study, tensors: Sequence[str], matrix: Path, folder: Path) -> Path:
     """The errors of all tensors in all types, as JSON."""
-    key = [_VERSION, *_identity(study.model), matrix.name, tensors, OFFERED]
+    key = [_VERSION, *_identity(study.model), matrix.name, tensors, study.types]
     path = folder / "errors" / f"{digest(key)}.json"
     if not path.exists():
         found = recipe_errors.errors(
-            study.model, imatrix.ImportanceMatrix.load(matrix), tensors, OFFERED, folder
+            study.model, imatrix.ImportanceMatrix.load(matrix), tensors, study.types, folder
         )
         _keep(path, found)
     return path
@@ -362,7 +366,7 @@ def make_errors(study: Study, tensors: Sequence[str], matrix: Path, folder: Path
 def choose(study: Study, errors: recipe_errors.Errors, kind: str, mixture: Made) -> dict[str, str]:
     """The types that minimize the sum of errors within the mixture's bytes."""
     shapes = imatrix.ModelFile.read(study.model).tensors
-    bits = {type_: 8 * data_bytes((256,), type_) / 256 for type_ in OFFERED}
+    bits = {type_: 8 * data_bytes((256,), type_) / 256 for type_ in study.types}
     n_values = {name: int(np.prod(shapes[name])) for name in errors}
     whole = (
         8 * sum(data_bytes(shapes[n], mixture.types[n]) for n in errors) / sum(n_values.values())

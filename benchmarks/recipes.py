@@ -79,7 +79,9 @@ def gemma(folder: Path) -> Study:
         calibration=CALIBRATION.read_text("utf-8"),
         measured=prose[:half],
         tests=(Text("in-domain", prose[half:], 16), Text("out-of-domain", code, 16)),
-        mixtures=("IQ2_M", "IQ3_XXS", "Q3_K_M", "IQ4_XS"),
+        mixtures=("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M"),
+        # those that are quantized fast
+        types=("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"),
         seeds=(1,),
         efforts=("quick",),
         baselines=("squared",),
