@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from recipe_cells import MIXTURE, Made, Results, Study, Text, Way
+from recipe_cells import EFFORTS, MIXTURE, Made, Results, Study, Text, Way
 from store import machine
 
 import imatrix
@@ -243,7 +243,7 @@ def _section(named: Named) -> list[str]:
         f"Evaluated on {chunks[0]} chunks of {study.n_ctx} tokens in-domain, which is text like that "
         f"which was measured, and {chunks[1]} chunks out-of-domain. A ratio is the KL of the one over that of the other; in brackets its 95 % "
         "interval, paired: a bootstrap over the chunks of both together. Below 1 the first is nearer "
-        "to the source.",
+        "to the source. A seed is a sample of chunks of the measured text; samples overlap.",
         100,
     )
     seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "1 seed"
@@ -298,14 +298,14 @@ def write(found: Sequence[tuple[str, Study, Results]], out: Path) -> None:
     studies = [Named(*each) for each in found]
     lines = ["# Recipes beside mixtures", ""]
     lines += textwrap.wrap(
-        "Made by `python benchmarks/recipes.py`"
-        + (" with `--gemma`" if len(studies) > 1 else "")
-        + f" on {datetime.date.today()}: {machine()}; {imatrix.backends().engine}. KL "
+        f"Made by `python benchmarks/recipes.py{_flags(studies)}` on {datetime.date.today()}: {machine()}; {imatrix.backends().engine}. KL "
         "divergences are to the model before quantization, in nats a token. Recipes have no more "
         "bytes than the mixture beside them, as whole files, and the same importance matrix. The text "
         "that is evaluated on was not measured on, nor is it the calibration's.",
         100,
     )
+    if len(studies) == 1:
+        lines += ["", "No larger model was measured: what holds for this one need not hold for it."]
     lines += ["", "![KL over bytes](recipes.png)", ""]
     for named in studies:
         lines += _section(named)
@@ -326,6 +326,13 @@ def write(found: Sequence[tuple[str, Study, Results]], out: Path) -> None:
         json.dumps({each.name: _data(each) for each in studies}, indent=1) + "\n", "utf-8"
     )
     _picture(studies, out / "recipes.png")
+
+
+def _flags(studies: Sequence[Named]) -> str:
+    """Those that the study was made with, if they are not the default."""
+    efforts = studies[0].study.efforts
+    flags = "" if efforts == EFFORTS else f" --efforts {' '.join(efforts)}"
+    return flags + (" --gemma" if len(studies) > 1 else "")
 
 
 def _rounded(found: Estimate) -> dict[str, float]:
