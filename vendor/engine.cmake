@@ -96,6 +96,10 @@ set(ENV{GIT_DIR})
 
 set(IMATRIX_ENGINE_LIBRARIES llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
 
+# llama_internal_get_tensor_map (src/llama-model.h), which ext/weights.cpp calls, is not marked for
+# export; elsewhere every symbol is visible.
+set_target_properties(llama PROPERTIES WINDOWS_EXPORT_ALL_SYMBOLS ON)
+
 # GCC's _tile_loadconfig says of the 64 bytes that it reads only that it reads the first 8
 # (amxtileintrin.h), so the rows and columns that ggml_tile_config_init writes are left out
 # (ggml-cpu/amx/mmq.cpp), and the first product of a quantized type on AMX ends the process with
