@@ -132,6 +132,7 @@ TRIED = [
     Tried(("drop-mtp", "text", "-o", "new"), 2),
     Tried(("graft-mtp", "model", "model", "-o", "new"), 2),
     Tried(("graft-mtp", "model", "odd", "-o", "new"), 2),
+    Tried(("recipe", "model", "matrix", "-f", "text", "--size", "1K", "-o", "new.json"), 2),
     Tried(("report", "matrix", "-m", "model", "-o", "new.html", "--no-pictures"), 0),
     Tried(("report", "text", "-o", "new.html"), 2),
     Tried(("report", "matrix", "-o", "new.html", "--recipe", "text"), 2),

@@ -449,7 +449,7 @@ def _arguments() -> Iterator[tuple[str, argparse.Action]]:
 
 def test_every_argument_that_may_be_a_file_is_declared() -> None:
     """An argument that is not declared would be compared with nothing."""
-    written = {"output", "dst", "trunk_out", "dir", "measured"}
+    written = {"output", "dst", "trunk_out", "dir", "measured", "keep"}
     values = {"type", "tensor_type", "dask", "weight"}  # only the completion treats these as files
     commands = set()
     for command, action in _arguments():

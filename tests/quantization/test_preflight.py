@@ -177,10 +177,13 @@ def agree(found: Coverage, run: Run) -> None:
 # --- the grid ------------------------------------------------------------------------------------
 
 
+# Of IQ1_S one architecture: each process makes its tables anew, which takes a dozen seconds.
+GRID = [(arch, ftype) for arch in ARCHS for ftype in TYPES if ftype != "IQ1_S" or arch == "glm4moe"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("ftype", TYPES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("arch", "ftype"), GRID)
 def test_the_grid(arch: Arch, ftype: str, data: str, hollow: Forged, quantize: Quantize) -> None:
     model = hollow(arch, **small(arch)).path
     matrix = made_up(model, data)
