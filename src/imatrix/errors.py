@@ -34,16 +34,23 @@ class EngineDiedError(EngineError):
     Attributes:
         cause: what ended it, such as "SIGABRT: ggml/ggml.c:123: GGML_ASSERT(n > 0) failed".
         log: the last of what it wrote to its standard error, at most 64 KiB.
+        cure: what can be done about the cause, the end of the message; "" if that is not known.
         chunk: number of the (first) chunk that it ran, skipped chunks counted; None before one.
         checkpoint: the file to go on from, None where there is none.
     """
 
-    def __init__(self, message: str, *, cause: str, log: str = "") -> None:
+    def __init__(self, message: str, *, cause: str, log: str = "", cure: str = "") -> None:
         super().__init__(message)
         self.cause = cause
         self.log = log
+        self.cure = cure
         self.chunk: int | None = None
         self.checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        # callers add to the message where the run was, and the cure comes after that
+        text = super().__str__()
+        return f"{text.rstrip('.')}. {self.cure}." if self.cure else text
 
 
 class LockedError(ImatrixError, RuntimeError):

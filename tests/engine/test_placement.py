@@ -448,6 +448,28 @@ def test_a_wrong_host_on_the_command_line(model: Path, text: Path, tmp_path: Pat
 
 
 @needs_rpc
+def test_one_of_two_servers_cannot_be_used(
+    endpoints: list[str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    """It is named, nothing is written, and the other one can be used without it."""
+    out = tmp_path / "out.gguf"
+    collect = ["collect", "-m", model, "-f", text, "-o", out, "-c", 64, "-t", 1, "--chunks", 1]
+    with socket.socket() as closed, listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as other:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        for bad, why in (
+            (nobody, f"no RPC server at {nobody}: "),
+            (other, f"{other} is no ggml-rpc-server that this engine can talk to: "),
+        ):
+            _, err = command(*collect, "--rpc", f"{endpoints[0]},{bad}", status=1)
+            assert why in err
+            assert endpoints[0] not in err
+            assert not out.exists()
+    command(*collect, "--rpc", endpoints[0])
+    assert ImportanceMatrix.load(out).chunk_count == 1
+
+
+@needs_rpc
 def test_a_server_that_goes_away(
     model: Path, text: Path, engine_tool: EngineTool, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from helpers.running import NO_GPU, trained_models
 
 from imatrix.native import engine
 
+Collect = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = Path(engine.__file__).parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="changes names in ELF files")
@@ -114,6 +116,78 @@ class TestModules:
         done = version(package)
         assert done.returncode == 0, done.stderr
         assert "vulkan" not in done.stdout + done.stderr
+
+
+class TestTwoDevices:
+    """A GPU of two that cannot be used (tests/native/two_devices.cpp)."""
+
+    @pytest.fixture
+    def collect(self, package: Path, tmp_path: Path) -> Collect:
+        """Run `imatrix collect` with the second of the two devices broken in some way."""
+        built = ROOT.glob("build/*/tests/native/libimatrix-two-devices.so")
+        # under the name of a backend that the engine looks for
+        shutil.copy(
+            max(built, key=lambda path: path.stat().st_mtime),
+            package / "imatrix/lib/libggml-opencl.so",
+        )
+        # the engine's children are to get this copy of the package too
+        paths = f"{package}:{sysconfig.get_paths()['purelib']}"
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={paths} exec {sys.executable} -S "$@"\n')
+        python.chmod(0o755)
+        (tmp_path / "text.txt").write_text("one two three four five six seven " * 40)
+
+        def collect(broken: str, *flags: str) -> subprocess.CompletedProcess[str]:
+            argv = ["collect", "-m", str(trained_models()[0]), "-f", "text.txt", "-o", "out.gguf",
+                    "-c", "64", "--chunks", "1", "-t", "1", *flags]  # fmt: skip
+            return run(
+                package,
+                f"sys.executable = {str(python)!r}\nimport imatrix.cli\n"
+                f"raise SystemExit(imatrix.cli.main({argv}))",
+                BROKEN=broken,
+            )
+
+        return collect
+
+    CURE = (
+        "Of the GPUs, devices=[...] (-dev NAME,...) takes those that can be used, devices=[] "
+        "(-dev none) none of them"
+    )
+
+    @pytest.mark.parametrize(
+        ("broken", "why"),
+        [
+            ("init", "failed to initialize Broken1 backend"),
+            ("memory", "failed to allocate Broken1 buffer"),
+            ("context", "ggml-cuda/ggml-cuda.cu:109: CUDA error (CUDA error: out of memory; "
+             "current device: 1,"),
+            ("compute", "ggml-cuda/ggml-cuda.cu:109: CUDA error (CUDA error: no kernel image is "
+             "available for execution on the device; current device: 1,"),
+        ],
+    )  # fmt: skip
+    def test_it_is_named_with_the_cure(self, collect: Collect, broken: str, why: str) -> None:
+        done = collect(broken, "-ngl", "99")
+        assert done.returncode == 1, done.stderr
+        told = " ".join(done.stderr.split())
+        assert why in told
+        assert self.CURE in told
+        # nobody blames the model
+        assert "Its metadata" not in told
+
+    def test_without_it_all_is_well(self, collect: Collect, package: Path) -> None:
+        done = collect("compute", "-ngl", "99", "-dev", "Sound0")
+        assert done.returncode == 0, done.stderr
+        assert (package / "out.gguf").exists()
+
+    @pytest.mark.parametrize("flags", [("-dev", "none"), ("--list-devices",)])
+    def test_what_leaves_it_alone_goes_on(self, collect: Collect, flags: tuple[str, ...]) -> None:
+        done = collect("context", *flags)
+        assert done.returncode == 0, done.stderr
+
+    def test_as_much_as_fits_is_nothing_on_it(self, collect: Collect) -> None:
+        """-ngl auto finds out what a device has no room for."""
+        done = collect("memory")
+        assert done.returncode == 0, done.stderr
 
 
 class TestOtherCopies:

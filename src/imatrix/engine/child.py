@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from imatrix.engine import frames
 from imatrix.engine.batch import Room, choose
+from imatrix.engine.placement import Placement
 from imatrix.engine.rehearsal import BUILT, CAUSAL, DECODED, LOADED, NOT_CAUSAL, TOKENIZED
 from imatrix.engine.service import serve
 from imatrix.engine.settings import Batch, SessionSettings
@@ -36,6 +37,11 @@ _SAMPLE = (
     + "\U000e0001\U0010ffff\u200b\u2028 \u00a0\ud7ff"
 )
 
+# The graphs are the same wherever the model will lie, and a context makes itself at home on each
+# device that its model may use (llama_context::llama_context), even with no layer there: one that
+# cannot be used would end the child, and the model would be blamed.
+_NO_DEVICE = Placement(devices=()).as_data()
+
 
 def perform(request: dict[str, Any]) -> None:
     """Do what is done once."""
@@ -48,10 +54,12 @@ def _rehearse(
 ) -> None:
     """Load a model, build the graphs of a run unless settings is None, decode without computing,
     and tokenize."""
-    trunk = _load_header(model, mtp=mtp and mtp_model is None)
+    trunk = _load_header(model, mtp=mtp and mtp_model is None, placement=_NO_DEVICE)
     head = None
     if mtp:
-        head = trunk if mtp_model is None else _load_header(mtp_model, mtp=True)
+        head = (
+            trunk if mtp_model is None else _load_header(mtp_model, mtp=True, placement=_NO_DEVICE)
+        )
     _report_stage(LOADED)
     if settings is not None and trunk.has_decoder and not trunk.has_encoder:
         causal = trunk.causal()
@@ -79,7 +87,7 @@ def _rehearse(
 def _load(model: str, mtp: bool) -> None:
     """Load a model, its weights left out."""
     try:
-        _load_header(model, mtp=mtp)
+        _load_header(model, mtp=mtp, placement=_NO_DEVICE)
     except ModelError as error:
         _report_refusal(str(error))
 

@@ -17,7 +17,7 @@ from imatrix.engine.interface import MemoryUses, NativeModel
 from imatrix.engine.layers import fit_layers, sums_size
 from imatrix.engine.loading import Loader
 from imatrix.engine.model_files import ModelFiles
-from imatrix.engine.placement import Placement, on_cpu
+from imatrix.engine.placement import Placement, advise_on_devices, on_cpu
 from imatrix.engine.rehearsal import Rehearsal
 from imatrix.engine.rehearsal import rehearse as rehearse_in_child
 from imatrix.engine.sessions import OpenSession
@@ -436,6 +436,8 @@ class Models:
         except BaseException as error:
             if isinstance(error, EngineDiedError):
                 error.args = (f"{error.args[0]}, while it loaded {self.trunk_file.path}",)
-            elif not isinstance(error, Exception):
+            elif isinstance(error, Exception):
+                advise_on_devices(error)
+            else:
                 self.free()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_DEVICES",
     "NO_TENSOR_MODE",
+    "OTHER_DEVICES",
     "Overrides",
     "Placement",
     "SplitMode",
+    "advise_on_devices",
+    "blames_device",
     "on_cpu",
     "parse_overrides",
 ]
@@ -31,6 +35,20 @@ NO_TENSOR_MODE = (
     "split_mode 'tensor' (-sm tensor) cannot be collected with: where this engine's graph is looked "
     "at, that mode leaves out sums over the devices, and every activation after that is wrong (it "
     "is so in llama-imatrix too). Take 'layer', or 'row'; imatrix evaluate can use it"
+)
+
+# What to do about a GPU that cannot be used, and how one shows: in the errors that the engine gives
+# for a device (llama-context.cpp; ggml-alloc.c), and in what a GPU's backend says when it ends the
+# process (CUDA_CHECK in ggml-cuda.cu and its like; what() of Vulkan's exceptions).
+OTHER_DEVICES = (
+    "Of the GPUs, devices=[...] (-dev NAME,...) takes those that can be used, devices=[] (-dev none) "
+    "none of them; `imatrix collect --list-devices` names them"
+)
+_DEVICE_FAILED = re.compile(
+    r"failed to (?:initialize (?!CPU)\S+ backend|allocate (?!CPU)\S+ buffer)"
+)
+_BACKEND_ENDED = re.compile(
+    r"ggml-(?:cuda|hip|musa|vulkan|sycl|metal|opencl|cann)\b|\bvk::|Device ?Lost"
 )
 
 # llama_max_devices() in src/llama.cpp
@@ -147,6 +165,17 @@ class Placement:
                     f"{len(names)} are {', '.join(names[:3])}",
                     stacklevel=4,
                 )
+
+
+def blames_device(cause: str) -> bool:
+    """Whether what ended the engine's process came from the backend of a GPU."""
+    return _BACKEND_ENDED.search(cause) is not None
+
+
+def advise_on_devices(error: Exception) -> None:
+    """If the engine could not use a GPU, add to the error how to go without that one."""
+    if _DEVICE_FAILED.search(str(error)) is not None:
+        error.args = (f"{error}. {OTHER_DEVICES}",)
 
 
 def on_cpu(

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from imatrix.engine import devices, frames
 from imatrix.engine.background import end_at_exit
 from imatrix.engine.children import last_words, start_child
+from imatrix.engine.placement import OTHER_DEVICES, blames_device
 from imatrix.errors import (
     EngineDiedError,
     EngineError,
@@ -45,6 +46,7 @@ __all__ = ["Engine", "Evaluator", "Model", "Session"]
 
 _log = logging.getLogger("imatrix.engine")
 
+_ERRORS_TOLD = 3  # of the engine's last lines, if a device's backend ended it
 _LOG = 64 * 1024  # of the child's standard error that is kept, bytes
 
 _ERRORS: dict[str, type[Exception]] = {
@@ -200,11 +202,14 @@ class Engine:
         stream = self._process.stdout
         assert stream is not None
         why = ""
+        errors: list[str] = []
         try:
             while True:
                 message, arrays = frames.receive(stream)
                 if "log" in message:
                     _log.log(message["log"], "%s", message["line"])
+                    if message["log"] >= logging.ERROR:
+                        errors = [*errors[1 - _ERRORS_TOLD :], message["line"].strip()]
                     continue
                 if "progress_of" in message:
                     with self._guard:
@@ -226,9 +231,15 @@ class Engine:
         self._log_reader.join()
         log = self._tail.decode("utf-8", "replace")
         cause = why or _cause(log, status)
+        cure = ""
+        if blames_device(cause):
+            # its backend has said which device, and why, in lines before the last (ggml-cuda.cu,
+            # ggml_cuda_error)
+            cause += f" ({'; '.join(errors)})" if errors else ""
+            cure = OTHER_DEVICES
         with self._guard:
             self._died = EngineDiedError(
-                f"the process that ran the engine is gone: {cause}", cause=cause, log=log
+                f"the process that ran the engine is gone: {cause}", cause=cause, log=log, cure=cure
             )
             waiting, self._waiting = self._waiting, {}
             self._listeners.clear()
@@ -238,7 +249,8 @@ class Engine:
     def _dead(self) -> EngineDiedError:
         assert self._died is not None
         # each caller gets its own: they add to it
-        return EngineDiedError(str(self._died), cause=self._died.cause, log=self._died.log)
+        died = self._died
+        return EngineDiedError(died.args[0], cause=died.cause, log=died.log, cure=died.cure)
 
     def _read_log(self) -> None:
         """Keep the end of what the child writes to its standard error, and log it."""

@@ -18,8 +18,9 @@ from imatrix.engine import process
 from imatrix.engine.background import NativeThread, Work
 from imatrix.engine.loading import Loader
 from imatrix.engine.models import Models
+from imatrix.engine.placement import advise_on_devices
 from imatrix.engine.settings import Batch, ModelOptions, SessionSettings
-from imatrix.errors import EngineDiedError, ModelError
+from imatrix.errors import EngineDiedError, EngineError, ModelError
 from imatrix.evaluation.options import EvaluateOptions
 from imatrix.evaluation.results import Predictions
 from imatrix.native import engine
@@ -151,6 +152,9 @@ def open_evaluator(options: EvaluateOptions, ours: Side, theirs: Side | None) ->
         raise ModelError(f"{os.fspath(options.model)}: {error}") from None
     except EngineDiedError as error:
         error.args = (f"{error.args[0]}, while it made the contexts",)
+        raise
+    except (EngineError, MemoryError) as error:
+        advise_on_devices(error)
         raise
     return evaluator
 
