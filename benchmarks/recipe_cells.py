@@ -21,6 +21,7 @@ import recipe_errors
 
 import imatrix
 from imatrix.files import atomic
+from imatrix.quantization.file_size import padded
 from imatrix.quantization.recipe import Recipe
 from imatrix.quantization.source import data_bytes
 from imatrix.recipes.choosing import Frontier, Item, Option
@@ -33,7 +34,6 @@ EFFORTS = ("quick", "standard", "thorough")
 # Cached results are of this version of the code that makes them.
 _VERSION = 1
 _PIECE = 2000  # characters of the text that is measured, which the seeds put in another order
-_ALIGNMENT = 32  # of tensors in a file (GGUF_DEFAULT_ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ def choose(study: Study, errors: recipe_errors.Errors, kind: str, mixture: Made)
     errors = recipe_errors.by_kind(errors, bits, whole, tied)
 
     def n_bytes(name: str, type_: str) -> int:
-        return -(-data_bytes(shapes[name], type_) // _ALIGNMENT) * _ALIGNMENT
+        return padded(data_bytes(shapes[name], type_))
 
     items = [
         Item(name, tuple(Option(type_, n_bytes(name, type_), of[kind]) for type_, of in types.items()))

@@ -95,7 +95,7 @@ def test_bytes_read_with_types(forged: Forged) -> None:
     table = n.row("token_embd.weight")
     assert found.trunk.of() == n.of("blk.0.", "blk.1.", "output") + table
     assert found.draft(1) == n.of("blk.2.", "output.weight") + table
-    with pytest.raises(ValueError, match="no ggml type 'q9_z'"):
+    with pytest.raises(ValueError, match="this engine has no tensor type 'q9_z'"):
         read_of(path, {"blk.2.attn_q.weight": "q9_z"}, {})
 
 

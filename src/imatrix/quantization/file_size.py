@@ -17,7 +17,7 @@ from imatrix.model.raw import STRING, Part, Tensor, Value
 from imatrix.quantization.keys import Override
 from imatrix.quantization.source import data_bytes, described
 
-__all__ = ["bytes_of", "quantized_bytes"]
+__all__ = ["bytes_of", "padded", "quantized_bytes"]
 
 _ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, whatever the source's general.alignment
 _HEAD = 4 + 4 + 8 + 8  # magic, version, how many tensors and keys
@@ -74,8 +74,8 @@ def bytes_of(
         header += _text(name) + 4 + 8 * len(tensor.shape) + 4 + 8
         kind = types.get(name, tensor.type)
         same = kind.lower() == tensor.type
-        data += _padded(sizes[name] if same else data_bytes(tensor.shape, kind))
-    return _padded(header) + data
+        data += padded(sizes[name] if same else data_bytes(tensor.shape, kind))
+    return padded(header) + data
 
 
 def _text(text: str) -> int:
@@ -107,5 +107,6 @@ def _value(value: Value) -> int:
     return len(value.raw) - lost
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Bytes that a tensor's data, or all that is before it, takes in a quantized file."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -18,6 +18,8 @@ from imatrix.tensors import n_values
 
 __all__ = [
     "SourceTensor",
+    "block_of_type",
+    "bytes_as",
     "data_bytes",
     "described",
     "source_tensors",
@@ -86,6 +88,36 @@ def type_name(number: int) -> str:
         return f"type {number}"
 
 
+def block_of_type(type_: str) -> tuple[int, int]:
+    """How many values a block of a ggml type has, and how many bytes it takes.
+
+    Args:
+        type_: a ggml type, in any case.
+
+    Raises:
+        ValueError: the engine has no such type.
+    """
+    found = _blocks().get(type_.lower())
+    if found is None:
+        raise ValueError(f"this engine has no tensor type {type_!r}")
+    return found
+
+
+def bytes_as(tensor: Tensor, types: Mapping[str, str]) -> int:
+    """Bytes of a tensor's data with the type that `types` gives it, or its own if that has none.
+
+    Args:
+        tensor: of a model's file.
+        types: tensor -> ggml type, in any case.
+
+    Raises:
+        ValueError: as data_bytes.
+    """
+    if tensor.name not in types:
+        return tensor.size
+    return data_bytes(tensor.shape, types[tensor.name])
+
+
 def data_bytes(shape: tuple[int, ...], type_: str) -> int:
     """Bytes of a tensor's data, without padding.
 
@@ -96,10 +128,7 @@ def data_bytes(shape: tuple[int, ...], type_: str) -> int:
     Raises:
         ValueError: the engine has no such type, or its blocks do not fit the rows.
     """
-    found = _blocks().get(type_.lower())
-    if found is None:
-        raise ValueError(f"this engine has no tensor type {type_!r}")
-    block, size = found
+    block, size = block_of_type(type_)
     if shape[0] % block:
         raise ValueError(
             f"rows of {shape[0]} values are no multiple of the {block} of a block of {type_}"

@@ -17,11 +17,12 @@ from imatrix.errors import ModelError
 from imatrix.matrix.importance import ImportanceMatrix
 from imatrix.model.header import ModelFile
 from imatrix.model.raw import Tensor
-from imatrix.native import quantizer
+from imatrix.quantization.file_size import padded
 from imatrix.quantization.options import Options
 from imatrix.quantization.question import Question
 from imatrix.quantization.rehearsal import rehearse_quantize
-from imatrix.quantization.rules import tensor_type
+from imatrix.quantization.rules import FLOATS, tensor_type
+from imatrix.quantization.source import block_of_type, data_bytes, type_name
 from imatrix.quantization.types import ASKING, EMBEDDINGS
 from imatrix.tensors import block_of, kind_of, n_entry_values, n_values
 
@@ -30,7 +31,6 @@ __all__ = [
     "Candidates",
     "Group",
     "candidates_of",
-    "ggml_name",
     "grouped",
     "importance_fits",
     "measured_types",
@@ -47,9 +47,6 @@ OFFERED = (
 
 OFFERED_SHORT = ("q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
 """Types that a tensor may get whose rows are a multiple of 32 values only."""
-
-# To which the quantizer pads each tensor (GGUF_DEFAULT_ALIGNMENT, whatever the source's).
-_ALIGNMENT = 32
 
 # Weights of one block that multiply the same rows, and that llama.cpp's mixtures treat alike. The
 # names are those of src/llama-arch.cpp.
@@ -104,15 +101,6 @@ class Candidates:
     without_data: tuple[str, ...]
 
 
-def ggml_name(number: int) -> str:
-    """The name of a ggml type in lower case; its number in words if the engine's quantizer does not
-    make it."""
-    for name, (found, _) in quantizer.tensor_types().items():
-        if found == number:
-            return name.lower()
-    return f"type {number}"
-
-
 def wanted_types(names: Sequence[str] | None) -> tuple[str, ...]:
     """The types that may be used, in lower case.
 
@@ -154,7 +142,7 @@ def candidates_of(
         possible = [name for name in fitting if has_data or name not in ASKING]
         if len(possible) < len(fitting):
             without.append(tensor.name)
-        types[tensor.name] = (*possible, ggml_name(tensor.kind))
+        types[tensor.name] = (*possible, type_name(tensor.kind))
     return Candidates(types=types, without_data=tuple(without))
 
 
@@ -224,9 +212,9 @@ def _group(members: Sequence[Tensor], types: Sequence[str], n_trunk: int) -> Gro
         kind=kind,
         tensors=tuple(each.name for each in members),
         block=block if block is not None else n_trunk if kind.startswith("output") else 0,
-        source=ggml_name(first.kind),
+        source=type_name(first.kind),
         bytes={
-            name: sum(_padded(bytes_as(each.shape, name)) for each in members) for name in types
+            name: sum(padded(data_bytes(each.shape, name)) for each in members) for name in types
         },
         n_values=sum(n_values(each.shape) for each in members),
     )
@@ -236,10 +224,9 @@ def measured_types(group: Group, wanted: Sequence[str]) -> tuple[str, ...]:
     """The types that a group is measured with: of each wanted one the candidate that is nearest in
     bytes, each once. None if it has no candidate but its own type."""
     others = [name for name in group.bytes if name != group.source]
-    blocks = {name.lower(): found for name, found in quantizer.type_blocks().items()}
 
     def bits(name: str) -> float:
-        length, size = blocks[name]
+        length, size = block_of_type(name)
         return size / length
 
     found = [
@@ -248,17 +235,6 @@ def measured_types(group: Group, wanted: Sequence[str]) -> tuple[str, ...]:
         if others
     ]
     return tuple(dict.fromkeys(found))
-
-
-def bytes_as(shape: tuple[int, ...], type_: str) -> int:
-    """Bytes of a tensor's data in a ggml type, which is in lower case."""
-    blocks = {name.lower(): found for name, found in quantizer.type_blocks().items()}
-    length, size = blocks[type_]
-    return n_values(shape) // length * size
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def quantizable(model: str | os.PathLike[str]) -> frozenset[str]:
@@ -283,10 +259,9 @@ def refuse_quantized(tensors: Iterable[Tensor], path: str | os.PathLike[str]) ->
     Raises:
         ModelError: one is; what more quantizing takes from it says nothing of the model.
     """
-    blocks = {name.lower(): length for name, (length, _) in quantizer.type_blocks().items()}
     for tensor in tensors:
-        name = ggml_name(tensor.kind)
-        if blocks.get(name, 2) > 1:
+        name = type_name(tensor.kind)
+        if name not in FLOATS.values():
             raise ModelError(
                 f"{os.fspath(path)}: {tensor.name} is {name}, so this model is quantized already, and "
                 "what quantizing it again takes from it is not what quantizing the model takes. Give "

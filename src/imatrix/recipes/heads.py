@@ -28,7 +28,7 @@ from imatrix.native import engine, quantizer
 from imatrix.quantization.coverage import examine
 from imatrix.quantization.options import Options
 from imatrix.quantization.rules import tensor_type
-from imatrix.quantization.types import FTYPES
+from imatrix.quantization.types import ASKING, FTYPES
 from imatrix.quantization.verdicts import TensorCoverage
 from imatrix.tensors import apart_expert
 from imatrix.words import few
@@ -310,7 +310,7 @@ def _asked(files: HeadFiles, label: str) -> tuple[str, tuple[tuple[str, str], ..
         rules.insert(0, (larger, large.lower()))
     if not files.own_file:
         return _BASE, tuple(rules)  # the other weights do not matter here
-    rules.append((_TABLES, (_NEEDS_NONE if _asks_for_data(small) else small).lower()))
+    rules.append((_TABLES, _NEEDS_NONE.lower() if small.lower() in ASKING else small.lower()))
     return small if small in FTYPES else _BASE, tuple(rules)
 
 
@@ -337,12 +337,6 @@ def _examined(
     names = set(files.names)
     found = examine(quantizer, files.head.path, matrix, options)
     return [tensor for tensor in found.tensors if tensor.name in names]
-
-
-def _asks_for_data(name: str) -> bool:
-    """Whether a type is made of some tensors with data only (tensor_requires_imatrix in
-    src/llama-quant.cpp)."""
-    return name.lower().startswith(("iq1", "iq2", "iq3_xxs"))
 
 
 def _refusal(tensors: Sequence[TensorCoverage], has_matrix: bool) -> str:

@@ -27,11 +27,10 @@ from imatrix.quantization.file_size import bytes_of
 from imatrix.quantization.frontier import FrontierCurve, FrontierPoint
 from imatrix.quantization.keys import matrix_keys
 from imatrix.quantization.recipe import HeadChoice, Measured, Recipe
-from imatrix.quantization.source import described, tensors_digest
+from imatrix.quantization.source import bytes_as, described, tensors_digest, type_name
 from imatrix.recipes.groups import (
     Group,
     candidates_of,
-    ggml_name,
     grouped,
     measured_types,
     quantizable,
@@ -50,7 +49,6 @@ from imatrix.recipes.heads import (
 from imatrix.recipes.measured import Measurement, Trial, identity_in, opened, standard_error
 from imatrix.recipes.measuring import Bench, Measurer, RecipeProgress
 from imatrix.recipes.options import RecipeOptions, Target, targets_of
-from imatrix.recipes.reads import bytes_as
 from imatrix.recipes.refining import Refiner
 from imatrix.tensors import n_values
 from imatrix.text.chats import ChatOptions
@@ -253,7 +251,7 @@ class _Making:
         path = bench.source.path
         changed = quantizable(path)
         self._in_head = {
-            t.name: ggml_name(t.kind)
+            t.name: type_name(t.kind)
             for t in bench.source.all()
             if t.name in changed and bench.source.header.in_head(t.name)
         }
@@ -348,7 +346,7 @@ class _Making:
             n_trunk=source.header.n_trunk,
             apart=options.plan.apart,
         )
-        kept = {t.name: ggml_name(t.kind) for t in own if t.name not in loaded}
+        kept = {t.name: type_name(t.kind) for t in own if t.name not in loaded}
         return groups, kept
 
     def _warn_of_own_text(self) -> None:

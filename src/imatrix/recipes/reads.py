@@ -20,11 +20,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from imatrix.heads.source import Source
-from imatrix.model.raw import Tensor
-from imatrix.native import quantizer
+from imatrix.quantization.source import bytes_as
 from imatrix.tensors import kind_of, n_values
 
-__all__ = ["ReadBytes", "bytes_as", "lm_head", "reads_of_head_block", "reads_of_trunk", "type_name"]
+__all__ = ["ReadBytes", "lm_head", "reads_of_head_block", "reads_of_trunk"]
 
 # ffn_gate_exps, ffn_gate_up_exps, and grovemoe's ffn_gate_chexps; with biases
 _EXPERTS = re.compile(r"_(?:ch)?exps\.")
@@ -68,33 +67,6 @@ class ReadBytes:
         return ReadBytes(
             self.whole + other.whole, self.rows + other.rows, self.experts + other.experts
         )
-
-
-def type_name(number: int) -> str | None:
-    """The engine's name of a ggml type, in lower case; None for one that it does not quantize to."""
-    names = {found: name.lower() for name, (found, _) in quantizer.tensor_types().items()}
-    return names.get(number)
-
-
-def bytes_as(tensor: Tensor, types: Mapping[str, str]) -> int:
-    """Bytes of a tensor's data with the type that `types` gives it, or its own if that has none.
-
-    Args:
-        types: tensor -> ggml type, in any case.
-
-    Raises:
-        ValueError: there is no such type.
-    """
-    if tensor.name not in types:
-        return tensor.size
-    blocks = {name.lower(): found for name, found in quantizer.type_blocks().items()}
-    name = types[tensor.name].lower()
-    if name not in blocks:
-        raise ValueError(
-            f"{tensor.name}: no ggml type {types[tensor.name]!r}; types: {', '.join(sorted(blocks))}"
-        )
-    n_block, n_bytes = blocks[name]
-    return n_values(tensor.shape) // n_block * n_bytes
 
 
 def lm_head(source: Source) -> str:
