@@ -3,6 +3,7 @@
 // Python.
 //
 // imatrix-core-tests [MODEL.gguf]   with a model: a whole session too, trunk and head
+#include "checks.h"
 #include "contexts.h"
 #include "engine_log.h"
 #include "evaluator.h"
@@ -27,31 +28,6 @@ using namespace imatrix;
 using namespace imatrix::testing;
 
 namespace {
-
-int g_failed = 0;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                            \
-            ++g_failed;                                                                            \
-        }                                                                                          \
-    } while (false)
-
-std::mt19937 g_random{20240607};
-
-int64_t any(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
-}
-
-std::vector<float> normal(size_t n) {
-    std::normal_distribution<float> draw;
-    std::vector<float>              out(n);
-    std::generate(out.begin(), out.end(), [&] { return draw(g_random); });
-    return out;
-}
-
-bool near(double got, double want) { return std::abs(got - want) <= 1e-5 * std::abs(want) + 1e-30; }
 
 // A strided view of a random array, by the rules of ggml's CPU backend: contiguous rows.
 struct Activation {

@@ -2,6 +2,7 @@
 // files that it tests and nothing of the engine, so that it is quickly compiled for another
 // processor (benchmarks/portable.py).
 #include "add_rows.h"
+#include "checks.h"
 #include "parallel.h"
 #include "row_kernels.h"
 
@@ -14,33 +15,9 @@
 #include <vector>
 
 using namespace imatrix;
+using namespace imatrix::testing;
 
 namespace {
-
-int g_failed = 0;
-
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #condition);                            \
-            ++g_failed;                                                                            \
-        }                                                                                          \
-    } while (false)
-
-std::mt19937 g_random{20240607};
-
-int64_t any(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
-}
-
-std::vector<float> normal(size_t n) {
-    std::normal_distribution<float> draw;
-    std::vector<float>              out(n);
-    std::generate(out.begin(), out.end(), [&] { return draw(g_random); });
-    return out;
-}
-
-bool near(double got, double want) { return std::abs(got - want) <= 1e-5 * std::abs(want) + 1e-30; }
 
 void check_kernels() {
     NamedRowKernel kernels[4];
