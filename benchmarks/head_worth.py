@@ -108,7 +108,7 @@ def tables(files: HeadFiles, matrix: imatrix.ImportanceMatrix) -> dict[str, Head
     evaluator = engine.Evaluator(model, model)
     evaluator.open(n_ctx=N_CTX, n_batch=N_CTX, n_ubatch=N_CTX, n_threads=N_THREADS, depth=DEPTH)
     weights = engine.Weights(model)
-    weights.open(n_threads=N_THREADS)
+    weights.set_threads(N_THREADS)
     candidates = head_candidates(files, matrix, HereQuantizer())
     numbers = quantizer.tensor_types()
     found = {}

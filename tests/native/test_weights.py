@@ -88,7 +88,7 @@ def test_what_is_put_in_place_is_what_a_quantized_file_holds(
     source = bytes_of(experts.path)
     model = load(experts.path)
     weights = engine.Weights(model, model)
-    weights.open(n_threads=2)
+    weights.set_threads(2)
     for name in names:
         tensor = quantized[name]
         assert tensor.tensor_type.name.lower() == kind.lower()
@@ -123,7 +123,7 @@ def test_it_is_the_same_with_any_number_of_threads(experts: ModelSpec) -> None:
     errors = []
     for n_threads in (1, 3):
         weights = engine.Weights(model, model)
-        weights.open(n_threads=n_threads)
+        weights.set_threads(n_threads)
         errors.append(weights.quantize(name, TYPES["q3_K"], source, None))
     assert errors[0] == errors[1]
 
@@ -168,7 +168,7 @@ def test_a_trial_is_an_evaluation_of_a_file_with_the_changed_weight(
     source = bytes_of(spec.path)
     model = load(spec.path, mtp=False)
     weights, trials = engine.Weights(model), engine.Trials(model)
-    weights.open(n_threads=2)
+    weights.set_threads(2)
     trials.open(n_ctx=N_CTX, n_threads=2)
     chunks = tokens_of(spec, prose, 3)
     for chunk in chunks:

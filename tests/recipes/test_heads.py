@@ -383,7 +383,7 @@ class Loaded:
         self.evaluator = engine.Evaluator(self.trunk, self.head)
         self.evaluator.open(n_ctx=N_CTX, n_batch=N_CTX, n_ubatch=N_CTX, n_threads=1, depth=DEPTH)
         self.weights = engine.Weights(self.head)
-        self.weights.open(n_threads=1)
+        self.weights.set_threads(1)
 
 
 def chunks_of(model: Path, text: str, n: int) -> list[Any]:

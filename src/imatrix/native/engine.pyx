@@ -811,9 +811,9 @@ cdef class Weights:
         if self._made_in != imatrix_getpid():
             self._weights.release()  # a fork's copy, see _claim_process
 
-    def open(self, *, int n_threads):
+    def set_threads(self, int n):
         """How many threads quantize."""
-        self._weights.get().set_threads(n_threads)
+        self._weights.get().set_threads(n)
 
     def names(self):
         """Every tensor that was loaded, in the models' order."""

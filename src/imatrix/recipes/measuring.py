@@ -163,7 +163,7 @@ class Bench:
         model = models.load(settings)
         assert isinstance(model, engine.Model)
         self._weights = engine.Weights(model)
-        self._weights.open(n_threads=self._options.threads)
+        self._weights.set_threads(self._options.threads)
         self._trials = engine.Trials(model)
         self._work.cancel = self._trials.cancel
 
