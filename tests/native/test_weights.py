@@ -252,7 +252,9 @@ def test_blocks_one_after_the_other_and_back(experts: ModelSpec, prose: str) -> 
     trials.open(n_ctx=N_CTX, n_threads=1)
     for chunk in tokens_of(experts, prose, 2):
         trials.keep(chunk)
-    kept = trials.kept_bytes
+    # of a chunk the second half is scored but for the last token: float32 logits of these rows
+    kept = 2 * (N_CTX // 2 - 1) * model.n_vocab * 4
+    assert trials.kept_bytes == kept
 
     def found(block: int, changed: int) -> list[float]:
         name = f"blk.{changed}.attn_output.weight"
@@ -266,6 +268,11 @@ def test_blocks_one_after_the_other_and_back(experts: ModelSpec, prose: str) -> 
     assert [found(block, block) for block in range(model.n_trunk)] == whole
     assert found(1, 1) == whole[1]
     assert found(0, 1) == whole[1]
+    assert trials.start(1) == 1
+    # and the float32 rows that go into block 1, with a byte for each node that is left out
+    rows = 2 * N_CTX * experts.hparams.n_embd * 4
+    assert rows < trials.kept_bytes - kept < rows + 2 * 1000
+    assert trials.start(0) == 0
     assert trials.kept_bytes == kept
 
 
@@ -281,6 +288,9 @@ def test_the_likeliest_tokens_give_a_lower_bound(experts: ModelSpec, prose: str)
         weights, trials = engine.Weights(model), engine.Trials(model)
         trials.open(n_ctx=N_CTX, n_threads=1, top=top)
         trials.keep(chunk)
+        # a float32 logit a token, and its number where not all are kept
+        bytes_a_row = 8 * top if top else 4 * model.n_vocab
+        assert trials.kept_bytes == (N_CTX // 2 - 1) * bytes_a_row
         assert (np.abs(trials.run(0)["kl"]) < 1e-9).all()
         weights.quantize(name, TYPES["q2_K"], source, None)
         found[top] = trials.run(0)["kl"]

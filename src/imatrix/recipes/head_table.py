@@ -95,9 +95,7 @@ class HeadReads:
                 others keep the file's.
             depth: steps of a draft.
         """
-        if (
-            not files.own_file
-        ):  # one file: the head's types in their places, the rest is the trunk's
+        if not files.own_file:  # the head's types in their places, the rest is the trunk's
             trunk_types = {**trunk_types, **head_types}
             head_types = trunk_types
         blocks: Sequence[int | None] = [*files.head.header.head_blocks]
