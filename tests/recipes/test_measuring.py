@@ -310,12 +310,15 @@ def test_interrupted_and_gone_on(matrix: Path, tmp_path: Path) -> None:
     for n_lines, torn in ((0, 9), (1, 0), (5, 30), (len(lines) - 1, 12)):
         end = sum(map(len, lines[:n_lines])) + torn
         part.write_bytes(b"".join(lines)[:end])
+        before = part.stat()
         found = made(matrix, part, **quick)[0]
         assert found == expected
         assert found.frontier is not None
         assert expected.frontier is not None
         assert found.frontier.as_data() == expected.frontier.as_data()
         assert part.read_bytes() == b"".join(lines)
+        if n_lines:  # whole lines are not written anew
+            assert part.stat().st_ino == before.st_ino
     assert not list(tmp_path.glob("*.lock"))
 
 
@@ -341,6 +344,7 @@ def test_what_cannot_be_gone_on_from(matrix: Path, tmp_path: Path) -> None:
     for damage, told in (
         (content.replace(b'"version": 1', b'"version": 2'), "another version"),
         (b"a list of shopping\n", "is no measurement"),
+        (b"a list without an end", "is no measurement"),
         (content.replace(b'"kl"', b'"lk"'), "line 3"),
     ):
         measured.write_bytes(damage)

@@ -2,7 +2,8 @@
 
 A file of JSON lines. The first one is the identity: what has to be the same for the figures to be
 the same. Every line after it is one trial, of the trunk or of the head, or the errors of one tensor;
-it is on the disk before the next one is begun. A line that a killed process left torn is the last one, and is dropped.
+it is on the disk before the next one is begun. A line that a killed process left torn is the last
+one, and is cut off.
 
     {"format": "imatrix-measurement", "version": 1, "identity": {...}}
     {"positions": [127, 127]}
@@ -28,6 +29,7 @@ import numpy as np
 
 from imatrix.engine.identity import describe_differences_of_runs
 from imatrix.errors import CheckpointError
+from imatrix.files import atomic
 from imatrix.files.lock import locked
 from imatrix.formats.checkpoint import Setting
 from imatrix.recipes.heads import HeadTrial
@@ -211,14 +213,23 @@ def opened(
                 found.read(whole)
             except ValueError as error:
                 raise CheckpointError(f"{file} is damaged: {error}; {_START_OVER}") from None
+            _cut(file, len(whole), len(data))
         else:
-            whole = _line({"format": _FORMAT, "version": _VERSION, "identity": dict(identity)})
-        if whole != data:
-            with file.open("wb") as out:
-                out.write(whole)
-                out.flush()
-                os.fsync(out.fileno())
+            first = _line({"format": _FORMAT, "version": _VERSION, "identity": dict(identity)})
+            if not first.startswith(data):
+                _check(file, data, identity)
+            with atomic.replacing(file) as temporary:
+                temporary.write_bytes(first)
         yield found
+
+
+def _cut(file: Path, size: int, found: int) -> None:
+    """Take away what is behind the last whole line, in place: the lines before it are not touched."""
+    if size == found:
+        return
+    os.truncate(file, size)
+    with file.open("rb+") as out:
+        os.fsync(out.fileno())
 
 
 def _check(file: Path, data: bytes, identity: Mapping[str, Setting]) -> None:
