@@ -127,7 +127,8 @@ def _listen(page: Page, where: str, wrong: list[str]) -> None:
 
 
 def _sorting(browser: Browser, path: Path) -> list[str]:
-    """A click on the last heading of each table sorts upwards, a second one downwards."""
+    """A click on a heading sorts its table upwards, a second one downwards: by the value that a cell
+    names, or else by the number it begins with."""
     page = browser.new_page()
     page.goto(path.resolve().as_uri())
     return page.evaluate(
@@ -136,18 +137,20 @@ def _sorting(browser: Browser, path: Path) -> list[str]:
           const wrong = [];
           for (const table of document.querySelectorAll("table.sortable")) {
             const rows = () => [...table.tBodies[0].rows];
-            const values = () => rows().map((r) => parseFloat(r.cells[r.cells.length - 1]
-              .textContent.replace(/,/g, "")));
+            const value = (cell) => parseFloat(
+              cell.dataset.value ?? cell.textContent.trim().replace(/,/g, ""));
             const before = new Set(rows());
-            const button = [...table.querySelectorAll("thead button")].pop();
-            if (!button) { if (before.size > 1) wrong.push("no button: " + table.caption.textContent); continue; }
-            for (const sign of [1, -1]) {
-              button.click();
-              const found = values().filter((v) => !Number.isNaN(v));
-              if (found.some((v, i) => i && sign * (found[i - 1] - v) > 0)
-                  || rows().length !== before.size || rows().some((r) => !before.has(r)))
-                wrong.push(`not sorted (${sign}): ${table.caption.textContent}`);
-            }
+            const buttons = [...table.querySelectorAll("thead button")];
+            if (!buttons.length && before.size > 1) wrong.push("no button: " + table.caption.textContent);
+            buttons.forEach((button, column) => {
+              for (const sign of [1, -1]) {
+                button.click();
+                const found = rows().map((r) => value(r.cells[column])).filter((v) => !Number.isNaN(v));
+                if (found.some((v, i) => i && sign * (found[i - 1] - v) > 0)
+                    || rows().length !== before.size || rows().some((r) => !before.has(r)))
+                  wrong.push(`not sorted (${sign}) by ${button.textContent}: ${table.caption.textContent}`);
+              }
+            });
           }
           return wrong;
         }"""

@@ -432,6 +432,28 @@ def test_a_full_matrix_is_ready_for_the_common_types(pages: dict[str, str]) -> N
     assert min(sizes) > 1.5
 
 
+def test_sizes_are_sorted_by_bytes(pages: dict[str, str]) -> None:
+    """A size is in the unit that fits it, so that the script goes by the bytes that its cell names."""
+    assert "cell.dataset.value ??" in (TEMPLATES / "sort.js").read_text("utf-8")
+    n_sizes = 0
+    for page in pages.values():
+        for each in parsed(page).iter("table"):
+            if each.get("class") != "sortable":
+                continue
+            for cell in each.iter("td"):
+                if found := re.fullmatch(r"([0-9.]+) ([KMGT]i)?B", text_of(cell)):
+                    n_sizes += 1
+                    unit = 1024 ** "KMGT".index(found[2][0]) * 1024 if found[2] else 1
+                    # it is told with one digit behind the point
+                    assert abs(int(cell.get("data-value", "")) / unit - float(found[1])) <= 0.051
+    assert n_sizes >= 11
+    # of the same weights more bits are more bytes
+    (types,) = [each for each in parsed(pages["whole"]).iter("table") if text_of(each[0]) == TYPES]
+    rows = [[*row] for row in types.find("tbody")]
+    values = {float(text_of(row[-1])): int(row[-2].get("data-value", "")) for row in rows}
+    assert [values[bits] for bits in sorted(values)] == sorted(values.values())
+
+
 def test_beside_another_matrix(pages: dict[str, str], experts: ImportanceMatrix) -> None:
     same = table(parsed(pages["experts"]), COMPARED)
     assert {row["weight"] for row in same} == set(experts)

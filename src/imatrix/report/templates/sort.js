@@ -4,7 +4,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   if (!body || body.rows.length < 2) continue;
   const key = (row, column) => {
-    const text = row.cells[column].textContent.trim();
+    const cell = row.cells[column];
+    const text = cell.dataset.value ?? cell.textContent.trim(); // sizes are in several units
     const number = parseFloat(text.replace(/,/g, ""));
     return Number.isNaN(number) ? text : number;
   };
