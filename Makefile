@@ -10,7 +10,7 @@ BUILD  := $(shell $(PYTHON) -c "import sys, sysconfig; t='cp%d%d' % sys.version_
 STAMP  := $(VENV)/.dependencies
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test engine-check dev tools lint format types docs bench quality recipes sanitize fuzz dist try-dist workflows clean
+.PHONY: help demo test engine-check dev tools lint format types docs bench quality recipes sanitize fuzz dist dist-cuda try-dist workflows clean
 
 help:
 	@echo "make demo      build, then run the main job on a small trained model"
@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize  the core's tests and whole runs under ASan, UBSan and TSan"
 	@echo "make fuzz      coverage-guided fuzzing of the readers, and of what opens models; RUNS=N each"
 	@echo "make dist      the release's sdist and wheel into dist/, and what is in them checked"
+	@echo "make dist-cuda the wheel of imatrix-cuda too (hours; CUDA_ARCHITECTURES=90 for one kind of card)"
 	@echo "make try-dist  installs what is in dist/ in empty environments, and tries it"
 
 $(STAMP): pyproject.toml
@@ -64,12 +65,12 @@ workflows: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp vendor/cuda/*.c)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp)
+	$(BIN)/clang-format -i $(wildcard ext/*.h ext/*.cpp src/imatrix/native/*.cpp tests/native/*.h tests/native/*.cpp vendor/cuda/*.c)
 
 types: dev
 	$(BIN)/mypy
@@ -113,6 +114,18 @@ dist: $(STAMP)
 	  -C cmake.define.IMATRIX_PORTABLE=ON -C "build-dir=build/release-{wheel_tag}"
 	if [ "$$(uname)" = Linux ]; then $(BIN)/python -m auditwheel repair -w dist $(RELEASE)/*.whl; \
 	  else cp $(RELEASE)/*.whl dist; fi
+	$(BIN)/python tests/wheel/check_dist.py dist
+
+# The CUDA backend by itself (vendor/cuda), for every card that CUDA 13 serves unless named; CUDA
+# itself comes from the package index. What NVIDIA's packages, the driver and imatrix's wheel bring
+# stays out of it.
+dist-cuda: $(STAMP)
+	$(BIN)/python -m pip install --quiet --group release
+	rm -rf dist/imatrix_cuda-* $(RELEASE)-cuda
+	$(BIN)/python -m build --wheel --outdir $(RELEASE)-cuda \
+	  $(if $(CUDA_ARCHITECTURES),-C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)") vendor/cuda
+	$(BIN)/python -m auditwheel repair $(foreach l,libcuda.so.1 libcudart.so.13 libcublas.so.13 libimatrix-ggml-base.so,--exclude $(l)) \
+	  -w dist $(RELEASE)-cuda/*.whl
 	$(BIN)/python tests/wheel/check_dist.py dist
 
 # each file of dist/ installed in an empty environment: the wheel for the README's commands and a

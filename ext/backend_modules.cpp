@@ -135,10 +135,10 @@ bool starts_with(const std::string & text, const std::string & start) {
 
 bool is_cpu(const std::string & file) { return starts_with(file, std::string(kPrefix) + "cpu"); }
 
-std::vector<fs::path> module_files() {
+std::vector<fs::path> module_files(const fs::path & folder) {
     std::vector<fs::path>  found;
     std::error_code        error;
-    fs::directory_iterator entries(engine_folder(), error);
+    fs::directory_iterator entries(folder, error);
     for (; !error && entries != fs::directory_iterator(); entries.increment(error)) {
         const fs::path path = entries->path();
         if (path.extension() == kSuffix && starts_with(path.filename().u8string(), kPrefix)) {
@@ -147,6 +147,26 @@ std::vector<fs::path> module_files() {
     }
     std::sort(found.begin(), found.end());
     return found;
+}
+
+// --- folders of other distributions --------------------------------------------
+
+struct ModuleFolder {
+    fs::path    path;
+    std::string problem;
+};
+
+std::mutex                g_folders_mutex;
+std::vector<ModuleFolder> g_folders;
+
+std::vector<ModuleFolder> module_folders() {
+    const std::lock_guard<std::mutex> lock(g_folders_mutex);
+    return g_folders;
+}
+
+// "cuda" of libggml-cuda.so: what the backend calls itself, but for capitals.
+std::string backend_of(const fs::path & module) {
+    return module.stem().u8string().substr(std::string(kPrefix).size());
 }
 
 // Another copy of ggml whose symbols the whole process sees (dlopen with RTLD_GLOBAL) takes the
@@ -206,14 +226,58 @@ Status no_cpu() {
 
 constexpr const char * kNotHere = "it does not run on this machine";
 
+// Who brings a library of the system that a module may find missing.
+struct Provider {
+    const char * library;
+    const char * who;
+};
+constexpr Provider kProviders[] = {
+    {"libcuda.so.1", "NVIDIA's driver brings it; nvidia-smi shows whether it is installed"},
+    {"nvcuda.dll", "NVIDIA's driver brings it"},
+    {"libcudart", "the package nvidia-cuda-runtime brings it"},
+    {"libcublas", "the package nvidia-cublas brings it"},
+    {"libvulkan.so.1", "the Vulkan loader, of the same name, brings it"},
+    {"libamdhip64", "ROCm brings it"},
+};
+
+std::string with_provider(const std::string & problem) {
+    for (const Provider & provider : kProviders) {
+        if (starts_with(problem, provider.library)) {
+            return problem + " (" + provider.who + ")";
+        }
+    }
+    return problem;
+}
+
 // What a module says of this machine: "" if it can be used.
 std::string problem_of(const Library & library) {
     if (!library.problem().empty()) {
-        return library.problem();
+        return with_provider(library.problem());
     }
     // as ggml_backend_load_best reads it (ggml-backend-reg.cpp): 0 is "not here"
     const auto score = reinterpret_cast<int (*)()>(library.symbol("ggml_backend_score"));
     return score != nullptr && score() == 0 ? kNotHere : "";
+}
+
+void warn_of(const fs::path & module, const std::string & problem) {
+    if (!problem.empty()) {
+        log_line(GGML_LOG_LEVEL_WARN, "the backend " + module.filename().u8string() +
+                                          " cannot be used here: " + problem);
+    }
+}
+
+// One of another distribution's.
+void load_other(const fs::path & module, const std::string & problem_of_folder) {
+    if (ggml_backend_reg_by_name(backend_of(module).c_str()) != nullptr) {
+        return; // built in, or in the engine's own folder
+    }
+    // opened here first, as the engine prints errors of its own
+    const std::string problem =
+        problem_of_folder.empty() ? problem_of(Library(module)) : problem_of_folder;
+    if (problem.empty()) {
+        ggml_backend_load(module.u8string().c_str());
+    }
+    warn_of(module, problem);
 }
 
 Status load() {
@@ -227,21 +291,25 @@ Status load() {
     if (!has_cpu()) {
         return no_cpu();
     }
-    for (const fs::path & path : module_files()) {
-        const std::string file = path.filename().u8string();
-        if (!is_cpu(file)) {
-            const Library     library(path);
-            const std::string problem = problem_of(library);
-            if (!problem.empty()) {
-                log_line(GGML_LOG_LEVEL_WARN,
-                         "the backend " + file + " cannot be used here: " + problem);
-            }
+    for (const fs::path & path : module_files(engine_folder())) {
+        if (!is_cpu(path.filename().u8string())) {
+            warn_of(path, problem_of(Library(path)));
+        }
+    }
+    for (const ModuleFolder & folder : module_folders()) {
+        for (const fs::path & path : module_files(folder.path)) {
+            load_other(path, folder.problem);
         }
     }
     return {};
 }
 
 } // namespace
+
+void add_module_folder(const std::string & folder, const std::string & problem) {
+    const std::lock_guard<std::mutex> lock(g_folders_mutex);
+    g_folders.push_back({fs::u8path(folder), problem});
+}
 
 Status load_backends() {
     static std::once_flag once;
@@ -252,9 +320,17 @@ Status load_backends() {
 
 std::vector<BackendModule> backend_modules() {
     std::vector<BackendModule> found;
-    for (const fs::path & path : module_files()) {
-        const Library library(path);
-        found.push_back({path.filename().u8string(), problem_of(library)});
+    for (const fs::path & path : module_files(engine_folder())) {
+        found.push_back({path.filename().u8string(), problem_of(Library(path))});
+    }
+    for (const ModuleFolder & folder : module_folders()) {
+        for (const fs::path & path : module_files(folder.path)) {
+            const bool is_there = ggml_backend_reg_by_name(backend_of(path).c_str()) != nullptr;
+            found.push_back({path.filename().u8string(), is_there ? ""
+                                                         : folder.problem.empty()
+                                                             ? problem_of(Library(path))
+                                                             : folder.problem});
+        }
     }
     // one variant is enough
     if (has_cpu()) {

@@ -7,6 +7,7 @@ imported with. What only a build with modules for the CPU can show is in tests/w
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from helpers.running import NO_GPU, trained_models
 
+import imatrix
 from imatrix.native import engine
 
 Collect = Callable[..., subprocess.CompletedProcess[str]]
@@ -188,6 +190,110 @@ class TestTwoDevices:
         """-ngl auto finds out what a device has no room for."""
         done = collect("memory")
         assert done.returncode == 0, done.stderr
+
+
+# A backend that loads, as the engine asks of a module (ggml-backend-impl.h), and finds no device.
+NO_CARD = """
+#include "ggml-backend-impl.h"
+static const char * name(ggml_backend_reg_t reg) { return "CUDA"; }
+static size_t n_devices(ggml_backend_reg_t reg) { return 0; }
+static ggml_backend_dev_t device(ggml_backend_reg_t reg, size_t index) { return 0; }
+static void * function(ggml_backend_reg_t reg, const char * name) { return 0; }
+ggml_backend_reg_t ggml_backend_init(void) {
+    static struct ggml_backend_reg found = {
+        GGML_BACKEND_API_VERSION, {name, n_devices, device, function}, 0};
+    return &found;
+}
+"""
+
+
+class TestCompanions:
+    """imatrix-cuda (vendor/cuda), whose module lies in a folder of its own."""
+
+    MODULE = "imatrix_cuda/lib/libggml-cuda.so"
+
+    def installed(self, package: Path, version: str | None = imatrix.__version__) -> Path:
+        """Lay it beside the package, as pip would; the path of its module, which is not there yet."""
+        module = package / self.MODULE
+        module.parent.mkdir(parents=True)
+        # it is looked for, and not imported
+        (package / "imatrix_cuda/__init__.py").write_text("raise ImportError('imported')")
+        if version is not None:
+            metadata = package / f"imatrix_cuda-{version}.dist-info/METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text(f"Metadata-Version: 2.1\nName: imatrix-cuda\nVersion: {version}\n")
+        return module
+
+    def compiled(self, module: Path) -> None:
+        ggml = ROOT / "vendor/llama.cpp/ggml"
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", module,
+             f"-I{ggml}/include", f"-I{ggml}/src"],
+            input=NO_CARD, text=True, check=True,
+        )  # fmt: skip
+
+    @pytest.mark.engine("ggml/src/ggml-backend-impl.h", "what a backend's module exports")
+    def test_its_backend_is_loaded(self, package: Path) -> None:
+        self.compiled(self.installed(package))
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        backends = next(line for line in done.stdout.splitlines() if line.startswith("backends"))
+        assert "CUDA" in backends
+        assert "unusable" not in done.stdout
+        done = run(package, COLLECT.replace("MODEL", repr(str(trained_models()[0]))))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "32 weights\n"
+        assert done.stderr == ""
+
+    def test_without_the_driver(self, package: Path) -> None:
+        lib = package / "imatrix/lib"
+        renamed(
+            lib / "libimatrix-ggml.so",
+            self.installed(package),
+            ("libimatrix-ggml-base.so", "libcuda.so.1"),
+        )
+        if ctypes.util.find_library("cuda") is not None:
+            pytest.skip("the driver is here")
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        expected = (
+            "libggml-cuda.so: libcuda.so.1: cannot open shared object file: No such file or "
+            "directory (NVIDIA's driver brings it; nvidia-smi shows whether it is installed)"
+        )
+        assert f"unusable    {expected}\n" in done.stdout
+        done = run(package, COLLECT.replace("MODEL", repr(str(trained_models()[0]))))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "32 weights\n"
+        assert f"the backend {expected.replace(': ', ' cannot be used here: ', 1)}\n" == done.stderr
+
+    def test_of_another_version(self, package: Path) -> None:
+        """It is not even opened: its structures may be others."""
+        self.compiled(self.installed(package, "0.0.1"))
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        ours = imatrix.__version__
+        assert (
+            f"unusable    libggml-cuda.so: imatrix-cuda 0.0.1 is not for imatrix {ours}; "
+            f"pip install imatrix-cuda=={ours}\n"
+        ) in done.stdout
+        assert "CUDA" not in next(
+            line for line in done.stdout.splitlines() if line.startswith("backends")
+        )
+
+    def test_of_no_known_version(self, package: Path) -> None:
+        self.compiled(self.installed(package, None))
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        assert "so its version is unknown; pip install imatrix-cuda==" in done.stdout
+
+    def test_a_backend_that_is_there_already_is_left_alone(self, package: Path) -> None:
+        """RPC is linked in here; a second one would list each device twice."""
+        module = self.installed(package).with_name("libggml-rpc.so")
+        self.compiled(module)
+        done = version(package)
+        assert done.returncode == 0, done.stderr
+        assert "CUDA" not in done.stdout
+        assert "unusable" not in done.stdout
 
 
 class TestOtherCopies:

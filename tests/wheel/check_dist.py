@@ -28,6 +28,9 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_BYTES = 25 * 1000 * 1000  # of a wheel
+MOST_CUDA_BYTES = (
+    100 * 1024 * 1024
+)  # what the package index takes of one file unless asked for more
 # Which variants of the CPU's backend a wheel has to have: of those that its compiler can make, these
 # are what a common processor needs.
 VARIANTS = {
@@ -64,7 +67,8 @@ def main() -> int:
         wrong.append(f"the tag {args.tag} is not v{version_of_tree()}, the version of the tree")
     for wheel in wheels:
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
-        wrong += [f"{wheel.name}: {what}" for what in check_wheel(wheel)]
+        check = check_cuda if wheel.name.startswith("imatrix_cuda-") else check_wheel
+        wrong += [f"{wheel.name}: {what}" for what in check(wheel)]
     for sdist in sdists:
         print(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
         wrong += [f"{sdist.name}: {what}" for what in check_sdist(sdist)]
@@ -90,8 +94,12 @@ def check_versions(files: list[Path], released: bool) -> Iterator[str]:
     version = version_of_tree()
     print(f"version {version}")
     for file in files:
-        if not file.name.startswith(f"imatrix-{version}-" if file.suffix == ".whl" else
-                                    f"imatrix-{version}.tar.gz"):  # fmt: skip
+        starts = (
+            (f"imatrix-{version}-", f"imatrix_cuda-{version}-")
+            if file.suffix == ".whl"
+            else (f"imatrix-{version}.tar.gz",)
+        )
+        if not file.name.startswith(starts):
             yield f"{file.name} is not of version {version} (src/imatrix/_version.py)"
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
     entry = next((h for h in headings if h.split()[0] == version), None)
@@ -173,25 +181,33 @@ def elf_files(root: Path) -> Iterator[Path]:
                     yield path
 
 
+def dynamic(path: Path) -> tuple[list[str], list[str]]:
+    """Which libraries a file needs, and in which folders it looks for them."""
+    from elftools.elf.dynamic import DynamicSection
+    from elftools.elf.elffile import ELFFile
+
+    needed: list[str] = []
+    places: list[str] = []
+    for section in ELFFile(io.BytesIO(path.read_bytes())).iter_sections():
+        if isinstance(section, DynamicSection):
+            for tag in section.iter_tags():
+                if tag.entry.d_tag == "DT_NEEDED":
+                    needed.append(tag.needed)
+                elif tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
+                    places += (tag.rpath if tag.entry.d_tag == "DT_RPATH" else tag.runpath).split(
+                        ":"
+                    )
+    return needed, places
+
+
 def check_elf(root: Path) -> Iterator[str]:
     """Where libraries look for each other, and the instructions of those that any processor runs."""
-    from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
 
     files = list(elf_files(root))
     for path in files:
         elf = ELFFile(io.BytesIO(path.read_bytes()))
-        needed: list[str] = []
-        places: list[str] = []
-        for section in elf.iter_sections():
-            if isinstance(section, DynamicSection):
-                for tag in section.iter_tags():
-                    if tag.entry.d_tag == "DT_NEEDED":
-                        needed.append(tag.needed)
-                    elif tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
-                        places += (
-                            tag.rpath if tag.entry.d_tag == "DT_RPATH" else tag.runpath
-                        ).split(":")
+        needed, places = dynamic(path)
         for place in places:
             inside = (path.parent / place.replace("$ORIGIN", ".")).resolve()
             if not place.startswith("$ORIGIN") or root.resolve() not in inside.parents:
@@ -228,6 +244,42 @@ def check_auditwheel(path: Path, tag: str) -> Iterator[str]:
     print("  " + told.split("The wheel references")[0].strip())
     if not any(part in told for part in tag.split(".")):
         yield f"auditwheel finds another platform than the name says: {told}"
+
+
+# --- the wheel of imatrix-cuda ---------------------------------------------------------------------
+
+# What its module takes from elsewhere: NVIDIA's driver, NVIDIA's packages, imatrix's own wheel.
+CUDA_NEEDS = {"libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libimatrix-ggml-base.so"}
+CUDA_PLACES = {"$ORIGIN/../../imatrix/lib", "$ORIGIN/../../nvidia/cu13/lib"}
+
+
+def check_cuda(path: Path) -> Iterator[str]:
+    if path.stat().st_size > MOST_CUDA_BYTES:
+        yield f"it has {path.stat().st_size:,} bytes, and the index takes {MOST_CUDA_BYTES:,}"
+    with zipfile.ZipFile(path) as file, tempfile.TemporaryDirectory() as folder:
+        file.extractall(folder)
+        root = Path(folder)
+        version = version_of_tree()
+        info = f"imatrix_cuda-{version}.dist-info"
+        expected = {
+            "imatrix_cuda/__init__.py",
+            "imatrix_cuda/lib/libggml-cuda.so",
+            "imatrix_cuda/lib/LICENSE-llama.cpp.txt",
+        }
+        found = {name for name in file.namelist() if not name.startswith(info)}
+        if found - {name for name in found if name.endswith("/")} != expected:
+            yield f"it holds {', '.join(sorted(found))}"
+            return
+        metadata = email.parser.Parser().parsestr((root / info / "METADATA").read_text("utf-8"))
+        requires = metadata.get_all("Requires-Dist") or []
+        if f"imatrix=={version}" not in requires:
+            yield f"it does not ask for imatrix=={version}: {', '.join(requires)}"
+        needed, places = dynamic(root / "imatrix_cuda/lib/libggml-cuda.so")
+        if missing := CUDA_NEEDS - set(needed):
+            yield f"it was not linked to {', '.join(sorted(missing))}"
+        if set(places) != CUDA_PLACES:
+            yield f"it looks for libraries in {', '.join(places)}"
+        yield from check_auditwheel(path, path.stem.split("-")[-1])
 
 
 # --- the sdist -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import numpy as np
 
 from imatrix.files.names import encoded
+from imatrix.native.companions import companions
 from imatrix.errors import EngineError, ModelError, NonFiniteError, RowsMissingError
 
 from libc.stdint cimport int8_t, int32_t, int64_t
@@ -128,6 +129,10 @@ def backends():
         for d in ext.devices()
     ]
     return names, devices
+
+
+for _companion in companions():
+    ext.add_module_folder(encoded(str(_companion.folder)), _companion.problem.encode())
 
 
 def load_backends():

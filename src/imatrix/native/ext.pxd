@@ -40,6 +40,7 @@ cdef extern from "backend_modules.h" namespace "imatrix" nogil:
     cdef cppclass BackendModule:
         string file
         string problem
+    void add_module_folder(const string & folder, const string & problem)
     Status load_backends()
     vector[BackendModule] backend_modules()
     string cpu_variant()
