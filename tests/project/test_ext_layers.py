@@ -22,7 +22,7 @@ LAYERS = (
         "device_sums",
         "staged_rows",
     ),
-    ("model", "engine_info", "graph_plan", "graph_start", "eval_hook"),
+    ("model", "engine_info", "graph_plan", "graph_start", "eval_hook", "product"),
     ("contexts", "weights"),
     ("memory_use",),
     ("session", "evaluator"),

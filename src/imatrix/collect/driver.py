@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 
 from imatrix.cluster.work import BlockSize
+from imatrix.collect.advice import SourceAdvice
+from imatrix.collect.adviser import Adviser
 from imatrix.collect.keeper import Keeper, batch_in
 from imatrix.collect.lifecycle import Lifecycle
 from imatrix.collect.messages import describe_left_out, explain_death
@@ -53,6 +55,7 @@ class Driver:
         self._life = life
         self._preparation = Preparation(options)
         self.models = self._preparation.models
+        self._adviser = Adviser(self.models)
 
     def free(self) -> None:
         """Free the models, the session and the sums."""
@@ -83,6 +86,12 @@ class Driver:
         """The latest run, for whoever wants to see its sums."""
         self._life.check_process()
         return self.latest
+
+    def source_advice(self) -> SourceAdvice | None:
+        """See Collector.source_advice."""
+        self._life.check_process()
+        self._life.check_open()
+        return self._adviser.advice(self.latest, self._preparation.settings())
 
     def plan(self, *, mtp: bool, process_output: bool) -> Plan:
         """See Collector.plan."""

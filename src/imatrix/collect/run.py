@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imatrix._version import __version__
 from imatrix.cluster.work import Block
@@ -28,7 +29,7 @@ from imatrix.text.cutting import TextFacts, tokens_of
 from imatrix.text.progress import Ended, Perplexity, Progress, Report, Tally
 from imatrix.text.tokens import Packing
 
-__all__ = ["Run", "RunSetup"]
+__all__ = ["Run", "RunSetup", "Work"]
 
 _NO_TEXT = TextFacts((), (), (), None)
 
@@ -59,6 +60,22 @@ class RunSetup:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a run has done so far.
+
+    Attributes:
+        counts: rows that each weight has seen, int64 [1], of experts [n_mat].
+        chunks, tokens: that count.
+        scored: tokens whose logits were computed.
+    """
+
+    counts: Mapping[str, NDArray[np.int64]]
+    chunks: int
+    tokens: int
+    scored: int
+
+
+@dataclass(frozen=True)
 class _Mark:
     """What a checkpoint need not hold, because the text, read again, gives it."""
 
@@ -82,6 +99,7 @@ class Run:
         chunks: chunks that count.
         resumed: chunks that were taken over from a checkpoint.
         left_out: chunks that do not count.
+        pace: seconds of the last step here, for each of its chunks; None before the first.
     """
 
     def __init__(self, setup: RunSetup) -> None:
@@ -92,6 +110,7 @@ class Run:
         self.chunks = 0
         self.resumed = 0
         self.left_out: list[LeftOut] = []
+        self.pace: float | None = None
         self._tally = Tally()
         self._tokens = 0
         self._digest = hashlib.sha256()  # of the chunks that count
@@ -165,7 +184,9 @@ class Run:
             EngineDiedError: it names the chunk.
         """
         with self.lock:
+            started = time.monotonic()
             self._collect(session, group)
+            self.pace = (time.monotonic() - started) / len(group)
 
     def _collect(self, session: NativeSession, group: list[Chunk]) -> None:
         lengths = np.array([len(chunk.tokens) for chunk in group], dtype=np.int32)
@@ -278,6 +299,22 @@ class Run:
             if self.session is None or isinstance(self.session, BlockSums):
                 return {}
             return cast("dict[str, int]", self.session.counters)
+
+    @property
+    def collects_here(self) -> bool:
+        """Whether a session in this machine's engine holds the sums, and has some."""
+        return (
+            self.session is not None
+            and not isinstance(self.session, BlockSums)
+            and self.chunks > 0
+            and bool(self.session.counts())
+        )
+
+    def work(self) -> Work:
+        """What it has done so far."""
+        with self.lock:
+            counts = {} if self.session is None else self.session.counts()
+            return Work(counts, self.chunks, self._tokens, self._tally.n)
 
     def report(self) -> Report:
         """What it made of its text so far."""

@@ -3,12 +3,14 @@ process of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatrix.engine import process
 from imatrix.engine.background import ended_at_exit
 from imatrix.engine.interface import NativeModel, NativeSession
+from imatrix.engine.products import ProductShape, Timed, measure
 from imatrix.engine.settings import SessionSettings
 from imatrix.native import engine
 
@@ -74,6 +76,15 @@ class Loader:
         """Instruction sets and build of the engine's own process, in its words."""
         assert self._isolate
         return process.machine(self._started())[0]
+
+    def measure_products(
+        self, shapes: Sequence[ProductShape], types: Sequence[str], *, n_threads: int
+    ) -> Timed | None:
+        """See imatrix.engine.products.measure; measured where the engine runs."""
+        if self._isolate:
+            return process.measure_products(self._started(), shapes, types, n_threads=n_threads)
+        with ended_at_exit("probe"):
+            return measure(shapes, types, n_threads=n_threads)
 
     @property
     def died(self) -> bool:

@@ -300,6 +300,12 @@ class Models:
         return any(device["gpu"] for device in self._devices())
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether the CPU multiplies everything. If the engine has a GPU it sends large products
+        there, also of weights that lie in the host's memory."""
+        return self._options.placement.devices == () or not self.has_gpu
+
+    @property
     def machine(self) -> str:
         """What the engine's own process computes with, in words: equal words, equal numbers."""
         devices = ", ".join(each["description"] for each in self._devices() if each["gpu"])

@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from imatrix.engine import devices, frames
 from imatrix.engine.background import end_at_exit
 from imatrix.engine.children import last_words, start_child
 from imatrix.engine.placement import OTHER_DEVICES, blames_device
+from imatrix.engine.products import ProductShape, ProductTimes, Timed
 from imatrix.errors import (
     EngineDiedError,
     EngineError,
@@ -476,6 +478,24 @@ def machine(engine: Engine) -> tuple[str, list[DeviceInfo]]:
     its devices."""
     found, _ = engine.ask("devices")
     return found["features"], found["devices"]
+
+
+def measure_products(
+    engine: Engine, shapes: Sequence[ProductShape], types: Sequence[str], *, n_threads: int
+) -> Timed | None:
+    """imatrix.engine.products.measure in the child."""
+    found, _ = engine.ask(
+        "products",
+        shapes=[asdict(shape) for shape in shapes],
+        types=list(types),
+        n_threads=n_threads,
+        log_level=_log.getEffectiveLevel(),
+    )
+    if found["timed"] is None:
+        return None
+    return tuple(
+        {kind: ProductTimes(*times) for kind, times in each.items()} for each in found["timed"]
+    )
 
 
 def _cause(log: str, status: int) -> str:

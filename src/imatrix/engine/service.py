@@ -11,11 +11,12 @@ import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from typing import IO, Any, NoReturn
 
 from numpy.typing import NDArray
 
-from imatrix.engine import frames
+from imatrix.engine import frames, products
 from imatrix.errors import NonFiniteError
 from imatrix.native import engine, quantizer
 
@@ -84,6 +85,15 @@ class Service:
     def _do_devices(self, _request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         features = engine.system_info().strip()
         return {"devices": engine.backends()[1], "features": features}, []
+
+    def _do_products(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
+        _log.setLevel(request["log_level"])
+        shapes = [products.ProductShape(**shape) for shape in request["shapes"]]
+        timed = products.measure(shapes, request["types"], n_threads=request["n_threads"])
+        if timed is None:
+            return {"timed": None}, []
+        rows = [{kind: astuple(times) for kind, times in each.items()} for each in timed]
+        return {"timed": rows}, []
 
     def _do_model(self, request: dict[str, Any], _arrays: list[NDArray[Any]]) -> Answer:
         _log.setLevel(request["log_level"])

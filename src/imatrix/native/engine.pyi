@@ -119,6 +119,14 @@ class RowAdder:
 
 def live_objects() -> dict[str, int]: ...
 
+class Product:
+    def __init__(
+        self, type: str, *, n_in: int, n_out: int, n_rows: int, n_mat: int, n_threads: int
+    ) -> None: ...
+    def run(self) -> float: ...
+    @property
+    def buffer_type(self) -> str: ...
+
 class Model:
     def __init__(
         self,

@@ -21,9 +21,9 @@ from libcpp.vector cimport vector
 
 from imatrix.native cimport ext
 from imatrix.native.ext cimport (
-    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CSession, CTrials, CWeights,
+    CEvaluator, ChunkEvaluation, ChunkScore, Code, CModel, CProduct, CSession, CTrials, CWeights,
     EvaluatorParams, FileWeight, FirstSlot, ModelHeader, ModelParams, NamedRowKernel, NonFinite,
-    Parallel, Predictions, RowBlock, SessionParams, Status, Sums, TrialsParams,
+    Parallel, Predictions, ProductParams, RowBlock, SessionParams, Status, Sums, TrialsParams,
 )
 
 _log = logging.getLogger("imatrix.engine")
@@ -311,6 +311,49 @@ cdef extern from *:
     #endif
     """
     int imatrix_getpid() noexcept nogil
+
+
+cdef class Product:
+    """A matrix of some type, and rows to multiply it with on the CPU (ext/product.h)."""
+
+    cdef unique_ptr[CProduct] _product
+    cdef int _made_in
+
+    def __dealloc__(self):
+        if self._made_in != imatrix_getpid():
+            self._product.release()  # a fork's copy, see _claim_process
+
+    def __init__(self, str type, *, int64_t n_in, int64_t n_out, int64_t n_rows, int64_t n_mat,
+                 int n_threads):
+        cdef ProductParams params
+        cdef Status status
+        _claim_process()
+        self._made_in = imatrix_getpid()
+        set_log_level()
+        params.type = type.encode("utf-8")
+        params.n_in = n_in
+        params.n_out = n_out
+        params.n_rows = n_rows
+        params.n_mat = n_mat
+        params.n_threads = n_threads
+        self._product.reset(new CProduct())
+        with nogil:
+            status = self._product.get().open(params)
+        _check(status)
+
+    def run(self):
+        """Multiply once; returns the seconds that it took."""
+        cdef Status status
+        cdef double seconds = 0
+        with nogil:
+            status = self._product.get().run(seconds)
+        _check(status)
+        return seconds
+
+    @property
+    def buffer_type(self):
+        """Where the matrix lies, in the engine's word."""
+        return _text(self._product.get().buffer_type())
 
 
 cdef class Model:

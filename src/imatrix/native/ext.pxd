@@ -63,6 +63,22 @@ cdef extern from "engine_info.h" namespace "imatrix" nogil:
     string system_info()
 
 
+cdef extern from "product.h" namespace "imatrix" nogil:
+    cdef cppclass ProductParams:
+        string type
+        int64_t n_in
+        int64_t n_out
+        int64_t n_rows
+        int64_t n_mat
+        int32_t n_threads
+
+    cdef cppclass CProduct "imatrix::Product":
+        CProduct()
+        Status open(const ProductParams & params)
+        Status run(double & seconds)
+        string buffer_type() const
+
+
 cdef extern from "model_header.h" namespace "imatrix" nogil:
     cdef cppclass FileTensor:
         string name

@@ -24,6 +24,7 @@ from imatrix.cli.outputs import Files, check_command, check_copies, check_output
 from imatrix.cli.progress import CollectProgress
 from imatrix.cli.saving import Saver, checkpoint_path, head_output, is_same_file, save_matrix
 from imatrix.cli.signals import catch_signals
+from imatrix.cli.source_advice import SourceAdvisor
 from imatrix.cli.status import OK, USAGE, Stopped
 from imatrix.cli.terminal import Terminal
 from imatrix.collect.finished import is_finished
@@ -160,6 +161,14 @@ def _add_arguments(command: hub.Parser) -> None:
     )
     add_isolate(command)
     add(
+        "--advice",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="in a run of more than a minute, say once if the model's type is a slow one on this "
+        "CPU, by products of the engine that are timed for up to a second, and how to convert it "
+        "(default: on)",
+    )
+    add(
         "--output-format",
         choices=("gguf", "dat"),
         default="gguf",
@@ -283,6 +292,7 @@ def _collect(
         head = f" + {collector.n_nextn} MTP head" if collector.n_nextn else ""
         terminal.note(f"{args.model}: {collector.architecture}, {collector.n_trunk}{head} blocks")
         saver = Saver(args, collector, merge_earlier(earlier), terminal)
+        advisor = SourceAdvisor(args, collector, terminal)
         bar = CollectProgress(terminal, "collecting", every=args.output_frequency or 10)
 
         def on_step(progress: imatrix.Progress) -> None:
@@ -290,6 +300,7 @@ def _collect(
                 _print_choices(args, collector, terminal)
             bar(progress)
             saver.step(progress)
+            advisor.step(progress)
 
         try:
             with bar:
