@@ -48,14 +48,18 @@ demo: dev
 tools: dev
 	$(BIN)/cmake --build $(BUILD) --target imatrix-tools
 
-# as many processes as there are cores, so that each has one thread for NumPy
+# As many processes as there are cores, so that each has one thread for NumPy, and the engine's
+# threads sleep while they wait for each other: where they spin, they take the cores from the other
+# processes. The order of the files is that of tests/conftest.py.
+ON_EVERY_CORE := OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 test: lint types tools
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(ON_EVERY_CORE) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 # the tests that hold assumptions about the engine, each with the engine's file it rests on;
 # ENGINE_ARGS=--record notes these files once all pass
 engine-check: tools
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python tests/helpers/engine_check.py $(ENGINE_ARGS)
+	$(ON_EVERY_CORE) $(BIN)/python tests/helpers/engine_check.py $(ENGINE_ARGS)
 
 # the workflows by what is known of GitHub's; it asks nobody
 workflows: $(STAMP)
