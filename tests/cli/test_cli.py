@@ -530,9 +530,9 @@ def test_signals_once_and_twice(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_engine_has_a_process_of_its_own(
-    number: int, says: str, model: Path, text: Path, run: Run, tmp_path: Path
+    number: int, says: str, model: Path, tmp_path: Path
 ) -> None:
-    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    out = tmp_path / "out.gguf"
     long = tmp_path / "long.txt"
     long.write_text(TEXT * 40, encoding="utf-8")
     common = [*one_at_a_time(), "-ofreq", 1, "-m", model]
@@ -558,7 +558,13 @@ def test_the_engine_has_a_process_of_its_own(
     assert found[2] == f"{out}.checkpoint"
     assert int(found[1]) >= int(found[3]) >= 3
     assert ImportanceMatrix.load(out).chunk_count == int(found[3])
-    # the same bytes if the engine has no process of its own
+
+
+def test_the_same_bytes_if_the_engine_has_no_process_of_its_own(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.gguf"
+    common = [*one_at_a_time(), "-ofreq", 1, "-m", model]
     done = spawn("collect", *common, "-f", text, "-o", whole, "--chunks", 2)
     assert (done.returncode, ImportanceMatrix.load(whole).chunk_count) == (0, 2)
     expected = whole.read_bytes()
