@@ -3,6 +3,7 @@ thousands in benchmarks/robustness.py."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -69,6 +70,13 @@ class Ground:
         assert done.returncode == 130, done.stderr
         self.before = self.out.read_bytes(), self.checkpoint.read_bytes()
 
+    def restore(self) -> None:
+        """Make the folder what it was when the run had been interrupted."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        for path, content in zip((self.out, self.checkpoint), self.before, strict=True):
+            path.write_bytes(content)
+
     def run(self, prepare: str = "", *more: str) -> subprocess.CompletedProcess[str]:
         """Runs the command after some lines of Python."""
         command = f"import sys; from imatrix import cli\n{textwrap.dedent(prepare)}\n"
@@ -113,9 +121,15 @@ class Ground:
         return self.out.read_bytes() == self.expected
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("ground"))
+
+
 @pytest.fixture
-def ground(tmp_path: Path) -> Ground:
-    return Ground(tmp_path)
+def ground(interrupted: Ground) -> Ground:
+    interrupted.restore()
+    return interrupted
 
 
 @watched
