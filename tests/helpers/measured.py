@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.forge_any import ARCHS, AnyModel, make_any
+from helpers.ggufs import hollowed
 
 N_CTX = 136  # more than a block of deepseek4's longest compression, 128
 N_CHUNKS = 2
@@ -223,12 +224,14 @@ def variants(arch: str) -> dict[str, dict[str, Any]]:
 
 
 def measure(arch: str, folder: Path) -> dict[str, Measured]:
-    """Forge, plan and collect every variant of an architecture."""
+    """Forge, plan and collect every variant of an architecture. The weights are zero afterwards."""
     models = {
         name: make_any(folder / f"{arch}-{name}.gguf", arch, **options)
         for name, options in variants(arch).items()
     }
     lines = child(_MEASURE, N_CTX, N_CHUNKS, *(model.path for model in models.values()))
+    for model in models.values():  # what is quantized and what is asked for depends on no weight
+        hollowed(model.path)
     return {
         name: Measured(
             model,
