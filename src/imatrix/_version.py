@@ -3,4 +3,4 @@ wheel and the sdist, and CHANGELOG.md has an entry for it (tests/wheel/check_dis
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -215,7 +215,7 @@ class Provenance:
     """How a matrix was made. Every field but the tuples may be None: not known.
 
     Attributes:
-        collector: the program that collected it, such as "imatrix 0.1.0".
+        collector: the program that collected it, such as "imatrix 0.2.0".
         engine: what ran the model, such as "llama.cpp 0.6.0 (build 11549)".
         mtp: whether the MTP/NextN head was collected.
         n_ctx: tokens in a chunk.

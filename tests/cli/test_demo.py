@@ -58,7 +58,7 @@ def test_the_story_the_files_and_the_readme(
 
     # the output has every part of the README's block, in this order
     block = re.search(
-        r"^## `make demo`$.*?^```text\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
+        r"^## `imatrix demo`$.*?^```text\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S
     )
     assert block is not None
     told = normalized(out)
