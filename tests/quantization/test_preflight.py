@@ -173,11 +173,15 @@ def agree(found: Coverage, run: Run) -> None:
 # --- the grid ------------------------------------------------------------------------------------
 
 
-# Each process makes the tables of IQ1_S anew, which takes it a dozen seconds, and those of IQ2_M's
-# iq2_s in some four. So with data these are quantized to once, or for one architecture with experts
-# and one without. Where data lack depends on the type as it does with IQ2_XXS, and which tensor gets
-# which type on there being data at all.
-ONCE = {"IQ1_S": ("glm4moe",), "IQ2_M": ("llama", "glm4moe")}
+# Each process makes the tables of IQ1_S anew, which takes it a dozen seconds, and those of iq2_s, which
+# IQ2_M and IQ3_XXS mix in if there is a matrix, in some four. So with data these are quantized to for
+# one or two architectures. Where data lack is told of them as of IQ2_XXS, and which tensor gets which
+# type depends on there being data at all.
+ONCE = {
+    "IQ1_S": ("glm4moe",),
+    "IQ2_M": ("llama", "glm4moe"),
+    "IQ3_XXS": ("llama", "glm4moe"),
+}
 GRID = [
     (arch, ftype, data)
     for arch in ARCHS

@@ -404,7 +404,7 @@ def test_a_dry_run(
 ) -> None:
     flags = ["--imatrix", head_matrix, "--token-embedding-type", "q5_k", "--dry-run"]
     log = subprocess.run(
-        [engine_tool("llama-quantize"), *map(str, flags), model, "IQ3_XXS"],
+        [engine_tool("llama-quantize"), *map(str, flags), model, "Q3_K_M"],
         check=True,
         capture_output=True,
         text=True,
@@ -412,12 +412,12 @@ def test_a_dry_run(
     total = re.search(r"quant size  = +([\d.]+) MiB \(([\d.]+) BPW\)", log.stdout + log.stderr)
     assert total is not None
     real = tmp_path / "q.gguf"
-    quantize(model, real, "IQ3_XXS", imatrix=head_matrix, n_threads=1, token_embedding_type="q5_k")
+    quantize(model, real, "Q3_K_M", imatrix=head_matrix, n_threads=1, token_embedding_type="q5_k")
     expected = {
         t.name: (t.tensor_type.name.lower(), int(t.n_bytes)) for t in GGUFReader(real).tensors
     }
 
-    done = run("quantize", model, tmp_path / "no.gguf", "IQ3_XXS", *flags, "--json")
+    done = run("quantize", model, tmp_path / "no.gguf", "Q3_K_M", *flags, "--json")
     assert done.status == 0
     data = json.loads(done.out)
     assert {
@@ -426,10 +426,10 @@ def test_a_dry_run(
     assert f"{data['target_bytes'] / 2**20:.2f}" == total[1]
     assert f"{data['bits_per_weight']:.2f}" == total[2]
 
-    done = run("quantize", model, *flags, "IQ3_XXS")  # without a name, as llama-quantize takes it
+    done = run("quantize", model, *flags, "Q3_K_M")  # without a name, as llama-quantize takes it
     assert done.status == 0
     before = sum(int(t.n_bytes) for t in GGUFReader(model).tensors)
-    assert f"IQ3_XXS: {before} -> {data['target_bytes']} bytes" in done.out
+    assert f"Q3_K_M: {before} -> {data['target_bytes']} bytes" in done.out
     assert f"-> {total[2]} bits per weight" in done.out
     assert all(name in done.out for name in expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.gguf"]
