@@ -127,6 +127,7 @@ dist-cuda: $(STAMP)
 	$(BIN)/python -m pip install --quiet --group release
 	rm -rf dist/imatrix_cuda-* $(RELEASE)-cuda
 	$(BIN)/python -m build --wheel --outdir $(RELEASE)-cuda \
+	  -C "build-dir=$(CURDIR)/build/cuda-{wheel_tag}" \
 	  $(if $(CUDA_ARCHITECTURES),-C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)") vendor/cuda
 	$(BIN)/python -m auditwheel repair $(foreach l,libcuda.so.1 libcudart.so.13 libcublas.so.13 libimatrix-ggml-base.so,--exclude $(l)) \
 	  -w dist $(RELEASE)-cuda/*.whl
