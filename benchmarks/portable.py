@@ -3,6 +3,7 @@ this machine.
 
     python benchmarks/portable.py processors dist/imatrix-*.whl    # qemu-x86_64 (Debian: qemu-user)
     python benchmarks/portable.py arm64                            # and g++-aarch64-linux-gnu
+    python benchmarks/portable.py beside dist/imatrix-*.whl        # compiles llama-cpp-python
     python benchmarks/portable.py speed dist/imatrix-*.whl         # on a quiet machine
 
 Each puts its part into results/portable.json, of which results/portable.md is made again.
@@ -14,6 +15,8 @@ within the rounding of a forward pass.
 
 arm64: the native core's own tests, cross-compiled, run under qemu-aarch64: the row kernels by
 themselves, then, unless --rows-only is given, the hook and whole sessions with the engine.
+
+beside: the wheel and llama-cpp-python, built from its source distribution, in one process (beside.py).
 
 speed: sessions of the wheel and of this interpreter's imatrix, which has to be a build for this
 machine (make dev), take turns chunk by chunk; the median of the pairs' ratios.
@@ -35,6 +38,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import beside
 import numpy as np
 
 import imatrix
@@ -45,8 +49,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 # As qemu 7.2 knows them, with the variant of the engine's backend that each must get. Its emulation
-# has no AVX-512. NumPy's wheels need SSE4.2, so there is no older one.
+# has no AVX-512.
 PROCESSORS = {
+    "core2duo": "x64",
     "Nehalem": "sse42",
     "SandyBridge": "sandybridge",
     "IvyBridge": "ivybridge",
@@ -54,6 +59,8 @@ PROCESSORS = {
     "Haswell": "haswell",
     "EPYC": "haswell",
 }
+# NumPy's newer wheels need SSE4.2; the first processor gets one from before that.
+OLD_NUMPY = "numpy==2.2.6"
 # What separates two processors' forward passes: products of F16 weights and float32 rows, summed in
 # another order, through 5 blocks; where an expert's choice is close, one row may go to another.
 # Of an entry's sums, the median and the largest difference relative to the entry's largest sum.
@@ -63,7 +70,7 @@ MOST_APART = 0.01
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(dest="part", required=True)
-    for name in ("processors", "speed"):
+    for name in ("processors", "beside", "speed"):
         parts.add_parser(name).add_argument("wheel", type=Path)
     parts.choices["processors"].add_argument("--only", help="some processors, a comma between")
     parts.choices["speed"].add_argument("--pairs", type=int, default=16)
@@ -80,15 +87,19 @@ def main() -> None:
         """Put what was found into the file and on the page."""
         results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
         before = results.get(args.part, {})
-        if before.get("wheel") == part.get("wheel") is not None:  # --only: other processors stay
-            names = [row["name"] for row in part["rows"]]
-            part["rows"] += [row for row in before["rows"] if row["name"] not in names]
+        # --only: other processors stay
+        if args.part == "processors" and before.get("wheel") == part["wheel"]:
+            rows = {row["name"]: row for row in [*before["rows"], *part["rows"]]}
+            order = ["this machine", *PROCESSORS]
+            part = {**part, "rows": sorted(rows.values(), key=lambda row: order.index(row["name"]))}
         results[args.part] = {**part, "date": str(datetime.date.today())}
         kept.write_text(json.dumps(results, indent=1) + "\n")
         (RESULTS / "portable.md").write_text(page(results))
 
     if args.part == "processors":
         try_processors(args.wheel.resolve(), args.only, keep)
+    elif args.part == "beside":
+        keep(try_beside(args.wheel.resolve()))
     elif args.part == "speed":
         keep(measure(args.wheel.resolve(), args.pairs, args.size))
     else:
@@ -96,11 +107,11 @@ def main() -> None:
     print((RESULTS / "portable.md").read_text())
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """The interpreter of a new environment with the wheel."""
+def installed(wheel: Path, folder: Path, *others: str) -> Path:
+    """The interpreter of a new environment with the wheel, and what else is asked for."""
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel, *others], check=True)
     return python
 
 
@@ -120,7 +131,10 @@ def try_processors(wheel: Path, only: str | None, keep: Callable[[dict[str, Any]
         rows = [first[0]]
         for name, variant in PROCESSORS.items():
             if only is None or name in only.split(","):
-                row, matrix = steps(python, folder, name, [qemu, "-cpu", name])
+                chosen = python
+                if name == "core2duo":
+                    chosen = installed(wheel, folder / "old", OLD_NUMPY)
+                row, matrix = steps(chosen, folder, name, [qemu, "-cpu", name])
                 compare(row, matrix, first[1])
                 assert row["variant"] == variant, (name, row["variant"], variant)
                 rows.append(row)
@@ -154,8 +168,10 @@ def steps(
     # asked in a child, as the engine is
     code = "import subprocess, sys; print(subprocess.check_output([sys.executable, '-m', 'imatrix', '--version'], text=True))"
     told = run("-c", code)
+    # one thread: several wait for each other in loops, which an emulator on a busy machine runs for
+    # as long as it lets them
     command("collect", "-m", MODEL, "-f", "../text.txt", "-o", "m.gguf", "--mtp", "-c", 64,
-            "--chunks", 2, "-t", 2)  # fmt: skip
+            "--chunks", 2, "-t", 1)  # fmt: skip
     command("check", MODEL, "m.gguf", "--type", "IQ3_S")
     command("quantize", MODEL, "q.gguf", "IQ3_S", "--imatrix", "m.gguf")
     row = {
@@ -275,6 +291,26 @@ def find_one(folder: Path, name: str) -> Path:
     return next(path for path in folder.rglob(name) if path.is_file())
 
 
+# --- beside another llama.cpp -----------------------------------------------------------------------
+
+
+def try_beside(wheel: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        python = installed(wheel, folder / "venv")
+        # the libraries alone: no pictures, no GPUs
+        env = {**os.environ, "CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--no-binary", beside.PACKAGE,
+             f"{beside.PACKAGE}=={beside.VERSION}"],
+            check=True,
+            env=env,
+        )  # fmt: skip
+        work = folder / "work"
+        work.mkdir()
+        return {"wheel": wheel.name, **beside.compare(python, work)}
+
+
 # --- speed ------------------------------------------------------------------------------------------
 
 
@@ -364,7 +400,9 @@ def page(results: dict[str, Any]) -> str:
             "Every dense weight has the same count. Rows of experts that go to another expert than "
             "on this machine are counted as moved. Apart: the largest difference of a weight's sums, "
             "relative to its largest sum; median and largest of the weights. qemu 7.2 emulates no "
-            "AVX-512, which the first row stands for.",
+            "AVX-512, which the first row stands for, and nothing of XOP and FMA4, which no variant "
+            f"uses. core2duo has {OLD_NUMPY} beside it: those since 2.4 need SSE4.2 and end there with "
+            "an illegal instruction, before anything of imatrix is loaded.",
             "",
             "| processor | variant | row kernel | rows moved | sums apart, median | largest |",
             "|---|---|---|---|---|---|",
@@ -392,6 +430,23 @@ def page(results: dict[str, Any]) -> str:
         ]  # fmt: skip
         lines += [
             f"| {row['cpu']} | {row['what']} | {', '.join(row['said'])} |" for row in found["rows"]
+        ]
+    if found := results.get("beside"):
+        lines += [
+            "", "## Beside llama-cpp-python", "",
+            f"{found['date']}, {found['wheel']} and {beside.PACKAGE} {found['version']}, built from its "
+            "source distribution, in one process. The package's small model is loaded by both. 4 chunks "
+            "of 64 tokens, trunk and head, are collected before it generates text, between two texts, "
+            "while a thread generates one, and after that; sums and counts are compared with those of a "
+            "process that has imatrix alone, and the texts with those of a process that has "
+            f"{beside.PACKAGE} alone. Libraries in the process: {', '.join(found['libraries'])}.",
+            "",
+            "| imported | collected | weights | equal to the bit |",
+            "|---|---|---|---|",
+        ]  # fmt: skip
+        lines += [
+            f"| {row['order']} | {row['moment']} | {row['weights']} | all |"
+            for row in found["rows"]
         ]
     if found := results.get("speed"):
         lines += [
