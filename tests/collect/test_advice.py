@@ -87,6 +87,17 @@ def test_the_smaller_file_unless_the_larger_one_is_much_faster() -> None:
     assert target(bf16=2.9, f32=2.8) is None
 
 
+def test_a_larger_file_has_to_be_twice_as_fast() -> None:
+    """The probe flatters F32: its matrices lie in the processor's caches, a model's do not."""
+    for f32, expected in ((1.6, None), (1.4, "F32")):
+        found = advise(PRODUCTS, timed(f16=3.0, f32=f32), "f16", ["f32"], 3.0)
+        assert (found and found.target) == expected
+    # as F32 to BF16, which is smaller, need not be
+    found = advise(PRODUCTS, timed(f32=2.0, bf16=1.5), "f32", ["bf16"], 2.0)
+    assert found is not None
+    assert found.target == "BF16"
+
+
 def test_dense_weights_and_experts_count_by_what_they_take() -> None:
     experts = Products(ProductShape(n_in=1024, n_out=256, n_rows=3072, n_mat=64), 3e9)
     dense_probe, expert_probe = timed(f16=2.0, bf16=1.0), timed(f16=1.0, bf16=1.0)

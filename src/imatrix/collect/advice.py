@@ -27,6 +27,10 @@ _LOSSES: Mapping[str, Mapping[str, str]] = {
 
 # A gain is clear if products are faster by this factor in both halves of a probe,
 _CLEAR = 1.25
+# by this one if the file would be larger: the small matrices of a probe lie nearer to the processor
+# than a model's, so that products in F32 were found 1.49 times as fast as in F16 where a run was
+# 1.16 times as fast (benchmarks/results/source-types.md),
+_CLEAR_IF_LARGER = 2.0
 # and the run as a whole would take no more than this part of the time.
 _MOST_TIME = 0.9
 # A type with more bytes a weight has to be faster than a smaller one by this factor.
@@ -172,11 +176,11 @@ def advise(
     def whole(kind: str) -> float:
         return (cost(kind, 0) + cost(kind, 1)) / 2
 
-    clear = [
-        kind
-        for kind in wanted
-        if all(cost(source, half) >= _CLEAR * cost(kind, half) for half in (0, 1))
-    ]
+    def is_clear(kind: str) -> bool:
+        factor = _CLEAR_IF_LARGER if _BYTES[kind] > _BYTES[source] else _CLEAR
+        return all(cost(source, half) >= factor * cost(kind, half) for half in (0, 1))
+
+    clear = [kind for kind in wanted if is_clear(kind)]
     if not clear:
         return None
     least = min(_BYTES[kind] for kind in clear)
