@@ -28,8 +28,8 @@ _LOSSES: Mapping[str, Mapping[str, str]] = {
 # A gain is clear if products are faster by this factor in both halves of a probe,
 _CLEAR = 1.25
 # by this one if the file would be larger: the small matrices of a probe lie nearer to the processor
-# than a model's, so that products in F32 were found 1.49 times as fast as in F16 where a run was
-# 1.16 times as fast (benchmarks/results/source-types.md),
+# than a model's, so that products in F32 were found 1.45 times as fast as in F16 where a run was
+# 1.11 times as fast (benchmarks/results/source-types.md),
 _CLEAR_IF_LARGER = 2.0
 # and the run as a whole would take no more than this part of the time.
 _MOST_TIME = 0.9
