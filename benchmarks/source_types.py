@@ -32,7 +32,7 @@ from store import RESULTS, machine
 from test_collect import TEXT, run, sessions
 
 import imatrix
-from imatrix.collect.advice import products_of
+from imatrix.collect.advice import foretold_time, products_of
 from imatrix.engine.cores import physical_cores
 from imatrix.engine.products import measure
 from imatrix.quantization.source import source_tensors
@@ -122,17 +122,10 @@ def foretold(path: Path, matrix: imatrix.ImportanceMatrix, seconds: float) -> di
     if timed is None:
         return {}
 
-    def cost(kind: str) -> float:
-        return sum(
-            each.multiplications * (times[kind].first + times[kind].second) / 2
-            for each, times in zip(products, timed, strict=True)
-        )
-
-    share = min(1.0, cost("f16") / seconds)
     return {
         kind: {
             "speeds": [4e-9 / (t[kind.lower()].first + t[kind.lower()].second) for t in timed],
-            "time": 1 - share * (1 - cost(kind.lower()) / cost("f16")),
+            "time": foretold_time(products, timed, "f16", kind.lower(), seconds),
         }
         for kind in TYPES
     }
@@ -149,19 +142,16 @@ def measured(name: str, size: str, rounds: int, n_chunks: int) -> dict[str, Any]
         "moved": {},
         "advice": {},
     }
-    exact, _ = collected(paths["F32"], n_chunks)
-    for kind in (*TYPES, OTHER):
-        skip = n_chunks if kind == OTHER else 0
-        matrix, advice = collected(paths[kind if kind in paths else "F32"], n_chunks, skip)
+    runs = {kind: collected(path, n_chunks) for kind, path in paths.items()}
+    for kind, (_, advice) in runs.items():
+        cell["advice"][kind] = None if advice is None else [advice.target, round(advice.time, 3)]
+    exact = runs.pop("F32")[0]
+    runs[OTHER] = collected(paths["F32"], n_chunks, skip=n_chunks)
+    for kind, (matrix, _) in runs.items():
         cell["differences"][kind] = differences(matrix, exact)
         cell["moved"][kind] = moved_rows(matrix, exact)
-        if kind in paths:
-            cell["advice"][kind] = (
-                None if advice is None else [advice.target, round(advice.time, 3)]
-            )
-        if kind == "F16":
-            middle = statistics.median(cell["seconds"]["F16"])
-            cell["foretold"] = foretold(paths["F16"], matrix, middle)
+    middle = statistics.median(cell["seconds"]["F16"])
+    cell["foretold"] = foretold(paths["F16"], runs["F16"][0], middle)
     return cell
 
 
@@ -170,13 +160,14 @@ def spread(values: list[float]) -> str:
 
 
 def table(kept: dict[str, Any]) -> str:
+    rounds = max(len(cell["seconds"]["F16"]) for cell in kept["cells"].values())
     lines = [
         "# From which type to collect",
         "",
         f"{kept['date']}, {kept['machine']}, load average before {kept['load']:.1f}. The same "
         f"weights in four types, chunks of {N_CTX} tokens, without perplexity. The types take turns "
-        "chunk by chunk; median [lowest, highest] of the ratios of the same round. Made by "
-        "benchmarks/source_types.py.",
+        f"chunk by chunk, {rounds} rounds; median [lowest, highest] of the ratios of the same round. "
+        "Made by benchmarks/source_types.py.",
         "",
         "## Speed",
         "",

@@ -9,10 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from imatrix.engine.products import ProductShape, ProductTimes, Timed
+from imatrix.engine.products import ProductShape, Timed
 from imatrix.quantization.source import SourceTensor, data_bytes
 
-__all__ = ["Products", "SourceAdvice", "advise", "large_type", "products_of", "targets"]
+__all__ = [
+    "Products",
+    "SourceAdvice",
+    "advise",
+    "foretold_time",
+    "large_type",
+    "products_of",
+    "targets",
+]
 
 # Types that a model is collected from, and what each may become: nothing whose range is less, since
 # a weight that does not fit would become an infinity or a zero. What is lost in words.
@@ -166,28 +174,24 @@ def advise(
         seconds: that a chunk took.
     """
 
-    def cost(kind: str, half: int) -> float:
-        """Seconds of a chunk's products."""
-        return sum(
-            each.multiplications * _half(times[kind], half)
-            for each, times in zip(products, timed, strict=True)
+    def is_clear(kind: str) -> bool:
+        factor = _CLEAR_IF_LARGER if _BYTES[kind] > _BYTES[source] else _CLEAR
+        return all(
+            a >= factor * b
+            for a, b in zip(
+                _halves(products, timed, source), _halves(products, timed, kind), strict=True
+            )
         )
 
     def whole(kind: str) -> float:
-        return (cost(kind, 0) + cost(kind, 1)) / 2
-
-    def is_clear(kind: str) -> bool:
-        factor = _CLEAR_IF_LARGER if _BYTES[kind] > _BYTES[source] else _CLEAR
-        return all(cost(source, half) >= factor * cost(kind, half) for half in (0, 1))
+        return _seconds(products, timed, kind)
 
     clear = [kind for kind in wanted if is_clear(kind)]
     if not clear:
         return None
     least = min(_BYTES[kind] for kind in clear)
     best = min(clear, key=lambda kind: whole(kind) * (1 if _BYTES[kind] == least else _FOR_SIZE))
-    # the products alone get faster; and a probe may find them slower than a whole run
-    share = min(1.0, whole(source) / seconds)
-    time = 1 - share * (1 - whole(best) / whole(source))
+    time = foretold_time(products, timed, source, best, seconds)
     if time > _MOST_TIME:
         return None
     total = sum(each.multiplications for each in products)
@@ -202,8 +206,33 @@ def advise(
     )
 
 
-def _half(times: ProductTimes, half: int) -> float:
-    return times.second if half else times.first
+def foretold_time(
+    products: Sequence[Products], timed: Timed, source: str, target: str, seconds: float
+) -> float:
+    """How much of its time a chunk would take with weights of another type, by a probe.
+
+    Args:
+        products, timed, source, seconds: as for advise().
+        target: the type, one that was timed.
+    """
+    now = _seconds(products, timed, source)
+    # the products alone get faster; and a probe may find them slower than a whole run
+    share = min(1.0, now / seconds)
+    return 1 - share * (1 - _seconds(products, timed, target) / now)
+
+
+def _halves(products: Sequence[Products], timed: Timed, kind: str) -> tuple[float, float]:
+    """Seconds of a chunk's products by both halves of a probe."""
+    pairs = list(zip(products, timed, strict=True))
+    return (
+        sum(each.multiplications * times[kind].first for each, times in pairs),
+        sum(each.multiplications * times[kind].second for each, times in pairs),
+    )
+
+
+def _seconds(products: Sequence[Products], timed: Timed, kind: str) -> float:
+    """Seconds of a chunk's products by the whole of a probe."""
+    return sum(_halves(products, timed, kind)) / 2
 
 
 def _lm_head(tensors: Mapping[str, SourceTensor]) -> str:

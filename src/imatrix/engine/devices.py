@@ -46,8 +46,8 @@ class UnusableBackend:
     """A backend that is there as a module, and cannot be used.
 
     Attributes:
-        file: its name in imatrix/lib.
-        reason: why, in the words of the system's loader: mostly a library that is missing.
+        file: its name, in imatrix/lib or in the folder of a distribution such as imatrix-cuda.
+        reason: why, mostly in the words of the system's loader: a library that is missing.
     """
 
     file: str
