@@ -6,15 +6,19 @@ No test measures time: the probe gets a clock that the test moves.
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from helpers.running import Forged
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix.engine.loading import Loader
+from imatrix.engine.placement import Placement
 from imatrix.engine.products import BUDGET, ProductShape, ProductTimes, measure
 from imatrix.native import engine
 
@@ -156,7 +160,31 @@ def test_the_engine_multiplies(kind: str, n_mat: int) -> None:
     product = engine.Product(kind, n_in=256, n_out=32, n_rows=9, n_mat=n_mat, n_threads=1)
     assert product.run() > 0
     assert product.run() > 0
-    assert product.buffer_type
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+def test_the_matrix_lies_where_the_engine_loads_such_a_weight(
+    forged: Forged, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the engine's own log: where it does not, another kernel is timed (Q8_0 is repacked on some
+    processors)."""
+    spec = forged("llama", seed=2, dtype=kind)
+    rows, columns = spec.tensors["blk.0.ffn_up.weight"].shape
+    with caplog.at_level(logging.INFO, "imatrix.engine"):
+        engine.set_log_level()
+        engine.Model(
+            str(spec.path), mtp=False, n_gpu_layers=0, use_mmap=False, check_tensors=False,
+            placement=Placement(devices=()).as_data(),
+        )  # fmt: skip
+    engine.set_log_level()
+    places = set(re.findall(r"(\S+) model buffer size", caplog.text))
+    assert places
+    # beside norms, which lie in plain memory, these matrices are all that there is
+    best = (places - {"CPU"}) or places
+    product = engine.Product(
+        kind.lower(), n_in=columns, n_out=rows, n_rows=64, n_mat=1, n_threads=1
+    )
+    assert {product.buffer_type} == best
 
 
 @pytest.mark.parametrize(
